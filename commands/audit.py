@@ -30,6 +30,9 @@ Since = Annotated[
         show_default=False,
     ),
 ]
+UnsignedUntil = Annotated[
+    int, typer.Option(min=0, help="Number of the last entry from before DERMIS_AUDIT_KEY_FILE was set.")
+]
 Until = Annotated[str | None, typer.Option(help="Only entries of earlier times.", show_default=False)]
 
 
@@ -84,6 +87,7 @@ def export(
 
     first, last = _time("--since", since), _time("--until", until)
     with _opened(data_dir) as (table, _):
+        table.check_key()
         table.append([command_event("audit.export")])
         with table.snapshot(first, last) as snapshot:
             lines = _lines(snapshot.entries, snapshot.previous)
@@ -134,9 +138,7 @@ def verify(
             help="Lines of DERMIS_AUDIT_LOG or of an export, which must agree with the trail.", show_default=False
         ),
     ] = None,
-    unsigned_until: Annotated[
-        int, typer.Option(min=0, help="Number of the last entry from before DERMIS_AUDIT_KEY_FILE was set.")
-    ] = 0,
+    unsigned_until: UnsignedUntil = 0,
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
@@ -182,6 +184,8 @@ def _print_result(result: Verification, as_json: bool, *, whole: bool) -> None:
             "first": result.first,
             "head": None if result.last is None else str(result.last),
             "unsigned": result.unsigned,
+            "signatures_checked": result.signatures_checked,
+            "unchecked": result.unchecked,
             "cut": None if cut is None else cut.document(),
             "problems": result.problems,
             "more_problems": result.more,
@@ -200,6 +204,11 @@ def _print_result(result: Verification, as_json: bool, *, whole: bool) -> None:
         )
     if 0 < result.unsigned < result.entries:
         console.print(f"not signed: {result.unsigned} of {result.entries} entries", highlight=False)
+    if result.unsigned < result.entries and not result.signatures_checked:
+        console.print("signatures not checked, because DERMIS_AUDIT_KEY_FILE is not set", highlight=False)
+    if result.unchecked:
+        entries = "1 entry" if result.unchecked == 1 else f"{result.unchecked} entries"
+        console.print(f"not checked: {entries}, because the hash of the entry before is not known", highlight=False)
     for problem in result.problems:
         console.print(f"PROBLEM {problem}", highlight=False, markup=False, soft_wrap=True)
     if result.more:
@@ -263,6 +272,7 @@ def cut(
     before: Annotated[
         str, typer.Option(help="Remove entries of earlier times: a date or time in UTC.", show_default=False)
     ],
+    unsigned_until: UnsignedUntil = 0,
     data_dir: DataDir = None,
 ) -> None:
     """Remove old entries, and append a mark that says so. Export and verify them first."""
@@ -272,8 +282,9 @@ def cut(
     moment = _time("--before", before)
     assert moment is not None
     with _opened(data_dir) as (table, key):
+        table.check_key()
         with table.snapshot() as snapshot:
-            if not verify_trail(snapshot).intact:
+            if not verify_trail(snapshot, key=key, unsigned_until=unsigned_until).intact:
                 raise DermisError(
                     "the audit trail is not intact, so nothing is removed; `dermis audit verify` says why"
                 )

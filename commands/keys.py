@@ -50,12 +50,12 @@ class _Opened:
         """Record a change of a key in the audit trail."""
         from services.audit.trail import command_event
 
-        detail = None if key.replaces is None or action != "key.rotate" else f"replaces {key.replaces}"
+        detail = {"key.create": key.allows, "key.rotate": f"replaces {key.replaces}"}.get(action)
         self.trail.append([command_event(action, tenant=key.tenant, object=key.id, detail=detail)])
 
 
 @contextmanager
-def _opened(data_dir: Path | None) -> Iterator[_Opened]:
+def _opened(data_dir: Path | None, *, changes: bool = True) -> Iterator[_Opened]:
     from services.audit.trail import AuditTable
     from services.gateway.auth.keys import opened_keys
     from services.settings import read_settings
@@ -63,6 +63,8 @@ def _opened(data_dir: Path | None) -> Iterator[_Opened]:
     settings = read_settings(**({} if data_dir is None else {"data_dir": data_dir}))
     trail = AuditTable.of(settings)  # first: a key that cannot be recorded must not be created
     with opened_keys(settings) as table, closing(trail):
+        if changes:
+            trail.check_key()
         yield _Opened(table, trail)
 
 
@@ -146,7 +148,7 @@ def list_keys(
     as_json: Json = False,
 ) -> None:
     """List the keys, newest first, also those that have ended. The keys themselves are not stored."""
-    with _opened(data_dir) as opened:
+    with _opened(data_dir, changes=False) as opened:
         keys = [_fields(key) for key in opened.keys.all(tenant)]
     if as_json:
         typer.echo(json.dumps(keys, indent=2))

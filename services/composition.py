@@ -25,7 +25,7 @@ from services.jobs.service import JobService
 from services.jobs.table import JobTable
 from services.jobs.turns import Turns
 from services.models import ServedModels
-from services.settings import Settings
+from services.settings import Settings, SettingsError
 from services.webhooks.deliverer import Deliverer
 from services.webhooks.outbox import WebhookTable
 from services.webhooks.sending import Allowed, Sender
@@ -47,6 +47,7 @@ class Composition:
         """Start the jobs, provide the context for the routes, and stop everything at the end."""
         await asyncio.to_thread(self.jobs.start)
         try:
+            await self._warn_of_unsigned_entries()
             self.context.audit.writer.start()
             if self.context.settings.max_webhooks and self.context.settings.role != "worker":
                 self.deliverer.start()
@@ -59,10 +60,24 @@ class Composition:
             self.context.uploads.close()
             await asyncio.to_thread(self.jobs.stop)
 
+    async def _warn_of_unsigned_entries(self) -> None:
+        # Only a warning: of several replicas, the first one that is restarted has the key.
+        try:
+            await asyncio.to_thread(self.context.audit.writer.table.check_key)
+        except SettingsError as error:
+            logger.warning("audit entries of this process do not match the earlier ones", extra={"problem": str(error)})
+
     async def _record_bootstrap_key(self) -> None:
         key_id = self.context.auth.stored_bootstrap_key
         if key_id is not None:
-            event = Event(time=now(), action="key.bootstrap", outcome=201, subject="service", object=key_id)
+            event = Event(
+                time=now(),
+                action="key.bootstrap",
+                outcome=201,
+                subject="service",
+                object=key_id,
+                detail="tenant default: admin",
+            )
             await self.context.audit.writer.write(event)
 
 

@@ -1,4 +1,4 @@
-"""Limits on connections to the gateway: size and time of headers, progress of bodies, number of connections.
+"""Limits on connections to the gateway: size and time of headers, progress of bodies and responses, number of connections.
 
 uvicorn, which BentoML runs, has no such limits; `BoundedProtocol` adds them to its protocol. After it has refused a request, it
 continues to read for a while: a connection that is closed while the client still sends is reset, and the client gets a
@@ -8,9 +8,12 @@ connection error instead of the response.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import logging
 import resource
+import struct
+import termios
 from typing import Any, Literal
 
 import httptools
@@ -26,8 +29,11 @@ from services.settings import Settings, settings_of_process
 
 logger = logging.getLogger("dermis.connections")
 
-_MIN_BODY_RATE = 1024.0  # bytes a second
+_MIN_RATE = 1024.0  # of bodies and of responses, bytes a second
 _TICK_SECONDS = 1.0
+# Time in which a client must read some of the response; otherwise a new connection may replace this one.
+_READ_SECONDS = 5.0
+_MAX_PIPELINED = 100  # requests that wait on one connection; each needs memory
 # Limits of the data that is read after the response, and of the time for it.
 _DRAIN_BYTES = 256 << 20
 _DRAIN_SECONDS = 30.0
@@ -90,8 +96,15 @@ class BoundedProtocol(HttpToolsProtocol):
         if not hasattr(server_state, "idle"):
             server_state.idle = {}  # type: ignore[attr-defined]
         self._idle: dict[BoundedProtocol, None] = server_state.idle  # type: ignore[attr-defined]
+        # Connections whose clients do not read the response, the one that has not read for the longest time first.
+        if not hasattr(server_state, "stalled"):
+            server_state.stalled = {}  # type: ignore[attr-defined]
+        self._stalled: dict[BoundedProtocol, None] = server_state.stalled  # type: ignore[attr-defined]
         self._phase: Literal["head", "body", "response"] = "head"
         self._timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._not_read_seconds = 0.0
+        self._unsent_before = 0
         # Bytes received since the last ones that were part of a body or completed a part of the request.
         self._unparsed = 0
         self._head_bytes = 0
@@ -109,8 +122,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._raw_transport = transport
         super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
         limit = connection_limit(self._settings)
-        if len(self.connections) > limit and self._idle:
-            next(iter(self._idle)).close_idle()
+        if len(self.connections) > limit and (replaceable := self._idle or self._stalled):
+            next(iter(replaceable)).close_for_another()
         if len(self.connections) > limit + _RESERVE:
             self.connections.discard(self)
             transport.abort()
@@ -123,7 +136,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Handle the end of the connection."""
         self._idle.pop(self, None)
+        self._stalled.pop(self, None)
         self._stop_timer()
+        self._stop_write_timer()
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
 
@@ -136,9 +151,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._start_timer(_LAST_REQUEST_SECONDS, self._raw_transport.close)
 
-    def close_idle(self) -> None:
-        """Close this idle connection, so that a new one can be accepted."""
+    def close_for_another(self) -> None:
+        """Close this connection, which is idle or whose client does not read, so that a new one can be accepted."""
         self._idle.pop(self, None)
+        self._stalled.pop(self, None)
         self.connections.discard(self)
         if self.draining or self._raw_transport.get_write_buffer_size():
             self._raw_transport.abort()
@@ -152,6 +168,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._drain()
         else:
             self._raw_transport.close()
+            self._start_write_timer()  # the transport sends what it has before it closes
 
     def _drain(self) -> None:
         self.draining = True
@@ -220,6 +237,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._phase = "body"
         if self._last:
             self.cycle.keep_alive = False
+        if len(self.pipeline) > _MAX_PIPELINED:
+            raise ValueError("too many requests wait")  # the parser stops
 
     def on_body(self, body: bytes) -> None:
         """Handle a part of the body."""
@@ -263,6 +282,54 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._drained > _DRAIN_BYTES:
             self._raw_transport.abort()
 
+    # The progress of responses
+
+    def pause_writing(self) -> None:
+        """Handle a client that reads more slowly than the application writes."""
+        super().pause_writing()
+        self._start_write_timer()
+
+    def resume_writing(self) -> None:
+        """Handle a client that has read."""
+        super().resume_writing()
+        self._stalled.pop(self, None)
+        if not self._raw_transport.is_closing():
+            self._stop_write_timer()
+
+    def _start_write_timer(self) -> None:
+        if self._write_timer is None:
+            self._not_read_seconds, self._unsent_before = 0.0, self._unsent()
+            self._write_timer = self.loop.call_later(_READ_SECONDS, self._check_writing)
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def _check_writing(self) -> None:
+        before, self._unsent_before = self._unsent_before, self._unsent()
+        if before - self._unsent_before >= _READ_SECONDS * _MIN_RATE:
+            self._not_read_seconds = 0.0
+            self._stalled.pop(self, None)
+        else:
+            self._not_read_seconds += _READ_SECONDS
+            self._stalled.setdefault(self)
+        if self._not_read_seconds >= self._settings.body_timeout_seconds:
+            logger.debug("response not read", extra={"client": self.client})
+            self._raw_transport.abort()
+            return
+        self._write_timer = self.loop.call_later(_READ_SECONDS, self._check_writing)
+
+    def _unsent(self) -> int:
+        """Bytes that were written and that the client has not received: in the transport, and in the buffer of the system."""
+        buffered = self._raw_transport.get_write_buffer_size()
+        connection = self._raw_transport.get_extra_info("socket")
+        try:
+            queued = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, b"\0" * 4)
+        except (OSError, ValueError):  # a system that does not count them for sockets, or a closed one
+            return buffered
+        return buffered + int(struct.unpack("i", queued)[0])
+
     # Time
 
     def _start_timer(self, seconds: float, callback: Any) -> None:
@@ -292,7 +359,7 @@ class BoundedProtocol(HttpToolsProtocol):
                 return
         elif not self.flow.read_paused and not self.cycle.waiting_for_100_continue:
             self._body_waited += _TICK_SECONDS
-            if self._body_waited > self._settings.body_timeout_seconds + self._body_bytes / _MIN_BODY_RATE:
+            if self._body_waited > self._settings.body_timeout_seconds + self._body_bytes / _MIN_RATE:
                 self._refuse("upload-timeout", "the body arrives too slowly")
                 return
         self._start_timer(_TICK_SECONDS, self._check_body)
@@ -315,7 +382,8 @@ class BoundedProtocol(HttpToolsProtocol):
             # The application sees that the client has disconnected, and sends nothing more.
             cycle.disconnected = True
             cycle.message_event.set()
-            if cycle.response_started or self._phase != "body":  # a response has begun, and another one cannot be sent
+            # A response has begun, to this request or to an earlier one, and another one cannot be sent.
+            if cycle.response_started or self._phase != "body" or self.pipeline:
                 self._raw_transport.abort()
                 return
         metrics.rejected_requests.labels(kind).inc()

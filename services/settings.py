@@ -357,7 +357,7 @@ class Settings(BaseSettings):
         ge=16,
         le=30_000,
         description="Maximum number of open connections; lower if the limit of open files is low. A new connection can replace "
-        "an idle one.",
+        "an idle one, or one whose client has not read its response for 5 s.",
     )
     max_header_bytes: int = Field(
         65_536, ge=4096, le=1 << 20, description="Maximum size of the request line and the headers in bytes."
@@ -369,7 +369,8 @@ class Settings(BaseSettings):
         15.0,
         ge=1.0,
         le=3600.0,
-        description="Maximum time to wait for a request body, plus one second for each KiB that has arrived.",
+        description="Maximum time to wait for a request body, plus one second for each KiB that has arrived; and time after "
+        "which a client that does not read its response is disconnected.",
     )
 
     quotas: Annotated[dict[str, Quota], NoDecode] = Field(

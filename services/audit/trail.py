@@ -275,6 +275,24 @@ class AuditTable:
         connection.execute(_move_head, {"number": number, "hash": previous})
         return entries
 
+    def check_key(self) -> None:
+        """Check that the next entry is signed as the last one is. Entries may begin to be signed.
+
+        Raises:
+            SettingsError: The last entry is signed, and there is no key, or another one.
+        """
+        query = sa.select(_entries.c.hash, _entries.c.signature).order_by(_entries.c.number.desc()).limit(1)
+        with reading(self._engine) as connection:
+            row = connection.execute(query).one_or_none()
+        if row is None or row.signature is None:
+            return
+        if self._key is None:
+            raise SettingsError(
+                "DERMIS_AUDIT_KEY_FILE: the audit trail is signed; set it to the key file of the service"
+            )
+        if not hmac.compare_digest(sign(self._key, row.hash), row.signature):
+            raise SettingsError("DERMIS_AUDIT_KEY_FILE: the last entry of the audit trail was signed with another key")
+
     def head(self) -> Head | None:
         """The last entry; None if the row of the head was removed."""
         with reading(self._engine) as connection:

@@ -21,6 +21,8 @@ class Verification:
         last: The last one; None if there is none.
         cut: The mark of entries that were removed by `dermis audit cut`, if the trail begins after them.
         unsigned: Number of entries without a signature.
+        signatures_checked: Whether there was a key to check signatures with.
+        unchecked: Number of entries whose own content was not checked, because the hash of the entry before is not known.
         problems: What is wrong, the first 20 findings.
         more: Number of further findings.
     """
@@ -30,6 +32,8 @@ class Verification:
     last: Head | None = None
     cut: Entry | None = None
     unsigned: int = 0
+    signatures_checked: bool = False
+    unchecked: int = 0
     problems: list[str] = field(default_factory=list)
     more: int = 0
 
@@ -110,8 +114,11 @@ def _check_chain(
     known: Sequence[Head],
 ) -> None:
     expected = start
+    result.signatures_checked = key is not None
     kept = {each.number: each for each in known}
     for entry in entries:
+        if result.first is None and entry.number == 1:
+            previous = GENESIS
         if expected is not None and entry.number != expected:
             if entry.number > expected:
                 where = " at the beginning" if result.first is None else ""
@@ -119,7 +126,9 @@ def _check_chain(
             else:
                 result.add(f"entry {entry.number} stands where entry {expected} is expected")
             previous = None
-        if previous is not None and entry.chained_hash(previous) != entry.hash:
+        if previous is None:
+            result.unchecked += 1
+        elif entry.chained_hash(previous) != entry.hash:
             result.add(f"entry {entry.number} does not match its hash: it was changed, inserted or moved")
         if entry.number in kept:
             _compare(result, [kept[entry.number]], Head(entry.number, entry.hash))

@@ -31,6 +31,7 @@ _DENIED = frozenset({401, 403})
 _OBJECT_ID = re.compile(r"[a-z]{2}_[0-9a-f]{32}|[a-z0-9]{12}")  # of a job, a webhook or an API key
 _LOCATION = re.compile(rb"/v1/(?:[a-z]+/)+([a-z0-9_]{1,100})")
 _LEFT_OUT = "dermis.audit.left_out"
+_DETAIL = "dermis.audit.detail"
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,11 @@ NOT_RECORDED = frozenset(
 def leave_out(request: Request) -> None:
     """Do not record this request, unless it is denied: it shows only the progress of a job, which clients ask for often."""
     request.scope[_LEFT_OUT] = True
+
+
+def describe(request: Request, detail: str) -> None:
+    """Record this text with a request. It must be from the service itself, not from the request."""
+    request.scope[_DETAIL] = detail[:300]
 
 
 class DeniedRequests:
@@ -264,7 +270,7 @@ def _event(scope: Scope, status: int, location: bytes | None, action: Action | N
         object=named if created is None else created[1].decode("ascii"),
         client=None if client is None else str(client)[:64],
         request_id=scope.get("request_id"),
-        detail=None if named is None or created is None else f"replaces {named}",
+        detail=scope.get(_DETAIL) if named is None or created is None else f"replaces {named}",
     )
     if (status < 300 or status == 307) and action is not None and action.name.endswith(".download"):
         return replace(event, detail=str(params.get("name"))[:300])  # the name exists, so the service has given it

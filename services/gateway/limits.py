@@ -95,12 +95,16 @@ class MinuteLimiter:
         Raises:
             ProblemError: Above the limit. A refused call is not counted.
         """
+        if number > self._limit:
+            raise ProblemError(
+                "request-too-large", f"at most {self._limit} {self._what} in a minute, and this request has {number}"
+            )
         now = self._clock()
         calls = self._calls[tenant]
         while calls and calls[0][0] <= now - _WINDOW_SECONDS:
             calls.popleft()
         if sum(count for _, count in calls) + number > self._limit:
-            wait = round(calls[0][0] + _WINDOW_SECONDS - now) + 1 if calls else int(_WINDOW_SECONDS)
+            wait = round(calls[0][0] + _WINDOW_SECONDS - now) + 1
             raise ProblemError(
                 "too-many-requests",
                 f"at most {self._limit} {self._what} in a minute; try again later",

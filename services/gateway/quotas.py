@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from starlette.requests import Request
 
 from services.gateway.auth.principal import Principal
+from services.jobs import counters
 from services.jobs.table import JobTable
 from services.quotas import QuotaUse
 from services.settings import Settings
@@ -47,16 +48,26 @@ class TenantQuotas:
         request.scope.setdefault(SCOPE_KEY, []).extend(uses)
 
     @asynccontextmanager
-    async def counted(self, request: Request, principal: Principal, amounts: Mapping[str, int]) -> AsyncIterator[None]:
-        """`count`, undone if the work in the `async with` block fails."""
-        await self.count(request, principal, amounts)
+    async def counted(
+        self, request: Request, principal: Principal, amounts: Mapping[str, int], kept: Mapping[str, int]
+    ) -> AsyncIterator[None]:
+        """`count`, undone if the work in the `async with` block fails.
+
+        Args:
+            request: The request, whose response will have the headers.
+            principal: The sender.
+            amounts: As for `count`.
+            kept: Further amounts that stay counted if the work fails.
+        """
+        counted_at = counters.now()
+        await self.count(request, principal, {**kept, **amounts})
         try:
             yield
         except Exception:
             quota = self._settings.quota_of(principal.tenant)
             limited = {name: amount for name, amount in amounts.items() if quota.limit_of(name) is not None}
             if limited:
-                await asyncio.to_thread(self._table.undo_use, principal.tenant, limited)
+                await asyncio.to_thread(self._table.undo_use, principal.tenant, limited, counted_at)
             raise
 
     async def show(self, request: Request, principal: Principal, *names: str) -> None:

@@ -23,6 +23,7 @@ async def generate_within_limits(
     principal: Principal,
     count: int,
     generate: Callable[[], Awaitable[list[Image]]],
+    kept: Mapping[str, int] | None = None,
 ) -> list[Image]:
     """Return the images of `generate`, within the limits of calls and of time and the quota of the sender.
 
@@ -32,13 +33,14 @@ async def generate_within_limits(
         principal: The sender.
         count: Number of images.
         generate: Generates them.
+        kept: What the request needs of further quotas, by name; it stays counted if the generator fails.
 
     Raises:
         ProblemError: If too many calls are waiting for images, or if it takes too long.
-        QuotaExceededError: If the quota of images of the sender's tenant would be exceeded.
+        QuotaExceededError: If a quota of the sender's tenant would be exceeded. Nothing was counted.
     """
     with context.limits.images.hold(principal.tenant):
-        async with context.quotas.counted(request, principal, {"images_per_day": count}):
+        async with context.quotas.counted(request, principal, {"images_per_day": count}, kept or {}):
             return await _generate_in_time(context, generate)
 
 

@@ -28,6 +28,7 @@ from services.settings import Settings
 
 FIELD = "files"
 MULTIPART = "multipart/form-data"
+_MAX_CONTENT_TYPE = 1000
 _KINDS = {"unsupported": "unsupported-media-type", "too-large": "image-too-large", "unusable": "unusable-image"}
 
 # Pillow logs values of EXIF at DEBUG, python-multipart parts of a malformed body at WARNING.
@@ -126,6 +127,10 @@ class Uploads:
     async def _files(self, request: Request, limit: Limit | None) -> tuple[list[bytes], list[str]]:
         """The encoded images of a request, and the name of each in problem documents."""
         header = request.headers.get("content-type")
+        if header is not None and len(header) > _MAX_CONTENT_TYPE:  # parsing takes time in the square of its length
+            raise ProblemError(
+                "bad-request", f"the header Content-Type can have at most {_MAX_CONTENT_TYPE} characters"
+            )
         kind, options = parse_options_header(header.encode("latin-1") if header else None)
         media_type = kind.decode("latin-1").strip().lower()
         if media_type != MULTIPART and not media_type.startswith("image/"):

@@ -79,11 +79,18 @@ def add(connection: sa.Connection, tenant: str, amounts: Mapping[str, int], quot
     return after
 
 
-def subtract(connection: sa.Connection, tenant: str, amounts: Mapping[str, int]) -> None:
-    """Undo `add` for a request that has failed, as far as its window has not ended. The tenant must be locked."""
+def subtract(connection: sa.Connection, tenant: str, amounts: Mapping[str, int], counted_at: float) -> None:
+    """Undo `add` for a request that has failed, as far as its window has not ended. The tenant must be locked.
+
+    Args:
+        connection: A connection inside a writing transaction.
+        tenant: The tenant.
+        amounts: What was counted by name of the quota.
+        counted_at: Time before the call of `add`, as `now` returned it.
+    """
     for name, amount in amounts.items():
         start, used = _window(connection, tenant, name)
-        if used:
+        if used and start <= counted_at:
             _store(connection, tenant, name, start, max(0, used - amount))
 
 

@@ -306,7 +306,7 @@ class ProjectionJobs:
             try:
                 execution.remove_files(self._ctx, job.tenant, job.id)
                 self._ctx.table.delete(job.id)
-                self._ctx.table.undo_use(job.tenant, {"projections_per_day": len(images)})
+                self._ctx.table.undo_use(job.tenant, {"projections_per_day": len(images)}, job.created_at)
             except DermisError as error:  # the next sweep ends the job and removes its files
                 logger.warning("projection not removed", extra={"projection": job.id, "error": str(error)})
             raise

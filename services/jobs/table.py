@@ -339,11 +339,17 @@ class JobTable:
             counters.lock_tenant(connection, tenant)
             return counters.add(connection, tenant, amounts, quota)
 
-    def undo_use(self, tenant: str, amounts: Mapping[str, int]) -> None:
-        """Undo `count_use` for a request that has failed."""
+    def undo_use(self, tenant: str, amounts: Mapping[str, int], counted_at: float) -> None:
+        """Undo the count of a request that has failed, as far as its window has not ended.
+
+        Args:
+            tenant: The tenant.
+            amounts: What was counted by name of the quota.
+            counted_at: Seconds since 1970 before it was counted.
+        """
         with writing(self._engine) as connection:
             counters.lock_tenant(connection, tenant)
-            counters.subtract(connection, tenant, amounts)
+            counters.subtract(connection, tenant, amounts, counted_at)
 
     def use(self, tenant: str, quota: Quota, names: Iterable[str] = QUOTAS) -> list[QuotaUse]:
         """The use of quotas by a tenant."""

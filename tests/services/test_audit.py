@@ -299,6 +299,7 @@ def test_commands_record_export_verify_and_cut(command: Callable[..., Any], tmp_
     command("audit", "export", "--output", str(file))
     exported = [json.loads(line) for line in file.read_text().splitlines()]
     assert [each["action"] for each in exported] == ["key.create", "key.rotate", "audit.export"]
+    assert exported[0]["detail"].startswith("tenant lab: authenticity:generated classify datasets:read")
     assert exported[1]["detail"] == f"replaces {exported[0]['object']}" and exported[0]["subject"].startswith(
         "command:"
     )
@@ -321,3 +322,61 @@ def test_commands_record_export_verify_and_cut(command: Callable[..., Any], tmp_
     change(table, "UPDATE dermis_audit SET subject = 'x'")
     table.close()
     assert "not intact" in str(command("audit", "cut", "--before", "2999-01-01", status=1).exception)
+
+
+def test_commands_write_no_entries_that_the_key_of_the_service_would_refute(
+    command: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in {"key": KEY, "other": b"x" * 40}.items():
+        (tmp_path / name).write_bytes(text)
+    secret = command("keys", "create").stdout.strip()  # unsigned
+    monkeypatch.setenv("DERMIS_AUDIT_KEY_FILE", str(tmp_path / "key"))
+    command("keys", "create")
+    count = len(json.loads(command("keys", "list", "--json").stdout))
+    for wrong, reason in (("", "is signed; set it"), (str(tmp_path / "other"), "signed with another key")):
+        monkeypatch.setenv("DERMIS_AUDIT_KEY_FILE", wrong) if wrong else monkeypatch.delenv("DERMIS_AUDIT_KEY_FILE")
+        for arguments in (["keys", "create"], ["keys", "revoke", secret], ["audit", "export"]):
+            assert reason in str(command(*arguments, status=1).exception)
+        assert reason in str(command("audit", "cut", "--before", "2999-01-01", status=1).exception)
+    monkeypatch.delenv("DERMIS_AUDIT_KEY_FILE")
+    assert "signatures not checked" in command("audit", "verify").stdout
+    keys = json.loads(command("keys", "list", "--json").stdout)
+    assert (len(keys), {key["state"] for key in keys}) == (count, {"active"})
+    monkeypatch.setenv("DERMIS_AUDIT_KEY_FILE", str(tmp_path / "key"))
+    assert "signatures not" not in command("audit", "verify", "--unsigned-until", "1").stdout
+
+
+def test_forged_entries_are_not_removed_under_a_signed_mark(
+    command: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "key").write_bytes(KEY)
+    monkeypatch.setenv("DERMIS_AUDIT_KEY_FILE", str(tmp_path / "key"))
+    command("keys", "create", "--name", "one")
+    command("keys", "create", "--name", "two")
+    table = AuditTable(f"sqlite:///{tmp_path}/data/jobs.sqlite", KEY)
+    change(table, "UPDATE dermis_audit SET subject = 'x' WHERE number = 1")
+    rewrite(table, 1)
+    table.append([event(3)])
+    assert checked(table).intact and not checked(table, key=KEY).intact
+    assert "not intact" in str(command("audit", "cut", "--before", "2999-01-01", status=1).exception)
+    table.close()
+
+
+def test_an_export_without_the_hash_before_it_is_not_taken_for_a_checked_one(
+    command: Callable[..., Any], tmp_path: Path
+) -> None:
+    for _ in range(3):
+        command("keys", "create")
+    file = tmp_path / "part.jsonl"
+    lines = [json.loads(line) for line in command("audit", "export").stdout.splitlines()]
+    for each in lines[1:]:
+        del each["previous"]
+    lines[1]["subject"] = "key:b"
+    file.write_text("".join(f"{json.dumps(each)}\n" for each in lines[1:]))
+    assert "not checked: 1 entry" in command("audit", "verify", "--file", str(file)).stdout
+    del lines[0]["previous"]
+    file.write_text("".join(f"{json.dumps(each)}\n" for each in lines))
+    assert "entry 2 does not match" in command("audit", "verify", "--file", str(file), status=1).stdout
+    lines[0]["subject"] = "key:b"
+    file.write_text(f"{json.dumps(lines[0])}\n")
+    assert "entry 1 does not match" in command("audit", "verify", "--file", str(file), status=1).stdout

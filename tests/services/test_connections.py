@@ -22,11 +22,12 @@ from services.settings import Settings
 
 GET = b"GET /livez HTTP/1.1\r\nHost: here\r\n\r\n"
 POST = b"POST /read HTTP/1.1\r\nHost: here\r\nContent-Length: %d\r\n\r\n"
+LARGE = 16 << 20
 PATIENCE = 20.0
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
-    """/livez answers, /read reads the body, /refuse answers without reading, /stream sends for 3 s."""
+    """/livez answers, /read reads the body, /refuse answers before, /stream sends for 3 s, /large sends LARGE bytes."""
     if scope["type"] != "http":
         return
     path, size = scope["path"], 0
@@ -44,6 +45,9 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
         for _ in range(30):
             await send({"type": "http.response.body", "body": b"x", "more_body": True})
             await asyncio.sleep(0.1)
+    if path == "/large":
+        for _ in range(LARGE >> 20):
+            await send({"type": "http.response.body", "body": b"x" * (1 << 20), "more_body": True})
     names = ",".join(name.decode() for name, _ in scope["headers"])
     await send({"type": "http.response.body", "body": f"{size} {names}".encode()})
 
@@ -224,6 +228,51 @@ def test_idle_connections_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
             asking.sendall(GET)
             assert status(answer(asking)) == 200
         assert everything(held[0]) == b""  # the oldest went first
+
+
+def test_client_that_does_not_read_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "_READ_SECONDS", 0.5)
+    with running(monkeypatch, body_timeout_seconds=1.0) as (connect, server):
+        silent, reading = connect(), connect()
+        for connection in (silent, reading):
+            connection.sendall(GET.replace(b"/livez", b"/large"))
+        received = 0
+        wait_for(lambda: len(server.server_state.connections) == 2)
+        while len(server.server_state.connections) == 2:  # slowly, but faster than the limit
+            received += len(reading.recv(1 << 20))
+            time.sleep(0.1)
+        assert len(everything(silent)) < LARGE
+        while received < LARGE:
+            chunk = reading.recv(1 << 20)
+            assert chunk
+            received += len(chunk)
+
+
+def test_clients_that_do_not_read_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "_READ_SECONDS", 0.3)
+    with running(monkeypatch, max_connections=16) as (connect, server):
+        held = [connect() for _ in range(16)]
+        for place, connection in enumerate(held):
+            # Also if the end of the response waits in the buffers while the connection is being closed.
+            close = b"Connection: close\r\n" if place % 2 else b""
+            connection.sendall(b"GET /large HTTP/1.1\r\nHost: here\r\n%b\r\n" % close)
+        wait_for(lambda: len(getattr(server.server_state, "stalled", ())) == 16)
+        for _ in range(3):
+            asking = connect()
+            asking.sendall(GET)
+            assert status(answer(asking)) == 200
+
+
+def test_requests_that_wait_on_one_connection_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(monkeypatch) as connect:
+        connection = connect()
+        connection.sendall(GET * 90)
+        data = b""
+        while data.count(b"200 OK") < 90:
+            data += connection.recv(65536)
+        connection = connect()
+        connection.sendall(GET * 2000)
+        assert everything(connection).count(b"200 OK") < 2000
 
 
 def test_health_check_is_answered_when_all_connections_are_busy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,11 @@ class ApiKey:
         """The part of the key that is not secret."""
         return PREFIX + self.id
 
+    @property
+    def allows(self) -> str:
+        """Tenant and scopes, for the audit trail."""
+        return f"tenant {self.tenant}: {' '.join(self.scopes)}"
+
     def state(self, now: float | None = None) -> Literal["active", "expired", "revoked"]:
         """`active`, `expired` or `revoked`."""
         if self.revoked_at is not None:

@@ -94,11 +94,16 @@ class TokenVerifier:
         )
         self._keys: Sequence[_ProviderKey] = ()
         self._fetched_at = self._tried_at = float("-inf")
+        self._unreachable = False  # at the last attempt
         self._lock = asyncio.Lock()
+        self._refreshing: asyncio.Task[None] | None = None
         self._http: httpx.AsyncClient | None = None
 
     async def close(self) -> None:
         """Close the connections to the provider."""
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+            await asyncio.gather(self._refreshing, return_exceptions=True)
         if self._http is not None:
             await self._http.aclose()
 
@@ -106,6 +111,17 @@ class TokenVerifier:
         """Fetch the keys of the provider at the start, so that the log says at once if they cannot be fetched."""
         with suppress(ProblemError):
             await self._fetch()
+
+    async def _refresh(self) -> None:
+        """Fetch the keys again if they are old."""
+        age = self._clock() - self._fetched_at
+        if age <= _KEYS_SECONDS:
+            return
+        if not self._unreachable or age > _STALE_SECONDS:
+            await self._fetch()
+        elif self._refreshing is None or self._refreshing.done():
+            # An attempt can take seconds, and requests do not wait for a provider that did not answer the last one.
+            self._refreshing = asyncio.create_task(self.prepare())
 
     async def principal_of(self, token: str) -> Principal:
         """Verify a token.
@@ -158,8 +174,7 @@ class TokenVerifier:
         if kid is not None and not isinstance(kid, str):
             raise InvalidTokenError("its key id is not a text")
         now = self._clock()
-        if now - self._fetched_at > _KEYS_SECONDS:
-            await self._fetch()
+        await self._refresh()
         matching = self._matching(kid, algorithm)
         if not matching and self._fetched_at < now:
             await self._fetch()
@@ -186,8 +201,9 @@ class TokenVerifier:
                 self._tried_at = now
                 try:
                     self._keys = await self._published_keys()
-                    self._fetched_at = now
+                    self._fetched_at, self._unreachable = now, False
                 except ProviderUnreachableError as error:
+                    self._unreachable = True
                     logger.warning("keys of the identity provider not fetched", extra={"problem": str(error)})
             if now - self._fetched_at > _STALE_SECONDS:
                 raise ProblemError(

@@ -137,7 +137,7 @@ async def _compare_uploads(
     with context.limits.uploads.hold(principal.tenant):
         admit = partial(count_pixels, context, request, principal)
         inputs = np.stack(await context.uploads.images(request, index.resolution, admit=admit))
-        await _count(context, request, principal, len(inputs))
+        await context.quotas.count(request, principal, _comparisons(len(inputs)))
         context.limits.comparisons.add(principal.tenant, len(inputs))
         # The copy detector is left out: it finds training images better than distances do.
         nearest = await _nearest(context, bundle, inputs, Comparison(detect_copies=False))
@@ -157,19 +157,22 @@ async def _compare_generated(
     bundle = await served_bundle(context, principal, body.model)
     index = _index_of(bundle)
     rows = rows_of(body, bundle, class_of_each(body, bundle, context.settings.max_images))
-    await _count(context, request, principal, len(rows))
     images = np.stack(
         await generate_within_limits(
-            context, request, principal, len(rows), lambda: context.inference.generator.images(rows)
+            context,
+            request,
+            principal,
+            len(rows),
+            lambda: context.inference.generator.images(rows),
+            _comparisons(len(rows)),
         )
     )
     return bundle, index, await _nearest(context, bundle, batch(as_rgb(images), index.resolution), Comparison())
 
 
-async def _count(context: Context, request: Request, principal: Principal, images: int) -> None:
-    """Count compared images. They stay counted if the comparison fails."""
-    amounts = {"authenticity_per_minute": images, "authenticity_per_day": images}
-    await context.quotas.count(request, principal, amounts)
+def _comparisons(images: int) -> dict[str, int]:
+    """What comparing images needs of quotas. They stay counted if the comparison fails."""
+    return {"authenticity_per_minute": images, "authenticity_per_day": images}
 
 
 async def _nearest(context: Context, bundle: Bundle, inputs: Images, comparison: Comparison) -> Nearest:

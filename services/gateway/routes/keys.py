@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, Query
 from starlette.requests import Request
 from starlette.responses import Response
 
+from services.gateway.audit import describe
 from services.gateway.auth.authentication import requires
 from services.gateway.auth.keys import (
     DEFAULT_OVERLAP_SECONDS,
@@ -62,6 +63,7 @@ async def create_key(request: Request, response: Response, context: ContextDep, 
         )
     except KeyRefusedError as error:
         raise invalid_request([FieldError(field=error.field, message=error.message)]) from None
+    describe(request, key.allows)
     response.headers["Cache-Control"] = "no-store"
     response.headers["Location"] = f"/v1/admin/keys/{key.id}"
     return new_key_record(key, text)

@@ -95,7 +95,8 @@ def test_entries_say_who_did_what_and_contain_no_upload(served: Service, key: st
     Image.new("RGB", (32, 32)).save(picture, "PNG")
     sent(served, "POST /v1/classifications", key, files={"files": (NAME, picture.getvalue(), "image/png")})
     sent(served, "POST /v1/images", key, json={"classes": {"benign": 1}})
-    created = sent(served, "POST /v1/admin/keys", key, json={"name": NAME}).json()
+    order = {"name": NAME, "tenant": "ward", "scopes": ["images", "admin"]}
+    created = sent(served, "POST /v1/admin/keys", key, json=order).json()
     rotated = sent(served, f"POST /v1/admin/keys/{created['id']}/rotate", key).json()
     sent(served, f"DELETE /v1/admin/keys/{rotated['id']}", key)
     sent(served, f"DELETE /v1/datasets/{NAME}", key)
@@ -109,7 +110,7 @@ def test_entries_say_who_did_what_and_contain_no_upload(served: Service, key: st
         ("dataset.delete", 204, identifier, None),
         ("upload.classify", entries[4].outcome, None, None),
         ("image.generate", 200, None, None),
-        ("key.create", 201, created["id"], None),
+        ("key.create", 201, created["id"], "tenant ward: admin images"),
         ("key.rotate", 201, rotated["id"], f"replaces {created['id']}"),
         ("key.revoke", 200, rotated["id"], None),
         ("dataset.delete", 404, None, None),

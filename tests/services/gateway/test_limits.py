@@ -102,5 +102,8 @@ def test_comparison_limit_counts_accepted_comparisons_per_minute() -> None:
     assert refused.value.headers == {"Retry-After": "41"}
     limiter.add("b", 10)  # another tenant has a limit of its own
     limiter.add("a", 4)
+    with pytest.raises(ProblemError) as refused:
+        limiter.add("c", 11)
+    assert refused.value.kind == "request-too-large" and not refused.value.headers  # it need not be repeated
     now = 60.0
     limiter.add("a", 6)

@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from identity_provider import AUDIENCE, Provider, running_provider
-from services.gateway.auth.oidc import TokenVerifier
+from services.gateway.auth.oidc import ProviderUnreachableError, TokenVerifier
 from services.gateway.auth.principal import InvalidTokenError, Principal
 from services.problems import ProblemError
 from services.settings import Settings
@@ -198,6 +198,42 @@ def test_provider_that_cannot_be_reached() -> None:
 
     with running_provider() as provider:
         asyncio.run(run(provider))
+
+
+def test_requests_do_not_wait_for_a_provider_that_does_not_answer(
+    provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+
+    async def run() -> None:
+        verifier = TokenVerifier(settings_for(provider), clock)
+        token = provider.token(claims={"exp": NOW + 10_000})
+        await verifier.principal_of(token)
+        published, attempts, answered = verifier._published_keys, [], asyncio.Event()
+
+        async def late() -> Any:
+            attempts.append(clock.seconds)
+            if len(attempts) == 1:
+                raise ProviderUnreachableError("it cannot be reached")
+            await answered.wait()
+            return await published()
+
+        monkeypatch.setattr(verifier, "_published_keys", late)
+        clock.seconds += 400.0
+        await verifier.principal_of(token)
+        for _ in range(3):
+            clock.seconds += 20.0
+            await asyncio.wait_for(verifier.principal_of(token), 10)
+        await asyncio.sleep(0)
+        assert len(attempts) == 2  # in the background
+        answered.set()
+        assert verifier._refreshing is not None
+        await verifier._refreshing
+        assert verifier._fetched_at == attempts[1]
+        await verifier.principal_of(token)
+        await verifier.close()
+
+    asyncio.run(run())
 
 
 def test_discovery_document_of_another_issuer_is_refused(provider: Provider) -> None:

@@ -52,6 +52,7 @@ QUOTAS_OF_TENANTS = {
         "projections_per_day": 1,
     },
     "bytes": {"active_jobs": None},
+    "both": {"images_per_day": 7, "authenticity_per_day": 9},
     "unlimited": dict.fromkeys(QUOTAS),
 }
 
@@ -391,9 +392,43 @@ def test_window_of_another_clock_is_used_only_if_it_is_near(clock: Clock, tmp_pa
     assert caught.value.retry_after == 90
     clock.time -= 3600  # the clock was wrong by an hour
     assert used(1) == 1
-    table.undo_use("a", {"authenticity_per_minute": 4})
+    table.undo_use("a", {"authenticity_per_minute": 4}, clock.time)
     assert used(1) == 1
     table.close()
+
+
+def test_failure_after_the_end_of_a_window_frees_nothing_of_the_next_one(clock: Clock, tmp_path: Path) -> None:
+    table = JobTable(f"sqlite:///{tmp_path}/jobs.sqlite")
+    table.open()
+    quota, began = Quota(images_per_day=5), clock.time
+    table.count_use("a", {"images_per_day": 3}, quota)
+    clock.time += DAY
+    assert table.count_use("a", {"images_per_day": 5}, quota)[0].used == 5
+    table.undo_use("a", {"images_per_day": 3}, began)
+    with pytest.raises(QuotaExceededError):
+        table.count_use("a", {"images_per_day": 1}, quota)
+    table.undo_use("a", {"images_per_day": 3}, clock.time)
+    assert table.count_use("a", {"images_per_day": 3}, quota)[0].used == 5
+    table.close()
+
+
+def test_refused_request_is_counted_in_no_quota(served: Service, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(authenticity, "_nearest", fail)
+    tenant = Tenant(served, "both")
+
+    def compare(count: int) -> Any:
+        return tenant.send("post", "/v1/authenticity", json={"classes": {"benign": count}})
+
+    def used() -> list[float | None]:
+        return [tenant.used(name) for name in ("images_per_day", "authenticity_per_day")]
+
+    assert tenant.images(5).status_code == 200
+    tenant.refused(compare(3), "images_per_day")
+    assert used() == [5, 0]
+    assert compare(1).status_code == 503 and used() == [6, 1]
+    served.generator.failures = [RuntimeError("x")]
+    assert compare(1).status_code == 500 and used() == [6, 2]  # the comparison stays counted
+    assert tenant.images(1).status_code == 200 and used() == [7, 2]
 
 
 def test_datasets_are_deleted_after_the_retention_time_of_their_tenant(

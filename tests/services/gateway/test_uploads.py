@@ -268,6 +268,7 @@ FORM = {"Content-Type": "multipart/form-data; boundary=b"}
             "parts called files",
         ),
         (b"x", {"Content-Type": "multipart/form-data"}, 400, "bad-request", "needs a boundary"),
+        (b"x", {"Content-Type": "multipart/form-data" + ';"' * 20_000}, 400, "bad-request", "1000 characters"),
         (b"x", {"Content-Type": "application/json"}, 415, "unsupported-media-type", "multipart/form-data"),
         (b"x", {"Content-Type": "multipart/mixed; boundary=b"}, 415, "unsupported-media-type", "image/webp"),
         (b"x", {}, 415, "unsupported-media-type", "image/png"),
