@@ -36,7 +36,9 @@ def timm_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _small_reports(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Reports of datasets measure 12 images and not 200, which take 30 ms each. Processes of their own are not affected."""
     launches = {"launch", "replica"} & set(request.fixturenames)
-    if not launches and any(request.path.is_relative_to(_TESTS / part) for part in ("services", "dermis/dataset", "dermis/exports")):
+    if not launches and any(
+        request.path.is_relative_to(_TESTS / part) for part in ("services", "dermis/dataset", "dermis/exports")
+    ):
         monkeypatch.setattr("dermis.report.sample.SAMPLE", 12)
 
 
