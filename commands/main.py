@@ -27,6 +27,7 @@ from commands.index import index_app
 from commands.keys import keys_app
 from commands.privacy import privacy_app
 from commands.project import project
+from commands.push import push_app
 from commands.serve import serve as serve_http
 from commands.serve import worker
 from commands.signing import sign_dataset
@@ -51,6 +52,7 @@ app.add_typer(experiment_app, name="experiment")
 app.add_typer(federate_app, name="federate")
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(export_app, name="export")
+app.add_typer(push_app, name="push")
 app.add_typer(explain_app, name="explain")
 app.add_typer(augment_app, name="augment")
 app.add_typer(survey_app, name="survey")

@@ -61,6 +61,7 @@ def dicom_object(source: ExportSource, sample: ExportSample, kind: DicomClass = 
     """Encode one sample as a DICOM file with its pixels as they are, 8-bit RGB without compression."""
     from pydicom import dcmwrite
     from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import UID
 
     dataset = Dataset()
     dataset.SpecificCharacterSet = "ISO_IR 192"
@@ -92,8 +93,8 @@ def dicom_object(source: ExportSource, sample: ExportSample, kind: DicomClass = 
     meta.FileMetaInformationVersion = b"\x00\x01"
     meta.MediaStorageSOPClassUID = dataset.SOPClassUID
     meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
-    meta.TransferSyntaxUID = _EXPLICIT_LITTLE_ENDIAN
-    meta.ImplementationClassUID = unique_identifier("implementation")
+    meta.TransferSyntaxUID = UID(_EXPLICIT_LITTLE_ENDIAN)
+    meta.ImplementationClassUID = UID(unique_identifier("implementation"))
     meta.ImplementationVersionName = f"DERMIS_{__version__}"[:_MAX_SHORT]
     dataset.file_meta = meta
     buffer = io.BytesIO()

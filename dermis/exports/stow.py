@@ -56,12 +56,13 @@ def stow_target(url: str, authorization: str | None) -> StowTarget:
         raise RequestError("--to", "must be the address of a DICOMweb service, such as http://127.0.0.1:8042/dicom-web")
     if parts.username is not None or parts.password is not None:
         raise RequestError("--to", f"must not contain credentials; put them into {AUTHORIZATION}")
-    if authorization is not None and parts.scheme != "https" and not _is_loopback(host):
+    if authorization is not None and parts.scheme != "https" and not is_loopback(host):
         raise RequestError("--to", f"with {AUTHORIZATION} the address must begin with https://")
     return StowTarget(url.rstrip("/"), authorization)
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return whether a host name is that of this machine."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
