@@ -2,6 +2,7 @@
 
 - schema-0001.json: version 0.1.0, which had no schema version and its own names of queues.
 - schema-0007.json: a state before 0.2.0 with tenants, audit trail and quotas, and the same names of queues.
+- schema-0008.json: a later one, with queues that are divided between tenants.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from services.jobs import schema
 from services.jobs.database import make_engine
 
 FOLDER = Path(__file__).parent
-SCHEMAS = ("0001", "0007")
+SCHEMAS = ("0001", "0007", "0008")
 EXECUTOR = "older"
 IDEMPOTENCY_KEY = "monday"
 BODIES: tuple[dict[str, Any], ...] = (
@@ -50,7 +51,7 @@ class Unfinished:
     projection: str
 
 
-def restore(version: str, url: str, storage: Path, digest: str) -> Unfinished:
+def restore(version: str, url: str, storage: Path, digest: str, *, projections: bool = True) -> Unfinished:
     """Fill an empty database and a storage with what an earlier version left when it was killed.
 
     Args:
@@ -58,11 +59,15 @@ def restore(version: str, url: str, storage: Path, digest: str) -> Unfinished:
         url: SQLAlchemy URL of the database.
         storage: The folder of the jobs' files.
         digest: Digest of the bundle that the jobs were made for.
+        projections: Whether to restore the projection as well.
     """
     text = (FOLDER / f"schema-{version}.json").read_text()
     record = json.loads(text)
     record = json.loads(text.replace(record["digest"], digest))
     tables: dict[str, list[dict[str, Any]]] = record["tables"]
+    ids = [row["id"] for row in tables["dermis_jobs"]]
+    if not projections:
+        tables = {name: [row for row in rows if ids[-1] not in json.dumps(row)] for name, rows in tables.items()}
     tables["dermis_workers"] = [{"executor_id": EXECUTOR, "lease_until": time.time() - 1}]
     run_dbos_database_migrations(system_database_url=url)
     engine = make_engine(url)
@@ -76,9 +81,10 @@ def restore(version: str, url: str, storage: Path, digest: str) -> Unfinished:
             _insert(connection, name, rows)
     engine.dispose()
     for name, content in record["files"].items():
+        if name.startswith(ids[-1]) and not projections:
+            continue
         (storage / name).parent.mkdir(parents=True, exist_ok=True)
         (storage / name).write_bytes(base64.b64decode(content))
-    ids = [row["id"] for row in tables["dermis_jobs"]]
     return Unfinished(tuple(each for each in ids if each.startswith("ds_")), ids[-1])
 
 
@@ -91,7 +97,7 @@ def _insert(connection: sa.Connection, name: str, rows: list[dict[str, Any]]) ->
     connection.execute(table.delete())
     connection.execute(table.insert(), [_row(table, row) for row in rows])
     if is_postgresql and "sequence" in table.c:
-        connection.execute(sa.text(f"SELECT setval('{name}_sequence_seq', {len(rows)})"))  # noqa: S608
+        connection.execute(sa.text(f"SELECT setval('{name}_sequence_seq', {len(rows)})"))
 
 
 def _row(table: sa.Table, row: Mapping[str, Any]) -> dict[str, Any]:

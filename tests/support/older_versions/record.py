@@ -1,7 +1,8 @@
-"""Record what the present version leaves when it is killed with unfinished jobs: `python tests/support/older_versions/record.py`.
+"""Record what the present version leaves when it is killed with unfinished jobs.
 
-Run it before a release, and before the jobs database or the workflows change. It writes `schema-NNNN.json`, with the rows of
-all tables and the files of the storage. tests/services/jobs/test_upgrade.py lets the present version finish such jobs.
+Run `python tests/support/older_versions/record.py` before a release, and before the jobs database or the workflows change. It
+writes `schema-NNNN.json`, with the rows of all tables and the files of the storage. tests/services/jobs/test_upgrade.py lets
+the present version finish such jobs.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def rows_of(database: Path) -> dict[str, list[dict[str, Any]]]:
     with closing(sqlite3.connect(database)) as connection:
         connection.row_factory = sqlite3.Row
         names = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'")
-        tables = {name: connection.execute(f'SELECT * FROM "{name}"').fetchall() for (name,) in names.fetchall()}  # noqa: S608
+        tables = {name: connection.execute(f'SELECT * FROM "{name}"').fetchall() for (name,) in names.fetchall()}
     return {name: [dict(row) for row in rows] for name, rows in tables.items() if rows}
 
 
