@@ -235,7 +235,7 @@ def simulate(count: int, images: int, seconds_per_shard: float) -> dict[str, Any
         table = JobTable(server.url)
         stack.callback(table.close)
         workers = stack.enter_context(_simulated_workers(server.url, folder, count, seconds_per_shard))
-        wait_for(lambda: len(table.live_workers()) == count + 1, 300)
+        wait_for(lambda: len(table.live_executors()) == count + 1, 300)
         time.sleep(3)  # the queues are registered
         main = psutil.Process(int((server.folder / "data" / "postmaster.pid").read_text().splitlines()[0]))
         before = _cpu_seconds(main), sum(_cpu_seconds(each) for each in workers)

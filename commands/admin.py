@@ -59,6 +59,7 @@ def _document(state: Status) -> dict[str, Any]:
         "workers": [
             {
                 "name": worker.name,
+                "role": _role(worker),
                 "state": _worker_state(worker, now),
                 "lease_seconds_left": round(worker.seconds_left(now), 1) if worker.lease_until else None,
                 "active_jobs": worker.jobs,
@@ -115,13 +116,17 @@ def _print(state: Status) -> None:
 
 
 def _workers(statistics: Statistics) -> Table:
-    table = folding_table("worker", "state", "lease ends in", "active jobs")
+    table = folding_table("process", "role", "state", "lease ends in", "active jobs")
     for worker in statistics.workers:
         left = f"{worker.seconds_left(statistics.time):.0f} s" if worker.lease_until else "-"
-        table.add_row(worker.name, _worker_state(worker, statistics.time), left, str(worker.jobs))
+        table.add_row(worker.name, _role(worker), _worker_state(worker, statistics.time), left, str(worker.jobs))
     if not statistics.workers:
-        table.add_row("none", "-", "-", "-")
+        table.add_row("none", "-", "-", "-", "-")
     return table
+
+
+def _role(worker: Worker) -> str:
+    return "worker" if worker.works else "gateway"
 
 
 def _jobs(statistics: Statistics) -> Table:

@@ -4,40 +4,18 @@ Start a service first (`make serve`), then run
 
     python examples/torch_dataloader.py --out lesions
 
-It needs `dermis-client` and torch. The dataset is downloaded if the folder does not have it yet. Its images are read from
-images/CLASS, and its labels from metadata.csv. (torchvision's `ImageFolder("lesions/images")` reads the images as well.)
+It needs `dermis-client[torch]`. The dataset is downloaded if the folder does not have it yet. (With `download(extract=True)`,
+torchvision's `ImageFolder("lesions/images")` reads the images as well.)
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 
-import numpy as np
-import torch
 from dermis_client import DermisClient
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-
-
-class SyntheticLesions(Dataset[tuple[Tensor, int]]):
-    """Images float32 [3, H, W] in [0, 1] with their labels, of an extracted dataset in the format imagefolder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        with (folder / "metadata.csv").open(newline="") as file:
-            self.rows = list(csv.DictReader(file))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, place: int) -> tuple[Tensor, int]:
-        row = self.rows[place]
-        with Image.open(self.folder / row["file_name"]) as image:
-            pixels = torch.from_numpy(np.array(image.convert("RGB")))
-        return pixels.permute(2, 0, 1) / 255, int(row["label"])
+from dermis_client.torch import SyntheticDataset
+from torch.utils.data import DataLoader
 
 
 def main() -> None:
@@ -48,13 +26,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     args = parser.parse_args()
 
-    if not (args.out / "images").exists():
+    if not (args.out / "images.zip").exists():
         with DermisClient(args.url) as client:
             model = next(model for model in client.models.list() if model.default)
             dataset = client.datasets.create(dict.fromkeys(model.classes, args.count), seed=7)
-            dataset.wait(progress=True).download(args.out, extract=True)
+            dataset.wait(progress=True).download(args.out)
 
-    loader = DataLoader(SyntheticLesions(args.out), batch_size=args.batch_size, shuffle=True)
+    loader = DataLoader(SyntheticDataset(args.out), batch_size=args.batch_size, shuffle=True)
     for images, labels in loader:
         print(f"images {tuple(images.shape)}, mean {images.mean():.3f}, labels {labels.tolist()}")
 

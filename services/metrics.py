@@ -191,7 +191,7 @@ def _of_database(statistics: Statistics) -> Iterator[Metric]:
         age.add_metric([kind], statistics.oldest_age(kind))
     yield shards
     yield age
-    workers = f"Workers whose lease has not run out. {_SHARED}"
+    workers = f"Processes that run jobs and whose lease has not run out. {_SHARED}"
     yield GaugeMetricFamily("dermis_live_workers", workers, statistics.live_workers)
     stored = f"Size of the files of jobs that have succeeded. {_SHARED}"
     yield GaugeMetricFamily("dermis_stored_bytes", stored, statistics.stored_bytes)

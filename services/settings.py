@@ -22,6 +22,7 @@ _TRUSTED_HOST = re.compile(
 )
 
 # Signatures with public keys. With an HMAC the public key of the provider would be the secret.
+_DATABASE_DRIVERS = ("postgresql", "postgres", "postgresql+psycopg", "sqlite", "sqlite+pysqlite")
 _ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "Ed25519", "EdDSA")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -450,6 +451,24 @@ class Settings(BaseSettings):
         if not self.inference and self.role != "gateway":
             raise ValueError("DERMIS_INFERENCE=false needs DERMIS_ROLE=gateway")
         return self
+
+    @field_validator("database_url")
+    @classmethod
+    def _is_known_database(cls, value: str | None) -> str | None:
+        if value is not None:
+            import sqlalchemy as sa
+
+            # Messages do not repeat the URL, which may contain a password.
+            try:
+                driver = sa.make_url(value).drivername
+            except (sa.exc.ArgumentError, ValueError):
+                raise ValueError(
+                    "not a database URL; write postgresql://USER:PASSWORD@HOST:PORT/NAME, with special characters of the "
+                    "password percent-encoded"
+                ) from None
+            if driver not in _DATABASE_DRIVERS:
+                raise ValueError(f"{driver[:40]}:// is not supported; use postgresql:// or sqlite:///")
+        return value
 
     @model_validator(mode="after")
     def _database_is_shared(self) -> Self:

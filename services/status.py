@@ -33,7 +33,7 @@ _PACKAGES = (
     "sqlalchemy",
     "torch",
 )
-_PASSWORD = re.compile(r"//[^/@]*@")
+_PASSWORD = re.compile(r"//[^/]*@")
 _BUNDLE_ERRORS = (DermisError, OSError)
 
 
@@ -116,7 +116,8 @@ def _read_database(url: str, shown: str) -> tuple[str | None, Statistics]:
     engine = make_engine(url)
     try:
         with engine.connect() as connection:
-            return schema.current_revision(connection), read_statistics(connection)
+            revision = schema.current_revision(connection)
+            return revision, read_statistics(connection, roles_known=(revision or "") >= "0009")
     except sa.exc.SQLAlchemyError as error:
         cause = str(error).splitlines()[0]
         # PostgreSQL has a class for missing tables and columns, SQLite only a text.

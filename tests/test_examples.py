@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks.components import free_port
@@ -29,6 +30,7 @@ CLIENTS = (
     "sdk_sync",
     "sdk_async",
     "torch_dataloader",
+    "train_on_stream",
     "huggingface_dataset",
     "classify_with_heat_map",
     "edit_direction",
@@ -109,6 +111,14 @@ def test_torch_dataloader_yields_images_and_labels(run: Run, url: str) -> None:
     labels = [int(label) for line in text.splitlines() for label in line.split("labels ")[1].strip("[]").split(",")]
     assert sorted(labels) == [0, 0, 0, 1, 1, 1]
     assert len(run("torch_dataloader", "--url", "http://127.0.0.1:9").splitlines()) == 1, "the folder is read again"
+
+
+def test_classifier_is_trained_on_a_stream(run: Run, url: str, tmp_path: Path) -> None:
+    options = ("--samples", "40", "--epochs", "1", "--batch-size", "8", "--workers", "0")
+    text = run("train_on_stream", "--url", url, *options)
+    assert "epoch 0, step 0: loss" in text and "of 40 new generated images" in text
+    saved = torch.load(tmp_path / "classifier.pt", weights_only=True)
+    assert saved["classes"] == ["benign", "malignant"] and saved["weights"]
 
 
 def test_huggingface_dataset_has_typed_columns(

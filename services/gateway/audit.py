@@ -266,7 +266,7 @@ def _event(scope: Scope, status: int, location: bytes | None, action: Action | N
         request_id=scope.get("request_id"),
         detail=None if named is None or created is None else f"replaces {named}",
     )
-    if status < 300 and action is not None and action.name.endswith(".download"):
+    if (status < 300 or status == 307) and action is not None and action.name.endswith(".download"):
         return replace(event, detail=str(params.get("name"))[:300])  # the name exists, so the service has given it
     if action is not None and action.name == "authenticity.compare":
         return replace(event, detail=_kind_of_images(scope))

@@ -57,14 +57,18 @@ class Lease:
         table: The jobs table.
         executor_id: The name of this worker.
         seconds: The length of the lease.
+        works: Whether this process runs jobs; a gateway does not.
         sweep: Called with True if the leases of other workers show which of them are alive. It is called with False for
             one lease period after the database could not be reached, because no worker could renew its lease.
     """
 
-    def __init__(self, table: JobTable, executor_id: str, seconds: float, sweep: Callable[[bool], None]) -> None:
+    def __init__(
+        self, table: JobTable, executor_id: str, seconds: float, *, works: bool, sweep: Callable[[bool], None]
+    ) -> None:
         self._table = table
         self._executor_id = executor_id
         self._seconds = seconds
+        self._works = works
         self._sweep = sweep
         self._stopped = threading.Event()
         self._trusted_from = float("-inf")
@@ -83,7 +87,7 @@ class Lease:
         pause = self._seconds / 3
         while not self._stopped.wait(pause):
             try:
-                self._table.renew_lease(self._executor_id, self._seconds)
+                self._table.renew_lease(self._executor_id, self._seconds, works=self._works)
                 pause = self._seconds / 3
             except Exception as error:  # an interruption of the database must not end this thread
                 logger.warning("lease not renewed", extra={"error": str(error)})

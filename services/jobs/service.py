@@ -55,13 +55,14 @@ class JobService:
     def start(self) -> None:
         """Take a worker name, upgrade the database, launch the workflows, and continue unfinished jobs."""
         settings, table = self._settings, self._ctx.table
+        works = settings.role != "gateway"
         if settings.storage_url is None:
             Path(settings.storage).mkdir(parents=True, exist_ok=True)
         executor_id = self._stack.enter_context(executor_slot(settings.data_dir, settings.executor_id))
         table.open()
         self._remove_files_without_job()
         # Before the workflows start, so that other workers do not treat this worker as dead.
-        table.renew_lease(executor_id, settings.lease_seconds)
+        table.renew_lease(executor_id, settings.lease_seconds, works=works)
         with table.schema_lock():
             workflow.start(
                 self._ctx,
@@ -69,7 +70,7 @@ class JobService:
                 executor_id=executor_id,
                 shard_concurrency=settings.shard_concurrency,
                 max_active=settings.max_active_datasets,
-                works=settings.role != "gateway",
+                works=works,
             )
 
         def sweep(leases_reliable: bool) -> None:
@@ -79,7 +80,7 @@ class JobService:
             self.projections.remove_expired(settings.projection_keep_seconds)
             execution.measure_files(self._ctx)
 
-        lease = Lease(table, executor_id, settings.lease_seconds, sweep)
+        lease = Lease(table, executor_id, settings.lease_seconds, works=works, sweep=sweep)
         self._stack.callback(lease.stop)
         lease.start()
 

@@ -23,21 +23,23 @@ _jobs = sa.table(
     *map(sa.column, ("kind", "state", "created_at", "owner", "shards_total", "shards_done", "stored_bytes")),
 )
 _shards = sa.table("dermis_shards", sa.column("finished"))
-_workers = sa.table("dermis_workers", sa.column("executor_id"), sa.column("lease_until"))
+_workers = sa.table("dermis_workers", sa.column("executor_id"), sa.column("lease_until"), sa.column("works"))
 
 
 @dataclass(frozen=True)
 class Worker:
-    """A worker, as the jobs database knows it.
+    """A process with a lease, as the jobs database knows it: a worker, or a gateway that runs no jobs.
 
     Attributes:
         name: Its name.
         lease_until: End of its lease, seconds since 1970; 0 after it has stopped.
-        jobs: The number of active jobs whose workflow it runs.
+        works: Whether it runs jobs.
+        jobs: The number of active jobs whose workflow it runs, or that it has submitted and no worker has begun.
     """
 
     name: str
     lease_until: float
+    works: bool
     jobs: int
 
     def seconds_left(self, now: float) -> float:
@@ -55,7 +57,7 @@ class Statistics:
         oldest: The time at which the oldest queued job was created, by kind; no entry for a kind without one.
         shards_left: The number of shards of queued and running jobs that are not finished, by kind.
         shards_begun: The number of shards that a worker has begun and not finished.
-        workers: The workers, by name.
+        workers: The workers and gateways, by name.
         stored_bytes: The size of the files of jobs that have succeeded, as measured at their end.
     """
 
@@ -69,16 +71,21 @@ class Statistics:
 
     @property
     def live_workers(self) -> int:
-        """The number of workers whose lease has not run out."""
-        return sum(worker.seconds_left(self.time) >= 0 for worker in self.workers)
+        """The number of processes that run jobs and whose lease has not run out."""
+        return sum(worker.works and worker.seconds_left(self.time) >= 0 for worker in self.workers)
 
     def oldest_age(self, kind: Kind) -> float:
         """The seconds for which the oldest queued job has waited; 0 if none waits."""
         return max(0.0, self.time - self.oldest[kind]) if kind in self.oldest else 0.0
 
 
-def read_statistics(connection: sa.Connection) -> Statistics:
-    """Read the numbers of all tenants in four queries."""
+def read_statistics(connection: sa.Connection, *, roles_known: bool = True) -> Statistics:
+    """Read the numbers of all tenants in four queries.
+
+    Args:
+        connection: A connection to the jobs database.
+        roles_known: Whether the tables say which processes run jobs, as they do from schema 0009 on.
+    """
     left = sa.case((_jobs.c.state.in_(("queued", "running")), _jobs.c.shards_total - _jobs.c.shards_done), else_=0)
     by_state = sa.select(
         _jobs.c.kind,
@@ -89,12 +96,15 @@ def read_statistics(connection: sa.Connection) -> Statistics:
         sa.func.sum(_jobs.c.stored_bytes),
     ).group_by(_jobs.c.kind, _jobs.c.state)
     owned = sa.select(_jobs.c.owner, sa.func.count()).where(_jobs.c.state.in_(ACTIVE)).group_by(_jobs.c.owner)
-    leases = sa.select(_workers.c.executor_id, _workers.c.lease_until).order_by(_workers.c.executor_id)
+    works = sa.func.coalesce(_workers.c.works, sa.true()) if roles_known else sa.true()
+    leases = sa.select(_workers.c.executor_id, _workers.c.lease_until, works).order_by(_workers.c.executor_id)
     begun = sa.select(sa.func.count()).where(_shards.c.finished == sa.false())
     now = time.time()
     rows = connection.execute(by_state).all()
     jobs = {row[0]: row[1] for row in connection.execute(owned)}
-    workers = [Worker(name, until, jobs.get(name, 0)) for name, until in connection.execute(leases)]
+    workers = [
+        Worker(name, until, bool(runs_jobs), jobs.get(name, 0)) for name, until, runs_jobs in connection.execute(leases)
+    ]
     counts: dict[Kind, dict[str, int]] = {kind: dict.fromkeys(STATES, 0) for kind in KINDS}
     oldest: dict[Kind, float] = {}
     shards_left = dict.fromkeys(KINDS, 0)

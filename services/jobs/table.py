@@ -80,6 +80,7 @@ _workers = sa.Table(
     _metadata,
     sa.Column("executor_id", sa.String(140), primary_key=True),
     sa.Column("lease_until", sa.Float, nullable=False),
+    sa.Column("works", sa.Boolean),  # false for a gateway, which runs no jobs; null: written by an earlier version
 )
 
 
@@ -505,9 +506,15 @@ class JobTable:
 
     # Leases
 
-    def renew_lease(self, executor_id: str, seconds: float) -> None:
-        """Extend the lease of a worker: other workers leave its work alone for `seconds`."""
-        values = {"lease_until": time.time() + seconds}
+    def renew_lease(self, executor_id: str, seconds: float, *, works: bool = True) -> None:
+        """Extend the lease of a process: workers leave the jobs that it submitted or runs alone for `seconds`.
+
+        Args:
+            executor_id: The name of the process.
+            seconds: The length of the lease.
+            works: Whether the process runs jobs; a gateway does not.
+        """
+        values = {"lease_until": time.time() + seconds, "works": works}
         with writing(self._engine) as connection:
             updated = connection.execute(
                 sa.update(_workers).where(_workers.c.executor_id == executor_id).values(values)
@@ -520,8 +527,8 @@ class JobTable:
         with writing(self._engine) as connection:
             connection.execute(sa.update(_workers).where(_workers.c.executor_id == executor_id).values(lease_until=0.0))
 
-    def live_workers(self) -> set[str]:
-        """Names of the workers whose lease has not run out. Rows of the others are removed."""
+    def live_executors(self) -> set[str]:
+        """Names of the processes, gateways among them, whose lease has not run out. Rows of the others are removed."""
         with writing(self._engine) as connection:
             connection.execute(sa.delete(_workers).where(_workers.c.lease_until < time.time()))
             return set(connection.execute(sa.select(_workers.c.executor_id)).scalars())

@@ -137,8 +137,10 @@ class Turns:
         if not self._waiting or sum(share.places for share in self._shares.values()) >= self._places:
             return None
         self._advance()
-        first = min(self._waiting, key=lambda each: self._shares[each.tenant].served)
         least = min(share.served for share in self._shares.values())
-        share = self._shares[first.tenant]
-        ahead = share.places and share.served - least > _MAX_LEAD_SECONDS
-        return None if ahead else first
+
+        def is_ahead(share: _Share) -> bool:
+            return share.places > 0 and share.served - least > _MAX_LEAD_SECONDS
+
+        allowed = [each for each in self._waiting if not is_ahead(self._shares[each.tenant])]
+        return min(allowed, key=lambda each: self._shares[each.tenant].served, default=None)

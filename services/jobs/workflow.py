@@ -184,7 +184,7 @@ def sweep(leases_reliable: bool = True) -> None:
         leases_reliable: Whether the leases of other workers show which of them are alive. If not, their work is not resumed.
     """
     ctx = _context()
-    alive = ctx.table.live_workers() | {_executor_id}
+    alive = ctx.table.live_executors() | {_executor_id}
     for status in DBOS.list_workflows(status="PENDING", load_input=False, load_output=False):
         ours = status.executor_id == _executor_id
         if _is_stuck(status.workflow_id) if ours else leases_reliable and status.executor_id not in alive:

@@ -122,6 +122,26 @@ def test_entries_say_who_did_what_and_contain_no_upload(served: Service, key: st
     assert NAME not in text and created["key"][23:] not in text and key[23:] not in text
 
 
+def test_redirected_download_is_recorded_with_its_file(
+    served: Service, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served.client.headers["Authorization"] = f"Bearer {key}"
+    try:
+        dataset = served.ask({"classes": {"benign": 1}})
+        served.wait(dataset)
+    finally:
+        del served.client.headers["Authorization"]
+    context = context_of(served)
+    redirecting = replace(context, settings=context.settings.model_copy(update={"download_url_seconds": 60}))
+    monkeypatch.setitem(served.client.app.state._state, "context", redirecting)  # type: ignore[attr-defined]
+    monkeypatch.setattr(type(context.jobs), "signed_url", lambda *_, **__: "https://storage.example/signed")
+    name = dataset["id"]
+    answer = sent(served, f"GET /v1/datasets/{name}/files/manifest.json", key, follow_redirects=False)
+    assert (answer.status_code, answer.headers["Location"]) == (307, "https://storage.example/signed")
+    entry = next(entry for entry in reversed(entries_of(served)) if entry.action == "dataset.download")
+    assert (entry.outcome, entry.object, entry.detail) == (307, name, "manifest.json")
+
+
 def test_denied_requests_are_recorded_within_limits(served: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DeniedRequests, "FROM_ONE_ADDRESS", 3)
     monkeypatch.setattr(RepeatedDenials, "FROM_ONE_SENDER", 2)

@@ -277,6 +277,6 @@ def test_many_threads_write_without_losing_a_count(table: JobTable) -> None:
 def test_a_lease_runs_out(table: JobTable) -> None:
     table.renew_lease("a", 60)
     table.renew_lease("b", 0.05)
-    wait_for(lambda: table.live_workers() == {"a"})
+    wait_for(lambda: table.live_executors() == {"a"})
     table.drop_lease("a")
-    assert table.live_workers() == set()
+    assert table.live_executors() == set()

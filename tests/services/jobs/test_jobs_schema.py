@@ -216,6 +216,7 @@ def test_statistics_count_what_is_left_of_all_tenants(url: str) -> None:
     table.finish("job2", "succeeded", stored_bytes=7 << 32)
     table.renew_lease("here", 30.0)
     table.renew_lease("gone", -1.0)
+    table.renew_lease("gateway", 30.0, works=False)
     statistics = table.statistics()
     assert {state: n for state, n in statistics.counts["dataset"].items() if n} == {
         "running": 1,
@@ -224,7 +225,11 @@ def test_statistics_count_what_is_left_of_all_tenants(url: str) -> None:
     }
     assert statistics.shards_left == {"dataset": 3, "projection": 4} and statistics.shards_begun == 1
     assert "dataset" not in statistics.oldest and statistics.oldest_age("projection") >= 0
-    assert [(worker.name, worker.jobs) for worker in statistics.workers] == [("gone", 0), ("here", 3)]
+    assert [(worker.name, worker.works, worker.jobs) for worker in statistics.workers] == [
+        ("gateway", False, 0),
+        ("gone", True, 0),
+        ("here", True, 3),
+    ]
     assert statistics.live_workers == 1 and statistics.stored_bytes == 7 << 32
     table.close()
 

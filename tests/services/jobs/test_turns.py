@@ -11,7 +11,7 @@ import pytest
 from dermis.bundle import Bundle
 from service_kit import service, wait_for
 from services.gateway.auth.keys import KeyTable
-from services.jobs.turns import Turns
+from services.jobs.turns import Turns, _Share, _Waiting
 
 
 class Clock:
@@ -84,6 +84,17 @@ def test_tenant_that_is_ahead_leaves_a_place_free_but_keeps_one() -> None:
     other.end_batch(last=True)
     assert first.works.wait(60)
     assert second.works.wait(60)
+
+
+def test_place_goes_to_the_next_tenant_if_the_first_one_is_ahead() -> None:
+    turns = Turns(3, Clock())
+    turns._shares = {
+        "least": _Share(0.0, 0.0, places=1, shards=1),
+        "ahead": _Share(5.0, 0.0, places=1, shards=2),
+        "without a place": _Share(9.0, 0.0, shards=1),
+    }
+    turns._waiting = [_Waiting("ahead"), _Waiting("without a place")]
+    assert turns._next() is turns._waiting[1]
 
 
 def test_error_while_waiting_leaves_the_queue() -> None:

@@ -1,0 +1,314 @@
+"""Synthetic images as data sets of PyTorch, for `torch.utils.data.DataLoader`: `pip install "dermis-client[torch]"`.
+
+`SyntheticIterable` generates images while a model trains. `SyntheticDataset` reads a dataset that was downloaded.
+
+Example:
+    ```python
+    from torch.utils.data import DataLoader
+    from dermis_client.torch import SyntheticIterable
+
+    stream = SyntheticIterable({"benign": 0.5, "malignant": 0.5}, samples=10_000, seed=7)
+    for images, labels in DataLoader(stream, batch_size=64, num_workers=2):
+        ...
+    ```
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import random
+import zipfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+from PIL import Image
+
+from dermis_client._client import DermisClient
+from dermis_client.errors import IntegrityError, InvalidRequestError
+from dermis_client.folders import ARCHIVE, METADATA
+from dermis_client.images import decode
+
+try:
+    import torch
+    from torch.utils.data import Dataset, IterableDataset, get_worker_info
+except ImportError as error:
+    raise ImportError('dermis_client.torch needs PyTorch: pip install "dermis-client[torch]"') from error
+
+Sample = tuple[Any, int]
+Transform = Callable[[Image.Image], Any]
+_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+_MAX_PREFETCH = 64
+_COMPARED = frozenset(
+    {"model", "truncation_psi", "edits"}
+)  # options that `client.authenticity.check_generated` takes too
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """Return an image as float32 [3, H, W] between 0 and 1, as `ToTensor` of torchvision does."""
+    rgb = image.convert("RGB")
+    values = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
+    return values.reshape(rgb.height, rgb.width, 3).permute(2, 0, 1).float().div_(255)
+
+
+class SyntheticIterable(IterableDataset[Sample]):
+    """A stream of generated images and their labels. Sample i depends on (model, seed, i) and the options alone.
+
+    Each call of the service generates a chunk of `chunk` samples. Ranks of a distributed training, and the workers of a
+    DataLoader, generate different chunks: together they give each sample once, for any number of workers. Calls that run
+    ahead keep the generator busy while the model trains.
+
+    An epoch has `samples` samples, and the next epoch has new ones after `set_epoch(1)`; without it, each iteration gives
+    the same samples. `state_dict` and `load_state_dict` continue an interrupted epoch: of this object, if it is iterated
+    in its own process, or through torchdata's StatefulDataLoader, which calls them in each worker.
+
+    Args:
+        classes: Share of each class, such as {"benign": 3, "malignant": 1}, in the order of the labels 0, 1, ....
+        samples: Number of samples of an epoch, of all ranks together; None for a stream without an end.
+        seed: 0 to 2**63 - 1.
+        first_index: Index of the first sample.
+        chunk: Samples of one call, at most what the service generates in one call.
+        prefetch: Calls of each worker that run at the same time, ahead of the training.
+        transform: Makes the item of a PIL image in RGB; by default `to_tensor`.
+        only_authentic: Leave out samples that are nearer to a training image than its own nearest neighbour, or that the
+            copy detector of the model finds. The model needs an index of its training images, and each call takes longer.
+        client: Makes the client in each worker; by default DermisClient, with the address and the key of the environment.
+            For other settings, give functools.partial(DermisClient, "https://...").
+        rank: Number of this process; by default that of torch.distributed.
+        world_size: Number of processes.
+        options: Further options of `client.images.generate`, such as model, truncation_psi or edits.
+
+    Raises:
+        InvalidRequestError: An argument is not valid.
+    """
+
+    def __init__(
+        self,
+        classes: Mapping[str, float],
+        *,
+        samples: int | None = None,
+        seed: SupportsIndex = 0,
+        first_index: int = 0,
+        chunk: int = 32,
+        prefetch: int = 3,
+        transform: Transform | None = None,
+        only_authentic: bool = False,
+        client: Callable[[], DermisClient] = DermisClient,
+        rank: int | None = None,
+        world_size: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        shares = [float(share) for share in classes.values()]
+        if not shares or not all(math.isfinite(share) and share >= 0 for share in shares) or sum(shares) <= 0:
+            raise InvalidRequestError("classes: give the share of each class, at least 0, and more than 0 in all")
+        for name, value, least in (("samples", samples, 1), ("chunk", chunk, 1), ("first_index", first_index, 0)):
+            if value is not None and value < least:
+                raise InvalidRequestError(f"{name}: must be at least {least}")
+        unknown = sorted(options.keys() - _COMPARED) if only_authentic else []
+        if unknown:
+            raise InvalidRequestError(f"{unknown[0]}: only_authentic works with {', '.join(sorted(_COMPARED))} alone")
+        if not 1 <= prefetch <= _MAX_PREFETCH:
+            raise InvalidRequestError(f"prefetch: must be 1 to {_MAX_PREFETCH}")
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self._rank = rank if rank is not None else torch.distributed.get_rank() if distributed else 0
+        self._world_size = (
+            world_size if world_size is not None else torch.distributed.get_world_size() if distributed else 1
+        )
+        if not 0 <= self._rank < self._world_size:
+            raise InvalidRequestError("rank: must be at least 0 and below world_size")
+        self.class_names = tuple(classes)
+        self._limits = [sum(shares[: position + 1]) / sum(shares) for position in range(len(shares))]
+        self._samples, self._seed, self._first_index, self._chunk = samples, int(seed), first_index, chunk
+        self._prefetch, self._transform, self._only_authentic = prefetch, transform or to_tensor, only_authentic
+        self._client, self._options = client, options
+        # In shared memory, so that workers that persist between epochs see it.
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self._done, self._offset = 0, 0  # chunks of this worker that were given, and samples of the next one
+        self._loaded = False
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the samples of the next iteration: epoch e continues where epoch e - 1 ends.
+
+        Raises:
+            InvalidRequestError: It is negative, or the stream has no end.
+        """
+        if epoch < 0 or (epoch and self._samples is None):
+            raise InvalidRequestError("epoch: must be at least 0, and needs `samples`, the length of an epoch")
+        self._epoch.fill_(epoch)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the position in this epoch, for `load_state_dict`."""
+        return {"epoch": int(self._epoch.item()), "chunks": self._done, "offset": self._offset}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue at a position of `state_dict`, with the next iteration, at the same number of workers and ranks."""
+        self._epoch.fill_(state["epoch"])
+        self._done, self._offset = int(state["chunks"]), int(state["offset"])
+        self._loaded = True
+
+    def __len__(self) -> int:
+        """Return the number of samples of an epoch at this rank.
+
+        Raises:
+            TypeError: The stream has no end, or leaves out samples.
+        """
+        if self._samples is None or self._only_authentic:
+            raise TypeError("a stream without an end, or with only_authentic, has no length")
+        whole, rest = divmod(self._samples, self._chunk)
+        own = sum(self._chunk for number in range(self._rank, whole, self._world_size))
+        return own + (rest if whole % self._world_size == self._rank else 0)
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Yield (item, label) of the samples of this rank and worker."""
+        if not self._loaded:
+            self._done = self._offset = 0
+        self._loaded = False
+        worker = get_worker_info()
+        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        chunks = self._chunks(number, workers)
+        with self._client() as client, ThreadPoolExecutor(self._prefetch) as pool:
+            running: deque[Future[list[tuple[Image.Image, int]]]] = deque()
+            try:
+                for start, size in chunks:
+                    running.append(pool.submit(self._generate, client, start, size))
+                    if len(running) >= self._prefetch:
+                        yield from self._items(running.popleft())
+                while running:
+                    yield from self._items(running.popleft())
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _items(self, chunk: Future[list[tuple[Image.Image, int]]]) -> Iterator[Sample]:
+        for image, label in chunk.result()[self._offset :]:
+            self._offset += 1
+            yield self._transform(image), label
+        self._done += 1
+        self._offset = 0
+
+    def _chunks(self, worker: int, workers: int) -> Iterator[tuple[int, int]]:
+        """Yield (first index, size) of the chunks of a worker that have not been given."""
+        begin = self._first_index + int(self._epoch.item()) * (self._samples or 0)
+        position = self._done
+        while True:
+            # Independent of the number of workers, a rank has the same chunks.
+            start = ((worker + position * workers) * self._world_size + self._rank) * self._chunk
+            size = self._chunk if self._samples is None else min(self._chunk, self._samples - start)
+            if size <= 0:
+                return
+            yield begin + start, size
+            position += 1
+
+    def _generate(self, client: DermisClient, start: int, size: int) -> list[tuple[Image.Image, int]]:
+        counts = Counter(self._label(start + position) for position in range(size))
+        classes = {self.class_names[label]: counts[label] for label in sorted(counts)}
+        result = client.images.generate(classes, seed=self._seed, start_index=start, **self._options)
+        if Counter(item.class_name for item in result) != Counter(classes):
+            message = "the service has sent other classes than those that were requested"
+            raise IntegrityError(message, name=f"images {start} to {start + size - 1}")
+        labels = {name: label for label, name in enumerate(self.class_names)}
+        samples = [(item.image, labels[item.class_name]) for item in result]
+        if self._only_authentic:
+            verdicts = client.authenticity.check_generated(classes, seed=self._seed, start_index=start, **self._options)
+            samples = [
+                sample
+                for sample, verdict in zip(samples, verdicts, strict=True)
+                if verdict.authentic and not verdict.copy_detected
+            ]
+        # The service answers class by class.
+        random.Random(f"{self._seed} {start}").shuffle(samples)
+        return samples
+
+    def _label(self, index: int) -> int:
+        """The class of a sample: a sequence that has the shares of the classes in every section, not only on average.
+
+        It is the additive recurrence of the golden ratio, which has a low discrepancy, from a start that the seed gives.
+        """
+        start = random.Random(self._seed).random()
+        # Whole numbers, because the product of a large index and the ratio has no digits left after its point.
+        step = int(_GOLDEN_RATIO * 2**53)
+        value = ((index * step + int(start * 2**53)) % 2**53) / 2**53
+        return next((label for label, limit in enumerate(self._limits) if value < limit), len(self._limits) - 1)
+
+
+class SyntheticDataset(Dataset[Sample]):
+    """The images and labels of a downloaded dataset of the format imagefolder, read from its images.zip.
+
+    Example:
+        ```python
+        with DermisClient() as client:
+            dataset = client.datasets.create({"benign": 500, "malignant": 500}, privacy={"gate": "authentic"}).wait()
+            dataset.download("lesions")
+        data = SyntheticDataset("lesions")
+        ```
+
+    Args:
+        folder: The folder of the dataset, or the images.zip itself.
+        transform: Makes the item of a PIL image in RGB; by default `to_tensor`.
+        class_names: The classes in the order of the labels 0, 1, ...; by default those of the dataset in the model's order.
+
+    Raises:
+        IntegrityError: The archive is missing or damaged, or has an image that its table does not list.
+        InvalidRequestError: `class_names` lacks a class of the dataset.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        transform: Transform | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        path = Path(folder)
+        self._path = path if path.is_file() else path / ARCHIVE
+        self._transform = transform or to_tensor
+        self._archive: tuple[int, zipfile.ZipFile] | None = None
+        try:
+            with zipfile.ZipFile(self._path) as archive:
+                text = archive.read(METADATA).decode()
+                table = list(csv.DictReader(io.StringIO(text, newline="")))
+                self._names = [row["file_name"] for row in table]
+                self._classes = [row["target"] for row in table]
+                order = {row["target"]: int(row["label"]) for row in table}
+                missing = sorted(set(self._names) - set(archive.namelist()))
+        except (OSError, zipfile.BadZipFile, KeyError, ValueError, csv.Error) as error:
+            raise IntegrityError(
+                f"{self._path} cannot be read as the {ARCHIVE} of a dataset ({error})", name=ARCHIVE
+            ) from error
+        if missing:
+            raise IntegrityError(f"{self._path} has no image {missing[0]}, which its {METADATA} lists", name=missing[0])
+        self.class_names = tuple(sorted(order, key=order.__getitem__) if class_names is None else class_names)
+        self._labels = {name: label for label, name in enumerate(self.class_names)}
+        absent = sorted(order.keys() - self._labels.keys())
+        if absent:
+            raise InvalidRequestError(f"class_names: the dataset has the class {absent[0]!r} too")
+
+    @property
+    def labels(self) -> list[int]:
+        """The label of each image, for instance for a WeightedRandomSampler."""
+        return [self._labels[name] for name in self._classes]
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, position: int) -> Sample:
+        name = self._names[position]
+        try:
+            content = self._open().read(name)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise IntegrityError(f"{self._path}: {name} cannot be read ({error})", name=name) from error
+        return self._transform(decode(content, name)), self._labels[self._classes[position]]
+
+    def _open(self) -> zipfile.ZipFile:
+        """The archive, opened once in each process: processes must not share the position in a file."""
+        if self._archive is None or self._archive[0] != os.getpid():
+            self._archive = os.getpid(), zipfile.ZipFile(self._path)
+        return self._archive[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_archive": None}

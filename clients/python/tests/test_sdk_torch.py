@@ -1,0 +1,130 @@
+"""Tests of the data sets of PyTorch. They are skipped without torch."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+
+pytest.importorskip("torch", reason="torch is not installed")
+
+from dermis_client.errors import APIConnectionError, IntegrityError, InvalidRequestError
+from dermis_client.torch import SyntheticDataset, SyntheticIterable
+from torch.utils.data import DataLoader
+
+SHARES = {"benign": 3.0, "malignant": 1.0}
+
+
+class FakeClient:
+    """Answers like a service whose image of an index has the index as its colour."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.images, self.authenticity, self._fails_at = self, self, fails_at
+
+    def __enter__(self) -> FakeClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def generate(self, classes: Mapping[str, int], *, seed: int, start_index: int, **_: Any) -> Iterator[Any]:
+        if self._fails_at is not None and start_index >= self._fails_at:
+            raise APIConnectionError("no answer")
+        names = [name for name, count in classes.items() for _ in range(count)]
+        return [  # type: ignore[return-value]
+            SimpleNamespace(class_name=name, image=Image.new("RGB", (1, 1), (index % 256, index // 256, seed)))
+            for index, name in enumerate(names, start_index)
+        ]
+
+    def check_generated(self, classes: Mapping[str, int], *, start_index: int, **_: Any) -> list[Any]:
+        return [
+            SimpleNamespace(authentic=index % 5 != 0, copy_detected=index % 7 == 0)
+            for index in range(start_index, start_index + sum(classes.values()))
+        ]
+
+
+def index_of(image: Image.Image) -> int:
+    red, green, _ = image.getpixel((0, 0))  # type: ignore[misc]
+    return int(red + 256 * green)
+
+
+def stream(**values: Any) -> SyntheticIterable:
+    options = {"samples": 200, "seed": 5, "chunk": 8, "transform": index_of, "client": FakeClient}
+    return SyntheticIterable(SHARES, **{**options, **values})
+
+
+def test_every_sample_comes_once_for_any_division_of_the_work() -> None:
+    alone = sorted(stream())
+    assert [index for index, _ in alone] == list(range(200))
+    counts = Counter(label for _, label in alone)
+    assert abs(counts[1] - 50) <= 2  # a random draw of the labels would differ by 6 on average
+    ranks = [stream(rank=rank, world_size=3) for rank in range(3)]
+    parts = [list(DataLoader(part, batch_size=None, num_workers=2, multiprocessing_context="fork")) for part in ranks]
+    assert sorted(tuple(sample) for part in parts for sample in part) == alone
+    assert [len(part) for part in ranks] == [len(part) for part in parts] and sum(map(len, parts)) == 200
+    assert list(stream()) == list(stream()) and list(stream()) != alone  # shuffled, always alike
+
+
+def test_epochs_continue_each_other_and_a_position_can_be_restored() -> None:
+    one = stream(samples=20, first_index=100)
+    first = [index for index, _ in one]
+    one.set_epoch(1)
+    assert sorted(first + [index for index, _ in one]) == list(range(100, 140))
+    whole, interrupted = list(stream()), stream()
+    begun = list(islice(interrupted, 43))
+    other = stream()
+    other.load_state_dict(interrupted.state_dict())
+    assert begun + list(other) == whole
+    assert list(other) == whole  # the next iteration is a whole one
+    assert len(list(islice(stream(samples=None), 1000))) == 1000
+
+
+def test_samples_that_are_not_authentic_are_left_out() -> None:
+    assert sorted(index for index, _ in stream(only_authentic=True)) == [
+        index for index in range(200) if index % 5 and index % 7
+    ]
+    with pytest.raises(InvalidRequestError, match="noise_mode: only_authentic"):
+        stream(only_authentic=True, noise_mode="const")
+
+
+def test_errors_reach_the_training() -> None:
+    with pytest.raises(APIConnectionError, match="no answer"):
+        list(stream(client=partial(FakeClient, 80)))
+    for values in ({"samples": 0}, {"chunk": 0}, {"prefetch": 0}, {"rank": 2, "world_size": 2}):
+        with pytest.raises(InvalidRequestError, match=next(iter(values))):
+            stream(**values)
+    with pytest.raises(InvalidRequestError, match="classes"):
+        SyntheticIterable({"benign": -1.0})
+
+
+def test_downloaded_dataset(tmp_path: Path) -> None:
+    rows, content = ["file_name,target,label"], {}
+    for index, name in enumerate(("malignant", "benign", "malignant")):
+        file = io.BytesIO()
+        Image.new("RGB", (2, 1), (index, 0, 255)).save(file, "PNG")
+        content[f"images/{name}/{index}.png"] = file.getvalue()
+        rows.append(f"images/{name}/{index}.png,{name},{int(name == 'malignant')}")
+    path = tmp_path / "images.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("metadata.csv", "\n".join(rows))
+        for name, data in content.items():
+            archive.writestr(name, data)
+    data = SyntheticDataset(tmp_path)
+    assert (data.class_names, data.labels, len(data)) == (("benign", "malignant"), [1, 0, 1], 3)
+    for number, (image, label) in enumerate(DataLoader(data, batch_size=None, num_workers=1)):
+        assert image.shape == (3, 1, 2) and label == data.labels[number]
+        assert image[:, 0, 0].tolist() == pytest.approx([number / 255, 0.0, 1.0])
+    with pytest.raises(InvalidRequestError, match="malignant"):
+        SyntheticDataset(tmp_path, class_names=["benign"])
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(IntegrityError, match="images.zip"):
+        SyntheticDataset(tmp_path)
