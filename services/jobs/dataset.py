@@ -5,6 +5,7 @@ This module implements `services.jobs.execution.JobKind`.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +24,7 @@ from dermis.dataset.plan import DatasetPlan, plan_for
 from dermis.dataset.privacy import exact_below
 from dermis.dataset.request import stored_request
 from dermis.dataset.shards import write_shard
+from dermis.errors import MissingShardsError
 from services.errors import DatabaseUnavailableError
 from services.inference.pixels import Comparison
 from services.inference.samples import Options, pack_rows
@@ -37,7 +39,9 @@ from services.jobs.context import (
     stop_if_asked,
 )
 from services.jobs.table import Job
-from services.metrics import dataset_samples
+from services.metrics import dataset_samples, shard_retries
+
+logger = logging.getLogger("dermis.jobs")
 
 
 def path(job_id: str) -> str:
@@ -83,9 +87,22 @@ def run_shard(ctx: JobContext, job: Job, shard: int) -> None:
 def finish(ctx: JobContext, job: Job) -> None:
     """Write the metadata, the card, the report and the manifest of a dataset whose shards are complete.
 
+    Shards whose files are missing or damaged are made again: database and storage can be restored from different moments.
+
     Raises:
         StoppedError: If the job is to stop.
     """
+    try:
+        _finalize(ctx, job)
+    except MissingShardsError as error:
+        logger.warning("shards made again", extra={"job": job.id, "error": str(error)})
+        shard_retries.labels(job.kind).inc(len(error.shards))
+        for shard in range(job.shards_total):  # damaged ones are found after missing ones; complete ones are kept
+            run_shard(ctx, job, shard)
+        _finalize(ctx, job)
+
+
+def _finalize(ctx: JobContext, job: Job) -> None:
     bundle, plan = _plan_of(ctx, job)
     check = partial(stop_if_asked, ctx, job.id)
     with ctx.turns.of(job.tenant, check) as offer_place:
