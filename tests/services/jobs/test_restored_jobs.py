@@ -54,6 +54,7 @@ def test_missing_and_damaged_shards_are_made_again_at_the_end(
         )  # five shards and those made again: one is missing, which is found first
 
 
+@pytest.mark.full
 def test_projection_whose_images_were_not_restored_says_so(tiny_bundle: Bundle, tmp_path: Path) -> None:
     with service(tiny_bundle.location, tmp_path / "data") as running:
         running.projector.gate.clear()
