@@ -39,7 +39,7 @@ from services.jobs.context import (
     stop_if_asked,
 )
 from services.jobs.table import Job
-from services.metrics import dataset_samples
+from services.metrics import dataset_samples, shard_retries
 
 logger = logging.getLogger("dermis.jobs")
 
@@ -89,7 +89,8 @@ def run_shard(ctx: JobContext, job: Job, shard: int) -> None:
 def finish(ctx: JobContext, job: Job) -> None:
     """Write the metadata, the card, the report and the manifest of a dataset whose shards are complete.
 
-    Shards that another version of dermis or of the libraries made, as during an upgrade of several replicas, are made again.
+    Shards whose files are missing or damaged are made again, as database and storage can be restored from different moments,
+    and so are those of another version of dermis or of the libraries, as during an upgrade of several replicas.
 
     Raises:
         StoppedError: If the job is to stop.
@@ -99,8 +100,9 @@ def finish(ctx: JobContext, job: Job) -> None:
         try:
             return _assemble(ctx, job)
         except MissingShardsError as error:
-            logger.warning("shards made again", extra={"job": job.id, "shards": len(error.shards)})
-            for shard in error.shards:
+            logger.warning("shards made again", extra={"job": job.id, "error": str(error)})
+            shard_retries.labels(job.kind).inc(len(error.shards))
+            for shard in range(job.shards_total):  # damaged ones are found after missing ones; complete ones are kept
                 run_shard(ctx, job, shard)
     return _assemble(ctx, job)
 

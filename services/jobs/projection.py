@@ -39,6 +39,7 @@ from services.jobs.context import (
     stop_if_asked,
 )
 from services.jobs.table import Job
+from services.problems import ProblemError
 
 IMAGES_PER_SHARD = 8
 LISTING = "projections.json"
@@ -134,6 +135,8 @@ def _project(
     store: Store,
     numbers: Sequence[int],
 ) -> list[ProjectionFiles]:
+    if not has_inputs(ctx, job):  # the storage was restored without them
+        raise ProblemError("upload-interrupted", "its images are not stored any more; send them again")
     images = np.stack([decode(store.read(_input_name(number))) for number in numbers])
     label = None if options.class_name is None else classes_of(bundle).index(options.class_name)
     task = ProjectionTask(options.resolved, options.video)
@@ -166,11 +169,18 @@ def _project(
 def finish(ctx: JobContext, job: Job) -> None:
     """List the results, and remove the uploaded images.
 
+    Images whose results are missing are projected again: database and storage can be restored from different moments.
+
     Raises:
         StoppedError: If the job is to stop.
     """
     options = ProjectionOptions.model_validate(job.request)
     store = ctx.retrying_store(job)
+    if store.size(LISTING) is not None:  # an earlier call ended after this
+        store.remove(PARTIAL)
+        return
+    for shard in range(shards_of(options.images)):
+        run_shard(ctx, job, shard)
     rows = []
     for number in range(options.images):
         result, _ = from_bytes(store.read(_result_name(number)), _result_name(number))

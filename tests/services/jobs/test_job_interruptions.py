@@ -492,7 +492,8 @@ def test_leases_are_invalid_until_database_is_available_again() -> None:
     class Table:
         away = False
 
-        def renew_lease(self, _executor_id: str, _seconds: float) -> None:
+        def renew_lease(self, _executor_id: str, _seconds: float, *, works: bool) -> None:
+            assert works
             if self.away:
                 raise DatabaseUnavailableError("away")
 
@@ -500,7 +501,7 @@ def test_leases_are_invalid_until_database_is_available_again() -> None:
             pass
 
     table, valid_leases = Table(), list[bool]()
-    lease = Lease(table, "a", 0.6, valid_leases.append)  # type: ignore[arg-type]
+    lease = Lease(table, "a", 0.6, works=True, sweep=valid_leases.append)  # type: ignore[arg-type]
     lease.start()
     try:
         wait_for(lambda: valid_leases)
