@@ -121,7 +121,7 @@ class MalformedJSONError(ValueError):
 
 
 def parse_json(data: bytes) -> Any:
-    """Parse JSON strictly: UTF-8, no NaN or Infinity, no repeated keys, no lone surrogates, at most 32 levels and 10,000 values.
+    """Parse JSON strictly: UTF-8, no NaN or Infinity, no repeated keys, no half surrogate pairs, few levels and values.
 
     Raises:
         MalformedJSONError: The data is not such JSON.
