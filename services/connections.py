@@ -138,8 +138,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._idle.pop(self, None)
         self._stalled.pop(self, None)
         self._stop_timer()
-        self._stop_write_timer()
         super().connection_lost(exc)
+        self._stop_write_timer()  # after uvicorn has closed the transport once more
         self._unset_keepalive_if_required()
 
     def shutdown(self) -> None:
@@ -324,9 +324,11 @@ class BoundedProtocol(HttpToolsProtocol):
         """Bytes that were written and that the client has not received: in the transport, and in the buffer of the system."""
         buffered = self._raw_transport.get_write_buffer_size()
         connection = self._raw_transport.get_extra_info("socket")
+        if connection is None or connection.fileno() < 0:  # closed
+            return buffered
         try:
             queued = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, b"\0" * 4)
-        except (OSError, ValueError):  # a system that does not count them for sockets, or a closed one
+        except OSError:  # a system that does not count them for sockets
             return buffered
         return buffered + int(struct.unpack("i", queued)[0])
 

@@ -32,6 +32,8 @@ from services.settings import Settings
 from services.webhooks.outbox import WebhookTable
 
 _MAX_DEPTH = 32
+# Values and names in a body. Each can cause an error, and while pydantic validates a body nothing else in the process runs.
+_MAX_VALUES = 10_000
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _JOB_ID = re.compile(r"[a-z]{2}_[0-9a-f]{32}")
 
@@ -119,7 +121,7 @@ class MalformedJSONError(ValueError):
 
 
 def parse_json(data: bytes) -> Any:
-    """Parse JSON strictly: UTF-8, no NaN or Infinity, no repeated keys, no lone surrogates, at most 32 levels.
+    """Parse JSON strictly: UTF-8, no NaN or Infinity, no repeated keys, no half surrogate pairs, few levels and values.
 
     Raises:
         MalformedJSONError: The data is not such JSON.
@@ -157,11 +159,14 @@ def _no_constant(name: str) -> Any:
 
 
 def _check_tree(root: Any) -> None:
-    level, depth = [root], 0
+    level, depth, values = [root], 0, 0
     while level:
         depth += 1
+        values += len(level)
         if depth > _MAX_DEPTH:
             raise MalformedJSONError(f"the body is nested deeper than {_MAX_DEPTH} levels")
+        if values > _MAX_VALUES:
+            raise MalformedJSONError(f"the body has more than {_MAX_VALUES:,} values and names of fields")
         below: list[Any] = []
         for value in level:
             if isinstance(value, dict):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 import uvicorn
 
+from certificates import make_authority
 from service_kit import wait_for
 from services import connections
 from services.connections import BoundedProtocol, connection_limit
@@ -61,28 +64,52 @@ def serving(monkeypatch: pytest.MonkeyPatch, **values: Any) -> Iterator[Callable
 
 @contextmanager
 def running(
-    monkeypatch: pytest.MonkeyPatch, **values: Any
+    monkeypatch: pytest.MonkeyPatch, certificate: Path | None = None, **values: Any
 ) -> Iterator[tuple[Callable[[], socket.socket], uvicorn.Server]]:
-    """A server with such settings, and a function that connects to it."""
+    """A server with such settings, and a function that connects to it. Errors of callbacks fail the test.
+
+    Args:
+        monkeypatch: Sets the settings.
+        certificate: With it and its key in one file the server uses TLS.
+        **values: The settings.
+    """
     settings = Settings(_env_file=None, data_dir=Path("unused"), **values)
     monkeypatch.setattr(connections, "settings_of_process", lambda: settings)
     server = uvicorn.Server(
-        uvicorn.Config(app, port=0, log_level="error", http=BoundedProtocol, timeout_graceful_shutdown=1)
+        uvicorn.Config(
+            app,
+            port=0,
+            log_level="error",
+            http=BoundedProtocol,
+            timeout_graceful_shutdown=1,
+            ssl_certfile=certificate,
+        )
     )
     thread = threading.Thread(target=server.run)
     thread.start()
+    failures = list[str]()
+    handler = logging.Handler(logging.ERROR)
+    monkeypatch.setattr(handler, "emit", lambda record: failures.append(record.getMessage()))
+    logging.getLogger("asyncio").addHandler(handler)
     with ExitStack() as opened:
+        opened.callback(logging.getLogger("asyncio").removeHandler, handler)
         try:
             wait_for(lambda: server.started)
             address = server.servers[0].sockets[0].getsockname()
 
             def connect() -> socket.socket:
-                return opened.enter_context(socket.create_connection(address, timeout=PATIENCE))
+                connection = socket.create_connection(address, timeout=PATIENCE)
+                if certificate is not None:
+                    context = ssl.create_default_context()
+                    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+                    connection = context.wrap_socket(connection)
+                return opened.enter_context(connection)
 
             yield connect, server
         finally:
             server.should_exit = True
             thread.join()
+    assert failures == []
 
 
 def everything(connection: socket.socket) -> bytes:
@@ -230,9 +257,13 @@ def test_idle_connections_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
         assert everything(held[0]) == b""  # the oldest went first
 
 
-def test_client_that_does_not_read_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
+def test_client_that_does_not_read_is_disconnected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tls: bool) -> None:
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    make_authority(tmp_path / "authority.pem").issue(certificate, key)
+    certificate.write_bytes(certificate.read_bytes() + key.read_bytes())
     monkeypatch.setattr(connections, "_READ_SECONDS", 0.5)
-    with running(monkeypatch, body_timeout_seconds=1.0) as (connect, server):
+    with running(monkeypatch, certificate if tls else None, body_timeout_seconds=1.0) as (connect, server):
         silent, reading = connect(), connect()
         for connection in (silent, reading):
             connection.sendall(GET.replace(b"/livez", b"/large"))
@@ -241,7 +272,8 @@ def test_client_that_does_not_read_is_disconnected(monkeypatch: pytest.MonkeyPat
         while len(server.server_state.connections) == 2:  # slowly, but faster than the limit
             received += len(reading.recv(1 << 20))
             time.sleep(0.1)
-        assert len(everything(silent)) < LARGE
+        with suppress(ssl.SSLError):  # TLS was not ended
+            assert len(everything(silent)) < LARGE
         while received < LARGE:
             chunk = reading.recv(1 << 20)
             assert chunk

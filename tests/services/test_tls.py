@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import http.client
 import json
@@ -21,6 +22,7 @@ import pytest
 pytest.importorskip("cryptography", reason="cryptography is not installed")
 
 import uvicorn
+from dermis_client import APIConnectionError, APIResponseError, AsyncDermisClient, DermisClient, InvalidRequestError
 from starlette.types import Receive, Scope, Send
 
 from certificates import Authority, make_authority
@@ -111,6 +113,29 @@ def test_answers_come_over_tls_with_strict_transport_security(authority: Authori
     with socket.create_connection(("127.0.0.1", port), timeout=30) as plain:  # HTTP without TLS is not answered
         plain.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert not plain.recv(100).startswith(b"HTTP/1.1")
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["blocking", "asyncio"])
+def test_client_of_python_trusts_the_authority_of_the_environment(
+    authority: Authority, port: int, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")  # a proxy is not used for this machine
+
+    def ask() -> None:
+        address = f"https://127.0.0.1:{port}"
+        if asynchronous:
+            asyncio.run(AsyncDermisClient(address, max_retries=0).models.list())
+        else:
+            DermisClient(address, max_retries=0).models.list()
+
+    with pytest.raises(APIConnectionError, match="certificate .* is not accepted .* set SSL_CERT_FILE"):
+        ask()
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.path))
+    with pytest.raises(APIResponseError):  # the server of this test has no models
+        ask()
+    monkeypatch.setenv("SSL_CERT_FILE", "/none.pem")
+    with pytest.raises(InvalidRequestError, match="SSL_CERT_FILE"):
+        ask()
 
 
 def test_replaced_certificate_is_used_without_a_restart(

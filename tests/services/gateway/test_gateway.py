@@ -19,7 +19,7 @@ from PIL import Image
 from dermis.bundle import Bundle
 from service_kit import Service, service, wait_for
 from services.errors import InferenceFailedError, InferenceUnavailableError
-from services.gateway.dependencies import negotiate
+from services.gateway.dependencies import MalformedJSONError, negotiate, parse_json
 from services.jobs.service import DatasetJobs
 
 BOTH = {"benign": 3, "malignant": 2}
@@ -107,6 +107,13 @@ def test_invalid_request_bodies_are_problems(
 ) -> None:
     answer = served.client.post(path, content=body, headers={"content-type": "application/json"} | headers)
     problem(answer, status, kind)
+
+
+@pytest.mark.parametrize("value", [dict.fromkeys(map(str, range(6000)), -1), [[0] * 100] * 101], ids=["names", "lists"])
+def test_body_with_very_many_values_is_refused_before_it_is_validated(value: object) -> None:
+    with pytest.raises(MalformedJSONError, match="10,000 values"):
+        parse_json(json.dumps({"classes": value}).encode())
+    assert parse_json(json.dumps([0] * 9000).encode()) == [0] * 9000
 
 
 def test_body_without_length_is_refused_at_size_limit(served: Service) -> None:

@@ -234,6 +234,11 @@ def connection_error(error: httpx.RequestError, operation: Request | str) -> API
         failure = APITimeoutError(
             f"no response in time from {url} ({operation}: {reason}); if the service is busy, increase `timeout`"
         )
+    elif isinstance(error, httpx.ConnectError) and "CERTIFICATE_VERIFY_FAILED" in reason:
+        failure = APIConnectionError(
+            f"the certificate of {url} is not accepted ({reason}); if an authority of your own issued it, set SSL_CERT_FILE to "
+            "the certificate of that authority"
+        )
     elif isinstance(error, httpx.ConnectError):
         failure = APIConnectionError(
             f"cannot reach {url} ({reason}); check that the service is running, and check base_url"

@@ -120,6 +120,14 @@ def _use_environment(settings: ClientSettings) -> bool:
     return not _requests.is_loopback(settings.base_url)
 
 
+def _http_options(settings: ClientSettings) -> dict[str, Any]:
+    try:  # the authorities of SSL_CERT_FILE are used also where the rest of the environment is not
+        context = httpx.create_ssl_context()
+    except OSError as error:
+        raise InvalidRequestError(f"SSL_CERT_FILE: no certificates of authorities can be read: {error}") from None
+    return {"trust_env": _use_environment(settings), "verify": context}
+
+
 def _build(
     http: httpx.Client | httpx.AsyncClient, settings: ClientSettings, request: Request, token: str | None
 ) -> httpx.Request:
@@ -170,7 +178,7 @@ class SyncTransport:
 
     def __init__(self, settings: ClientSettings, http: httpx.Client | None) -> None:
         self.settings = settings
-        self.http = http or httpx.Client(trust_env=_use_environment(settings))
+        self.http = http or httpx.Client(**_http_options(settings))
         self._owned = http is None
 
     def close(self) -> None:
@@ -314,7 +322,7 @@ class AsyncTransport:
 
     def __init__(self, settings: ClientSettings, http: httpx.AsyncClient | None) -> None:
         self.settings = settings
-        self.http = http or httpx.AsyncClient(trust_env=_use_environment(settings))
+        self.http = http or httpx.AsyncClient(**_http_options(settings))
         self._owned = http is None
 
     async def close(self) -> None:
