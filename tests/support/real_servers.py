@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from benchmarks.components import MissingComponentError, postgres, s3
+from benchmarks.components import MissingComponentError, moto_s3, postgres, s3
 
 
 @contextmanager
@@ -30,4 +30,11 @@ def running_postgres() -> Iterator[postgres.Postgres]:
 def running_s3() -> Iterator[s3.S3Server]:
     """A new server with a bucket, running."""
     with skipped_if_missing(), s3.running_s3() as server:
+        yield server
+
+
+@contextmanager
+def running_moto() -> Iterator[moto_s3.MotoServer]:
+    """A new server of another implementation with a bucket, running."""
+    with skipped_if_missing(), moto_s3.running_moto() as server:
         yield server
