@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed-$(VARIANT)
 # Where `make demo-bundle` finds an ISIC-layout folder (images and metadata.csv).
 DATA ?= ../shared/data/dermoscopy
 
-.PHONY: setup serve test test-full docs ranges wheels sbom lint demo-split demo-bundle demo-classifier demo-latents demo-privacy gpu-pack clean
+.PHONY: setup serve test test-full test-cluster docs ranges wheels sbom lint demo-split demo-bundle demo-classifier demo-latents demo-privacy gpu-pack clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,10 @@ test: lint
 
 test-full: lint
 	$(PYTEST)
+
+# The tests with real servers and programs (PostgreSQL, S3, kubectl, promtool); it prints which are missing and how to install them.
+test-cluster: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/support/cluster_tests.py
 
 # Wheels of dermis, dermis-client, dermis-studio and the demo bundle, into dist/. They are built from a copy: a build leaves files behind.
 wheels: setup

@@ -17,7 +17,7 @@ import psutil  # type: ignore[import-untyped]
 from benchmarks.components import MissingComponentError, free_port
 
 
-def _binaries() -> Path | None:
+def binaries() -> Path | None:
     """The folder of initdb and pg_ctl, the newest version first."""
     for folder in sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: path.parent.name, reverse=True):
         if (folder / "initdb").exists() and (folder / "pg_ctl").exists():
@@ -100,15 +100,15 @@ def running_postgres() -> Iterator[Postgres]:
     Raises:
         MissingComponentError: There is none to run here.
     """
-    binaries, user = _binaries(), _user()
-    if binaries is None:
+    programs, user = binaries(), _user()
+    if programs is None:
         raise MissingComponentError("PostgreSQL's server (initdb, pg_ctl) is not installed")
     if user is None:
         raise MissingComponentError("PostgreSQL does not run as root, and there is no user postgres or nobody")
     port = free_port()
     folder = Path(tempfile.mkdtemp(prefix="dermis-postgres-"))
     os.chown(folder, *user)
-    server = Postgres(binaries, folder, user, port)
+    server = Postgres(programs, folder, user, port)
     data = folder / "data"
     try:
         server._run("initdb", "-D", str(data), "-U", "dermis", "-A", "trust", "-E", "UTF8", "--no-sync")

@@ -34,6 +34,17 @@ def weed_binary() -> Path | None:
     return next((Path(place) for place in places if place and os.access(place, os.X_OK)), None)
 
 
+def environment_of(endpoint: str) -> dict[str, str]:
+    """Environment variables with which s3fs and boto use a server with the key of these tests."""
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+
+
 @dataclass
 class S3Server:
     """A server with one bucket. It keeps ports and data when it is stopped or killed and started again."""
@@ -52,13 +63,7 @@ class S3Server:
     @property
     def environment(self) -> dict[str, str]:
         """Environment variables with which s3fs and boto use this server."""
-        return {
-            "AWS_ENDPOINT_URL": self.endpoint,
-            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }
+        return environment_of(self.endpoint)
 
     def url(self, prefix: str) -> str:
         """The fsspec URL of a folder of the bucket."""

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.components.moto_s3 import MotoServer
 from benchmarks.components.s3 import S3Server
 from dermis.bundle import Bundle
 from dermis.dataset.store import Store
 from dermis.dataset.verify import verify
-from real_servers import running_s3
+from real_servers import running_moto, running_s3
 
 pytestmark = pytest.mark.full
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +27,29 @@ SECONDS = 300
 def s3() -> Iterator[S3Server]:
     with running_s3() as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def moto() -> Iterator[MotoServer]:
+    with running_moto() as server:
+        yield server
+
+
+@pytest.fixture(params=["s3", "moto"])
+def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S3Server | MotoServer:
+    """A server that the processes of the test use: SeaweedFS or moto."""
+    server: S3Server | MotoServer = request.getfixturevalue(request.param)
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    forget_servers()
+    return server
+
+
+def forget_servers() -> None:
+    """Let fsspec open its file systems again, with the environment as it is now."""
+    from s3fs import S3FileSystem
+
+    S3FileSystem.clear_instance_cache()
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
@@ -49,7 +73,9 @@ def contents(location: str | Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("file_format", ["imagefolder", "webdataset", "parquet"])
-def test_parts_in_a_bucket_survive_a_kill(s3: S3Server, tiny_bundle: Bundle, tmp_path: Path, file_format: str) -> None:
+def test_parts_in_a_bucket_survive_a_kill(
+    bucket: S3Server | MotoServer, tiny_bundle: Bundle, tmp_path: Path, file_format: str
+) -> None:
     asked = [
         "generate",
         "--bundle",
@@ -60,7 +86,7 @@ def test_parts_in_a_bucket_survive_a_kill(s3: S3Server, tiny_bundle: Bundle, tmp
         file_format,
     ]
     asked += ["--shard-size", "25", "--device", "cpu", "--out"]
-    url = s3.url(f"kills/{file_format}")
+    url = bucket.url(f"kills/{file_format}")
     store = Store(url)
     parts = [start(*asked, url, "--shards", f"{index}/3") for index in range(3)]
     deadline = time.monotonic() + SECONDS
@@ -79,9 +105,9 @@ def test_parts_in_a_bucket_survive_a_kill(s3: S3Server, tiny_bundle: Bundle, tmp
     assert contents(url) == contents(tmp_path / "one")
 
 
-def test_files_of_another_process_are_seen(s3: S3Server) -> None:
+def test_files_of_another_process_are_seen(bucket: S3Server | MotoServer) -> None:
     """Also if the driver has listed the folder before."""
-    url = s3.url("listings")
+    url = bucket.url("listings")
     here = Store(url)
     here.write("one", b"1")
     assert here.entries() == ["one"]
@@ -96,9 +122,10 @@ def test_files_of_another_process_are_seen(s3: S3Server) -> None:
     assert here.size("two") is None
 
 
-def test_dataset_is_finished_after_the_server_was_killed(s3: S3Server, tiny_bundle: Bundle) -> None:
+@pytest.mark.parametrize("bucket", ["s3"], indirect=True)
+def test_dataset_is_finished_after_the_server_was_killed(bucket: S3Server, tiny_bundle: Bundle) -> None:
     """The parts end with status 1, which a Job repeats, or wait for the server; then the same command continues."""
-    url = s3.url("server")
+    url = bucket.url("server")
     asked = ("generate", "--bundle", tiny_bundle.location, "--classes", "malignant=300,benign=300", "--shard-size", 25)
     asked += ("--device", "cpu", "--format", "parquet", "--out", url)
     part = start(*asked, "--shards", "0/1")
@@ -106,8 +133,8 @@ def test_dataset_is_finished_after_the_server_was_killed(s3: S3Server, tiny_bund
     while sum(name.endswith(".json") for name in Store(url).entries()) < 4:
         assert part.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    s3.kill()
-    s3.start()
+    bucket.kill()
+    bucket.start()
     assert done(part) in (0, 1)
     assert done(start(*asked, "--shards", "0/1")) == 0
     assert done(start(*asked, "--finalize")) == 0

@@ -19,7 +19,7 @@ from dermis.dataset.store import Store
 from dermis.imaging import encode
 from gated_dataset import REQUEST, make_directly
 from launched_service import Launched, launching
-from real_servers import running_postgres, running_s3
+from real_servers import running_moto, running_postgres, running_s3
 from services.settings import SettingsError, read_settings
 from tiny_index import make_complete_bundle
 
@@ -43,10 +43,10 @@ def test_roles_that_cannot_work_are_refused(
         read_settings()
 
 
-@pytest.fixture
-def storage() -> Iterator[str]:
+@pytest.fixture(params=[running_s3, running_moto], ids=["seaweedfs", "moto"])
+def storage(request: pytest.FixtureRequest) -> Iterator[str]:
     """The URL of a folder of a bucket."""
-    with running_s3() as server:
+    with request.param() as server:
         yield server.url("datasets")
 
 
