@@ -238,5 +238,7 @@ def _library() -> Any:
     try:
         import c2pa
     except (ImportError, OSError) as error:  # OSError: its shared library cannot be loaded
-        raise SignatureError(f"signed images need the package c2pa-python ({error}): {install_command(EXTRA)}") from None
+        raise SignatureError(
+            f"signed images need the package c2pa-python ({error}): {install_command(EXTRA)}"
+        ) from None
     return c2pa

@@ -115,7 +115,9 @@ def sign_records(
         if certificate is None:
             config.use_elliptic_key_signer(private_key=key)
         else:
-            chain = chain or (certificate,)  # the library refuses an empty chain; a certificate twice makes no difference
+            chain = chain or (
+                certificate,
+            )  # the library refuses an empty chain; a certificate twice makes no difference
             config.use_certificate_signer(private_key=key, signing_certificate=certificate, certificate_chain=chain)
         with tempfile.TemporaryDirectory(prefix="dermis-sign-") as folder:
             path = Path(folder) / ignored
