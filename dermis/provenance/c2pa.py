@@ -97,7 +97,10 @@ class ImageSigner:
         from dermis.imaging import encode
 
         image = encode(np.zeros((8, 8, 3), np.uint8))
-        result = verify_image(self.sign(image, "png", ImageOrigin("test")), _reader_context(()))
+        try:
+            result = verify_image(self.sign(image, "png", ImageOrigin("test")), _reader_context(()))
+        except SignatureError as error:
+            raise SignatureError(f"{certificate}: {error}") from None
         problems = result.reason.removeprefix(_UNTRUSTED).strip(", ")
         if result.state != "unknown signer" or problems:
             raise SignatureError(f"{certificate}: is not fit for signing images (C2PA): {problems or result.state}")
