@@ -243,10 +243,10 @@ class DatasetRequest(BaseModel):
     def with_signing(self, available: bool, missing: str) -> DatasetRequest:
         """The request with a choice of signing in place of null (see `ProvenanceOptions.resolved`).
 
-        A request that signs nothing stays as it is, so that it keeps its digest.
+        A request that signs nothing has no such options, so that its digest is that of a request before they existed.
         """
         provenance = (self.provenance or ProvenanceOptions.model_validate({})).resolved(available, missing)
-        return self.model_copy(update={"provenance": provenance}) if provenance.c2pa else self
+        return self.model_copy(update={"provenance": provenance if provenance.c2pa else None})
 
     @property
     def tries(self) -> int:

@@ -79,7 +79,7 @@ def test_certificates_that_are_not_fit_are_refused_before_any_image(
     signers: dict[str, TestSigner], tmp_path: Path
 ) -> None:
     clinic, other = signers["Clinic"], signers["Other"]
-    expired = make_signer(tmp_path / "expired", days=0)
+    expired = make_signer(tmp_path / "expired", days=-0.5)
     for certificate, key in (
         (clinic.certificate, other.key),
         (clinic.authority, clinic.key),
