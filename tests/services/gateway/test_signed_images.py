@@ -73,6 +73,7 @@ def test_datasets_are_signed_by_default_and_keep_their_hashes(running: Service, 
     assert state((folders[1] / "preview.png").read_bytes(), signer) == "signed"
 
 
+@pytest.mark.full
 def test_projected_images_are_signed(running: Service, signer: TestSigner) -> None:
     image = encode(np.zeros((16, 16, 3), np.uint8))
     job = running.client.post(
