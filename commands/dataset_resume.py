@@ -180,7 +180,8 @@ def _differing_options(planned: DatasetPlan, former: DatasetRequest | None, bund
 
 def _option_texts(request: DatasetRequest) -> dict[str, str]:
     """Return the command-line options of a request, by name. Unused options are left out."""
-    values = request.model_dump(exclude={"model", "classes", "edits", "classifier", "privacy"}, exclude_none=True)
+    parts = {"model", "classes", "edits", "classifier", "privacy", "provenance"}
+    values = request.model_dump(exclude=parts, exclude_none=True)
     for name, part in (
         ("classifier", request.classifier and request.classifier.model_dump(exclude_defaults=True)),
         ("privacy", request.privacy and request.privacy.model_dump()),
@@ -190,6 +191,8 @@ def _option_texts(request: DatasetRequest) -> dict[str, str]:
     for option in ("score", "detect-copies"):
         if texts.pop(f"--{option}", None):  # only where it differs from the default
             texts[f"--no-{option}"] = f"--no-{option}"
+    if request.signed:
+        texts["--c2pa"] = "--c2pa"
     texts["--classes"] = "--classes " + ",".join(f"{name}={count}" for name, count in request.classes.items())
     edits = [
         f"--edit {edit.direction}={edit.strength}" + ("" if edit.layers is None else "@{}-{}".format(*edit.layers))

@@ -27,6 +27,7 @@ from commands.dataset_audit import (
     prepare_audit,
 )
 from commands.dataset_resume import begin, differences, existing_manifest, in_format_there, is_complete
+from commands.image_signing import C2paOption, CertificateOption, KeyOption, image_signer
 from commands.options import (
     DEMO_BUNDLE,
     BundleOption,
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from dermis.dataset.manifest import Audit, Manifest
     from dermis.dataset.plan import DatasetPlan
     from dermis.dataset.request import DatasetRequest
-    from dermis.dataset.shards import FileEntry
+    from dermis.dataset.shards import FileEntry, Sign
     from dermis.dataset.store import Store
     from dermis.synthesizer import Synthesizer
 
@@ -107,6 +108,9 @@ def generate(
     audit_non_members_metadata: AuditNonMembersMetadataOption = None,
     audit_class_column: AuditClassColumnOption = None,
     audit_extractor: AuditExtractorOption = None,
+    c2pa: C2paOption = None,
+    c2pa_certificate: CertificateOption = None,
+    c2pa_key: KeyOption = None,
     only_shard: Annotated[
         list[int] | None,
         typer.Option(help="Make only this shard (the first is 0), without finishing; may be repeated."),
@@ -169,6 +173,8 @@ def generate(
         raise RequestError("--detect-copies", "is an option of the gate; add --gate authentic or --gate min_distance")
     if edit:
         fields["edits"] = [_parse_edit(text) for text in edit]
+    if c2pa is not None:
+        fields["provenance"] = {"c2pa": c2pa}
     part = None if shards is None or print_job else part_of(shards)
     if part is not None and (only_shard is not None or finalize_only):
         raise RequestError("--shards", f"omit {'--finalize' if finalize_only else '--only-shard'}")
@@ -188,7 +194,7 @@ def generate(
     former: Manifest | None = None
     if manifest is not None:
         if classes is not None or fields or filtering or gating:
-            words = {"edits": "edit", "tries": "gate-tries"}
+            words = {"edits": "edit", "tries": "gate-tries", "provenance": "c2pa"}
             extra = sorted({*(words.get(name, name) for name in (*fields, *gating)), *filtering})
             names = ", ".join(["classes"] * (classes is not None) + extra).replace("_", "-")
             raise RequestError("--manifest", f"already contains all options; omit --{names.replace(', ', ', --')}")
@@ -210,11 +216,14 @@ def generate(
         if gating:
             fields["privacy"] = gating
         request = _request({"model": opened.name, "classes": _parse_classes(classes), **fields})
+    request, signer = image_signer(request, c2pa_certificate, c2pa_key, repeated=former is not None)
     check_against(request, opened, max_samples=10**8)
     planned = plan_for(request, opened)
     if print_job:
         if sources is not None or only_shard is not None or finalize_only:
             raise RequestError("--print-job", "omit --finalize, --only-shard and the options of the audit")
+        if signer is not None:
+            raise RequestError("--print-job", "the Job has no key to sign images with; add --no-c2pa")
         job = JobOptions(bundle, out, shards, queue, job_image, job_gpus)
         typer.echo(job_yaml(planned, opened.generator.img_resolution, job), nl=False)
         return
@@ -245,7 +254,7 @@ def generate(
             _checking(planned, opened, device) as checker,
             _comparing(planned, opened, device, finish) as compare,
         ):
-            models = DatasetModels(synthesizer, scorer, checker, compare)
+            models = DatasetModels(synthesizer, scorer, checker, compare, None if signer is None else signer.sign)
             identity = synthesizer_identity(models.identity)
             if former is not None and (differing := differences(former.synthesizer, identity)):
                 typer.echo(f"warning: the bytes may differ from those of the manifest: {differing}", err=True)
@@ -324,13 +333,15 @@ def _comparing(planned: DatasetPlan, bundle: Bundle, device: str, finish: bool) 
 class DatasetModels:
     """The models that make a dataset: generator, classifier and index of training images.
 
-    `compare` is the index for the report if the plan has no gate; the bytes of the images do not depend on it.
+    `compare` is the index for the report if the plan has no gate; the bytes of the images do not depend on it. `sign` puts
+    signed manifests into the images.
     """
 
     synthesizer: Synthesizer
     scorer: Classifier | None
     checker: Checker | None
     compare: Checker | None = None
+    sign: Sign | None = None
 
     @property
     def identity(self) -> dict[str, str]:
@@ -429,6 +440,7 @@ def _make(
                 score=score,
                 examine=None if checker is None else examiner(planned, checker),
                 identity=models.identity,
+                sign=models.sign,
                 on_batch=advance,
                 batch_size=batch,
             )
@@ -443,6 +455,7 @@ def _make(
         expose,
         examine=None if models.compare is None else partial(models.compare.nearest, detect_copies=False),
         audit=audit,
+        sign=models.sign,
     )
 
 
@@ -452,6 +465,8 @@ def _compare(former: Manifest, repeated: Manifest) -> None:
         typer.echo("every file is the same as in the manifest, byte for byte")
     elif former.synthesizer != repeated.synthesizer:
         typer.echo("the bytes differ from those of the manifest, as another machine made it", err=True)
+    elif former.request.signed and _unsigned_files(former) == _unsigned_files(repeated):
+        typer.echo("every image is the same as in the manifest, byte for byte, but for its signature")
     elif _without_report(former) == _without_report(repeated):
         typer.echo(
             "every file except report and audit is the same as in the manifest, byte for byte; the former dataset was made "
@@ -462,6 +477,13 @@ def _compare(former: Manifest, repeated: Manifest) -> None:
         raise DermisError(
             "the files differ from those of the manifest, though made in the same way; please report this"
         )
+
+
+def _unsigned_files(manifest: Manifest) -> list[FileEntry]:
+    """Return the files that no signature is in. metadata.csv has the SHA-256 of every image without its signature."""
+    from dermis.dataset.manifest import CARD, METADATA
+
+    return [file for file in manifest.files if file.name in (CARD, METADATA)]
 
 
 def _without_report(manifest: Manifest) -> list[FileEntry]:

@@ -19,6 +19,7 @@ from services.gateway.heat_maps import HeatMaps
 from services.gateway.limits import GatewayLimits
 from services.gateway.quotas import TenantQuotas
 from services.gateway.uploads import Uploads
+from services.image_signing import image_signer_of
 from services.inference.client import InferenceClients
 from services.jobs.context import JobContext
 from services.jobs.service import JobService
@@ -89,6 +90,7 @@ def compose(settings: Settings, models: ServedModels, inference: InferenceClient
         models: The served models.
         inference: The clients of the inference services.
     """
+    signer = image_signer_of(settings)
     job_context = JobContext(
         table=JobTable(settings.jobs_url),
         models=models,
@@ -98,6 +100,7 @@ def compose(settings: Settings, models: ServedModels, inference: InferenceClient
         turns=Turns(settings.shard_concurrency),
         projection_turns=Turns(1),
         min_free_bytes=settings.min_free_bytes,
+        sign=None if signer is None else signer.sign,
     )
     jobs = JobService(settings, job_context)
     webhooks = WebhookTable(settings.jobs_url)
@@ -115,6 +118,7 @@ def compose(settings: Settings, models: ServedModels, inference: InferenceClient
         uploads=Uploads(settings),
         heat_maps=HeatMaps(settings, inference.explainer),
         webhooks=webhooks,
+        sign=job_context.sign,
         not_ready=_readiness(job_context, jobs),
         not_alive=inference.not_alive,
         stopping=job_context.stopping,

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dermis.errors import BundleError, DermisError, RequestError, StorageError
+from dermis.errors import BundleError, DermisError, RequestError, SignatureError, StorageError
 from services.errors import DatabaseUnavailableError, InferenceUnavailableError, NotInstalledError
 from services.quotas import QuotaExceededError
 
@@ -194,6 +194,8 @@ def problem_of(error: Exception) -> ProblemError:
         return ProblemError("model-unavailable", str(error))
     if isinstance(error, InferenceUnavailableError | DatabaseUnavailableError):
         return ProblemError("not-ready", str(error), headers={"Retry-After": "5"})
+    if isinstance(error, SignatureError):
+        return ProblemError("internal", f"{error}; ask the operator of this service to renew its certificate")
     if isinstance(error, NotInstalledError):
         return ProblemError("not-installed", f"{error}; ask the operator of this service to install it")
     if isinstance(error, StorageError):

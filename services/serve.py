@@ -86,10 +86,12 @@ def serve(options: Mapping[str, str | None]) -> int:
 
 def _prepare(settings: Settings) -> None:
     """Check that the service can start, so that a failure is one line on stderr."""
+    from services.image_signing import image_signer_of
     from services.jobs.table import JobTable
     from services.models import ServedModels, check_any_bundle, signers_of
 
     check_any_bundle(settings.bundles)
+    image_signer_of(settings)
     signers = signers_of(settings)
     if settings.model_tenants:
         ServedModels(settings.bundles, settings.default_model, settings.model_tenants, signers)

@@ -156,6 +156,12 @@ class Settings(BaseSettings):
         description="PEM files of public keys and of authorities' certificates, separated by commas. With them, only bundles "
         "that one of these signers signed (`dermis bundle sign`) are served. Needs the extra `provenance`.",
     )
+    c2pa_certificate: Path | None = Field(
+        None,
+        description="PEM file with a certificate for signing images (C2PA) and those of intermediate authorities. With it and "
+        "DERMIS_C2PA_KEY every image has a signed manifest unless a request refuses it. Needs the extra `provenance`.",
+    )
+    c2pa_key: Path | None = Field(None, description="PEM file with the private key of DERMIS_C2PA_CERTIFICATE.")
     default_model: str = Field(
         "demo", description="Model for requests that name none. If it is not served, the first model is used."
     )
@@ -525,8 +531,9 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _certificate_has_key(self) -> Self:
-        if (self.tls_certificate is None) != (self.tls_key is None):
-            raise ValueError("set both DERMIS_TLS_CERTIFICATE and DERMIS_TLS_KEY, or neither")
+        for name in ("TLS", "C2PA"):
+            if (getattr(self, f"{name.lower()}_certificate") is None) != (getattr(self, f"{name.lower()}_key") is None):
+                raise ValueError(f"set both DERMIS_{name}_CERTIFICATE and DERMIS_{name}_KEY, or neither")
         return self
 
     @field_validator("log_level", mode="before")

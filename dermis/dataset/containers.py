@@ -27,7 +27,10 @@ SOURCE = "dermis-synthetic"
 
 @dataclass(frozen=True)
 class DatasetSample:
-    """An encoded image with its results. `sha256` (hex) is that of `data`; None if all candidates were rejected."""
+    """An encoded image with its results.
+
+    `sha256` (hex) is that of `data` without its C2PA manifest; None if all candidates were rejected.
+    """
 
     index: int
     label: int

@@ -39,7 +39,7 @@ from dermis.dataset.plan import FORMAT_VERSION, DatasetPlan
 from dermis.dataset.privacy import Checks, Examine, Expose, PrivacyReport, PrivacyTally, report
 from dermis.dataset.request import ClassifierOptions, DatasetRequest, StoredRequest
 from dermis.dataset.scoring import ClassifierTally, tally
-from dermis.dataset.shards import FileEntry, find_shard, missing_shards
+from dermis.dataset.shards import FileEntry, Sign, find_shard, missing_shards, signed_image
 from dermis.dataset.store import PARTIAL, Store, hash_file, storage_error, storage_errors
 from dermis.errors import MissingShardsError, RequestError, StorageError, escape
 from dermis.imaging import Images, contact_sheet, decode, encode, thumbnail
@@ -204,6 +204,7 @@ def finalize(
     *,
     examine: Examine | None = None,
     audit: Audit | None = None,
+    sign: Sign | None = None,
     on_batch: Callable[[], None] | None = None,
 ) -> Manifest:
     """Write all files of a dataset that are not written yet, and then manifest.json.
@@ -218,6 +219,7 @@ def finalize(
         expose: Measures what the images disclose of the training set; required if `plan.gated`.
         examine: Computes features for the report of a dataset without a gate; without it they are not measured.
         audit: Audits the images; the report then has this result in place of the bundle's audit.
+        sign: Signs the preview; required if the images are signed.
         on_batch: Called between shards and between the images that are measured for the report. An exception ends the work.
 
     Returns:
@@ -249,6 +251,7 @@ def finalize(
             files = [_write_archive(plan, store, records, {METADATA: metadata, CARD: io.BytesIO(card)}, on_batch)]
         files.append(_write_copy(store, METADATA, metadata))
         preview = encode(contact_sheet(_preview(plan, store, records), PREVIEW_COLUMNS), origin=plan.origin())
+        preview = signed_image(plan, preview, "png", plan.origin(), sign)
         kept = _by_class(plan, records)
         measured = measure(
             plan,

@@ -15,6 +15,7 @@ from dermis.dataset.plan import DatasetPlan, plan
 from dermis.dataset.store import Store
 from dermis.dataset.verify import verify
 from dermis.errors import DataError, escape, quote
+from dermis.provenance.canonical import canonical_sha256
 
 Row = dict[str, str]
 _NUMBERS = ("label", "seed", "index")
@@ -111,6 +112,6 @@ def _of_container(
             if name not in rows:
                 raise DataError(f"{store.where(container)}: holds {escape(str(name))}, which {METADATA} does not list")
             # The file can have been replaced after it was verified.
-            if rows[name].get("sha256") not in (None, hashlib.sha256(data).hexdigest()):
+            if rows[name].get("sha256") not in (None, canonical_sha256(data)):
                 raise DataError(f"{store.where(container)}: {escape(name)} is not the image that {METADATA} lists")
             yield rows[name], data

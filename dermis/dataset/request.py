@@ -143,6 +143,32 @@ class PrivacyOptions(BaseModel):
         return self.tries if self.on_reject == "resample" else 1
 
 
+class ProvenanceOptions(BaseModel):
+    """Options of what the image files say of their origin, beyond the metadata that all of them have."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    c2pa: bool | None = Field(
+        None,
+        description="Whether each image has a signed manifest (C2PA, Content Credentials). Null: if the service has a "
+        "certificate for it. Signed files differ each time; their pixels, and the files without the manifest, do not.",
+    )
+
+    def resolved(self, available: bool, missing: str) -> ProvenanceOptions:
+        """The options with a choice in place of null.
+
+        Args:
+            available: Whether images can be signed.
+            missing: What to do if they cannot be, for the message.
+
+        Raises:
+            RequestError: Images are to be signed and cannot be.
+        """
+        if self.c2pa and not available:
+            raise RequestError("provenance.c2pa", f"images cannot be signed: {missing}")
+        return ProvenanceOptions(c2pa=available if self.c2pa is None else self.c2pa)
+
+
 class DatasetRequest(BaseModel):
     """A request for a dataset. With a bundle it determines every byte of the dataset on one kind of machine.
 
@@ -198,11 +224,29 @@ class DatasetRequest(BaseModel):
         exclude_if=lambda value: value is None,
         description="Null: no image is compared with the training images.",
     )
+    provenance: ProvenanceOptions | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description="What the image files say of their origin. Null: the defaults.",
+    )
 
     @property
     def samples(self) -> int:
         """Number of images."""
         return sum(self.classes.values())
+
+    @property
+    def signed(self) -> bool:
+        """Whether every image has a signed manifest."""
+        return self.provenance is not None and bool(self.provenance.c2pa)
+
+    def with_signing(self, available: bool, missing: str) -> DatasetRequest:
+        """The request with a choice of signing in place of null (see `ProvenanceOptions.resolved`).
+
+        A request that signs nothing has no such options, so that its digest is that of a request before they existed.
+        """
+        provenance = (self.provenance or ProvenanceOptions.model_validate({})).resolved(available, missing)
+        return self.model_copy(update={"provenance": provenance if provenance.c2pa else None})
 
     @property
     def tries(self) -> int:

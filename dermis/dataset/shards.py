@@ -17,10 +17,13 @@ from dermis.dataset.privacy import Checks, Examine, GateVerdict
 from dermis.dataset.request import DatasetRequest
 from dermis.dataset.scoring import SampleResult, Score, Synthesize, generate_samples
 from dermis.dataset.store import PARTIAL, Store, hash_file, storage_errors
-from dermis.errors import StorageError
+from dermis.errors import SignatureError, StorageError
 from dermis.image_metadata import ImageOrigin, metadata_bytes
 from dermis.imaging import ImageFormat, encode
 from dermis.latents import MAX_INDEX
+
+Sign = Callable[[bytes, ImageFormat, ImageOrigin], bytes]
+"""Puts a signed manifest into an encoded image (`dermis.provenance.c2pa`)."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class ShardRecord:
     Attributes:
         shard: Number of the shard, from 0.
         file: The file of the shard.
-        images: SHA-256 (hex) of the image of every sample, in order; None if all its candidates were rejected.
+        images: SHA-256 (hex) of the image of every sample, in order, without its C2PA manifest; None if all its candidates
+            were rejected.
         probabilities: Probabilities of the samples, if they are scored.
         tries: Number of candidates of each sample, if there is a filter or a gate.
         checks: Results of the gate, if there is one.
@@ -62,6 +66,7 @@ def write_shard(
     score: Score | None = None,
     examine: Examine | None = None,
     identity: Mapping[str, str] | None = None,
+    sign: Sign | None = None,
     on_batch: Callable[[int], None] | None = None,
     batch_size: int = BATCH,
 ) -> ShardRecord:
@@ -77,6 +82,7 @@ def write_shard(
         score: Scores images; required if `plan.scored`.
         examine: Compares images with the training images; required if `plan.gated`.
         identity: Identity of synthesizer, classifier and index. A shard of another identity is made again.
+        sign: Signs images; required if `plan.request.signed`.
         on_batch: Called after each batch with the number of finished samples of this shard.
         batch_size: Images that are generated at a time.
 
@@ -92,7 +98,7 @@ def write_shard(
     done: list[DatasetSample] = []
     with storage_errors(store.where(name), only_full=True), store.writing(name) as path:
         with container_writer(plan, path) as add:
-            for samples in _encoded_batches(plan, shard, synthesize, score, examine, batch_size):
+            for samples in _encoded_batches(plan, shard, synthesize, score, examine, sign, batch_size):
                 with storage_errors(store.where(name)):
                     add([sample for sample in samples if sample.sha256 is not None])
                 done.extend(replace(sample, data=b"") for sample in samples)
@@ -168,7 +174,13 @@ def _to_sidecar(plan: DatasetPlan, identity: Mapping[str, str] | None, record: S
 
 
 def _encoded_batches(
-    plan: DatasetPlan, shard: int, synthesize: Synthesize, score: Score | None, examine: Examine | None, batch_size: int
+    plan: DatasetPlan,
+    shard: int,
+    synthesize: Synthesize,
+    score: Score | None,
+    examine: Examine | None,
+    sign: Sign | None,
+    batch_size: int,
 ) -> Iterator[list[DatasetSample]]:
     """Yield batches in order. While one is generated, threads encode the previous one, without the interpreter's lock."""
     labels = plan.labels(shard)
@@ -180,7 +192,7 @@ def _encoded_batches(
             batch_labels = [labels[index - start] for index in batch]
             results = generate_samples(plan, batch, batch_labels, synthesize, score, examine)
             following = [
-                pool.submit(_encode, plan, index, label, result)
+                pool.submit(_encode, plan, index, label, result, sign)
                 for index, label, result in zip(batch, batch_labels, results, strict=True)
             ]
             if encoding:
@@ -191,14 +203,29 @@ def _encoded_batches(
         pool.shutdown(cancel_futures=True)
 
 
-def _encode(plan: DatasetPlan, index: int, label: int, result: SampleResult) -> DatasetSample:
+def _encode(plan: DatasetPlan, index: int, label: int, result: SampleResult, sign: Sign | None) -> DatasetSample:
     if result.image is None:
         return DatasetSample(index, label, None, tries=result.tries, checks=result.checks)
-    origin = plan.origin(latent_index(index, result.tries - 1))
-    data = encode(result.image, plan.request.image_format, plan.request.image_quality, origin)
-    return DatasetSample(
-        index, label, hashlib.sha256(data).hexdigest(), data, result.probability, result.tries, result.checks
-    )
+    origin, image_format = plan.origin(latent_index(index, result.tries - 1)), plan.request.image_format
+    data = encode(result.image, image_format, plan.request.image_quality, origin)
+    sha256 = hashlib.sha256(data).hexdigest()
+    data = signed_image(plan, data, image_format, origin, sign)
+    return DatasetSample(index, label, sha256, data, result.probability, result.tries, result.checks)
+
+
+def signed_image(
+    plan: DatasetPlan, data: bytes, image_format: ImageFormat, origin: ImageOrigin | None, sign: Sign | None
+) -> bytes:
+    """Sign an image of a dataset if its images are to be signed.
+
+    Raises:
+        SignatureError: It has to be signed, and there is no certificate here.
+    """
+    if not plan.request.signed or origin is None:
+        return data
+    if sign is None:
+        raise SignatureError("the images of this dataset are to be signed (C2PA), and this process has no certificate")
+    return sign(data, image_format, origin)
 
 
 def check_space(plan: DatasetPlan, store: Store, resolution: int) -> None:
@@ -240,6 +267,7 @@ _MAX_BYTES_PER_PIXEL: Mapping[str, Mapping[int, float]] = {
     "webp": {75: 1.6, 95: 2.8, 100: 3.4},
 }
 _MAX_HEADER_BYTES = 2000  # of an image file; for small images they are most of it
+MAX_C2PA_BYTES = 20_000  # of an image file: its signed manifest; 3,400 with a certificate and its authority on P-256
 _MAX_RECORD_BYTES = 4000  # of a sample in its container, metadata.csv and manifest.json, without the names of its class
 _MAX_EXTRA_BYTES = 8 << 20  # preview, card and report
 
@@ -264,5 +292,6 @@ def max_dataset_bytes(plan: DatasetPlan, resolution: int) -> int:
     """
     request = plan.request
     image = max_image_bytes(request.image_format, request.image_quality, resolution, plan.origin(MAX_INDEX))
+    image += MAX_C2PA_BYTES if request.signed else 0
     names = 12 * max(len(name) for name in plan.class_names)  # percent-encoded, in several files
     return plan.samples * (image + _MAX_RECORD_BYTES + names) + _MAX_EXTRA_BYTES

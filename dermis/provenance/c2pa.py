@@ -17,7 +17,7 @@ from dermis import __version__
 from dermis.errors import SignatureError, escape, install_command
 from dermis.image_metadata import SOURCE_TYPE_PREFIX, ImageOrigin
 from dermis.imaging import MEDIA_TYPES, ImageFormat
-from dermis.provenance.canonical import canonical, canonical_sha256
+from dermis.provenance.canonical import canonical_sha256
 from dermis.provenance.signing import EXTRA
 
 ORIGIN = "dermis.image-origin"
@@ -97,7 +97,10 @@ class ImageSigner:
         from dermis.imaging import encode
 
         image = encode(np.zeros((8, 8, 3), np.uint8))
-        result = verify_image(self.sign(image, "png", ImageOrigin("test")), _reader_context(()))
+        try:
+            result = verify_image(self.sign(image, "png", ImageOrigin("test")), _reader_context(()))
+        except SignatureError as error:
+            raise SignatureError(f"{certificate}: {error}") from None
         problems = result.reason.removeprefix(_UNTRUSTED).strip(", ")
         if result.state != "unknown signer" or problems:
             raise SignatureError(f"{certificate}: is not fit for signing images (C2PA): {problems or result.state}")
@@ -138,11 +141,10 @@ def verify_image(data: bytes, context: Any) -> Verified:
         with c2pa.Reader(None, io.BytesIO(data), None, context) as reader:
             document = json.loads(reader.json())
             state = reader.get_validation_state()
-    except c2pa.C2paError.ManifestNotFound:
-        return Verified("unsigned")
     except (c2pa.C2paError, ValueError) as error:
-        # A file that is no image has no manifest; one whose manifest cannot be read was changed.
-        return Verified("tampered" if _has_manifest(data) else "unsigned", reason=escape(error))
+        if not _has_manifest(data):
+            return Verified("unsigned")
+        return Verified("tampered", reason=f"its manifest cannot be read: {escape(error)}")
     manifest = document.get("manifests", {}).get(document.get("active_manifest"), {})
     failures = [str(each.get("code")) for each in _failures(document)]
     origin = next((each["data"] for each in manifest.get("assertions", ()) if each.get("label") == ORIGIN), None)
@@ -224,7 +226,8 @@ def _algorithm(chain: bytes, place: Path) -> str:
 
 
 def _has_manifest(data: bytes) -> bool:
-    return canonical(data) != data
+    """Whether there is a manifest or a part of one: the type and the label of its outermost box."""
+    return b"jumb" in data and b"c2pa" in data
 
 
 def _read(path: Path) -> bytes:

@@ -1,8 +1,8 @@
 """The canonical file of a signed image: the same file without its C2PA manifest.
 
-Signing puts a manifest into the file and changes nothing else: a chunk `caBX` of PNG, segments APP11 of JPEG, or a chunk `C2PA`
-of WebP. Signatures differ each time, canonical files do not, so hashes that are to be reproducible are those of canonical files.
-No package is needed to compute them.
+Signing puts a manifest into the file and changes nothing else: a chunk `caBX` of PNG, segments APP11 of JPEG, or a chunk
+`C2PA` of WebP. Signatures differ each time, canonical files do not: hashes that are to be reproducible are those of canonical
+files. No package is needed for them.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 from dermis.bundle import Bundle
+from dermis.dataset.shards import Sign
 from services.gateway.audit import AuditTrail
 from services.gateway.auth.authentication import Authenticator
 from services.gateway.auth.principal import Principal
@@ -60,6 +61,7 @@ class Context:
     uploads: Uploads
     heat_maps: HeatMaps
     webhooks: WebhookTable
+    sign: Sign | None  # signs images; None without a certificate
     not_ready: Callable[[], Awaitable[str | None]]  # None if ready, otherwise the reason
     not_alive: Callable[[], Awaitable[str | None]]  # None if alive, otherwise why to restart
     stopping: threading.Event = field(default_factory=threading.Event)  # set when the process is to end

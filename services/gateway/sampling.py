@@ -3,18 +3,61 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from starlette.requests import Request
 
 from dermis.bundle import Bundle
-from dermis.dataset.request import EditOption, classes_of
+from dermis.dataset.request import EditOption, ProvenanceOptions, classes_of
 from dermis.directions.edit import bundle_offset
 from dermis.errors import RequestError
+from dermis.image_metadata import ImageOrigin
+from dermis.imaging import ImageFormat, Images, encode
 from services.gateway.auth.principal import Principal
 from services.gateway.dependencies import Context
+from services.image_signing import NO_CERTIFICATE
 from services.inference.samples import Image
 from services.problems import ProblemError
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An encoded image.
+
+    Attributes:
+        data: The file.
+        canonical_sha256: SHA-256 (hex) of the file without its signed manifest; None if it has none.
+    """
+
+    data: bytes
+    canonical_sha256: str | None = None
+
+
+Encode = Callable[[Images, ImageFormat, int, ImageOrigin], EncodedImage]
+
+
+def encoder(context: Context, provenance: ProvenanceOptions | None) -> Encode:
+    """A function that encodes an image, and signs it if the request or the settings ask for that.
+
+    Args:
+        context: The context of the routes.
+        provenance: The options of the request.
+
+    Raises:
+        RequestError: The request asks for signed images, and this service has no certificate.
+    """
+    sign = context.sign
+    options = (provenance or ProvenanceOptions.model_validate({})).resolved(sign is not None, NO_CERTIFICATE)
+
+    def encode_image(image: Images, image_format: ImageFormat, quality: int, origin: ImageOrigin) -> EncodedImage:
+        data = encode(image, image_format, quality, origin)
+        if sign is None or not options.c2pa:
+            return EncodedImage(data)
+        return EncodedImage(sign(data, image_format, origin), hashlib.sha256(data).hexdigest())
+
+    return encode_image
 
 
 async def generate_within_limits(

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TypeVar
 
+from dermis.dataset.shards import Sign
 from dermis.dataset.store import Store
 from dermis.errors import StorageError
 from services.errors import (
@@ -76,6 +77,8 @@ class JobContext:
     projection_turns: Turns
     """The place for shards of projections."""
     min_free_bytes: int = 0
+    sign: Sign | None = None
+    """Signs images; None without a certificate."""
     stopping: threading.Event = field(default_factory=threading.Event)
     submitting: set[str] = field(default_factory=set)
     """Ids of jobs that are being created, and whose workflow is about to be enqueued."""

@@ -81,6 +81,7 @@ def run_shard(ctx: JobContext, job: Job, shard: int) -> None:
             if plan.gated
             else None,
             identity=_identity(ctx, job.id, bundle, plan),
+            sign=ctx.sign,
             on_batch=end_batch,
         )
     retry_transient(ctx, lambda: ctx.table.progress(job.id, shard, len(record.images), finished=True))
@@ -128,6 +129,7 @@ def _assemble(ctx: JobContext, job: Job) -> None:
             _identity(ctx, job.id, bundle, plan),
             expose,
             examine=None if bundle.authenticity is None else _Examine(ctx, job, bundle, compare),
+            sign=ctx.sign,
             on_batch=end_batch,
         )
 

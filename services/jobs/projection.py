@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 
 from dermis.bundle import Bundle
 from dermis.dataset.request import classes_of
-from dermis.dataset.shards import max_image_bytes
+from dermis.dataset.shards import MAX_C2PA_BYTES, max_image_bytes
 from dermis.dataset.store import PARTIAL, Store
 from dermis.errors import DataError
 from dermis.image_metadata import origin_of
@@ -88,7 +88,7 @@ def max_bytes(options: ProjectionOptions, bundle: Bundle) -> int:
     # ws, the image, and noise maps of which there are two at each resolution.
     latents = 4 * network.num_ws * network.w_dim + 3 * pixels + 11 * pixels
     video = _MAX_FRAMES * (2 * pixels + 1000) if options.video else 0
-    return options.images * (2 * picture + latents + video + _RECORD_BYTES)
+    return options.images * (2 * picture + MAX_C2PA_BYTES + latents + video + _RECORD_BYTES)
 
 
 def write_inputs(store: Store, images: Sequence[NDArray[np.uint8]]) -> None:
@@ -119,7 +119,8 @@ def run_shard(ctx: JobContext, job: Job, shard: int) -> None:
         with ctx.projection_turns.of(job.tenant, partial(stop_if_asked, ctx, job.id)):
             projected = _project(ctx, job, shard, bundle, options, store, numbers)
         for number, files in zip(numbers, projected, strict=True):
-            store.write(f"{number:05d}.png", files.image)
+            origin = origin_of(bundle, "compositeWithTrainedAlgorithmicMedia")
+            store.write(f"{number:05d}.png", files.image if ctx.sign is None else ctx.sign(files.image, "png", origin))
             if files.video is not None:
                 store.write(f"{number:05d}.gif", files.video)
             store.write(_result_name(number), files.result)  # the last one: an image that has it is done

@@ -25,6 +25,7 @@ from dermis.dataset.shards import check_space, max_dataset_bytes
 from dermis.dataset.store import Store
 from dermis.errors import DermisError, RequestError, StorageError
 from services import tracing
+from services.image_signing import NO_CERTIFICATE
 from services.jobs import execution, projection, workflow
 from services.jobs.context import FileInfo, JobContext, ShutdownError
 from services.jobs.lease import Lease, executor_slot
@@ -132,26 +133,27 @@ class DatasetJobs:
         settings, ctx = self._settings, self._ctx
         bundle = ctx.models.serving_for(tenant, request.model)
         check_against(request, bundle, settings.max_samples_per_dataset)
+        asked = request.model_dump(mode="json")
+        # A body without noise_mode meant const before that default changed; a repeated request must get its job.
+        earlier_hashes = [] if "noise_mode" in request.model_fields_set else [_hash_of(asked | {"noise_mode": "const"})]
+        request = request.with_signing(ctx.sign is not None, NO_CERTIFICATE)
         plan = plan_for(request, bundle)
         if plan.shards > settings.max_shards_per_dataset:
             message = f"{plan.shards} shards; at most {settings.max_shards_per_dataset} are allowed: choose larger ones"
             raise RequestError("shard_size", message, kind="request-too-large")
         job_id = f"ds_{uuid.uuid4().hex}"
-        body = request.model_dump(mode="json")
-        # A body without noise_mode meant const before that default changed; a repeated request must get its job.
-        earlier_hashes = [] if "noise_mode" in request.model_fields_set else [_hash_of(body | {"noise_mode": "const"})]
         ctx.check_space()
         check_space(plan, Store(ctx.storage), bundle.generator.img_resolution)
         with _submitting(ctx, job_id):
             job, new = ctx.table.create(
                 job_id,
-                body,
+                request.model_dump(mode="json"),
                 tenant=tenant,
                 kind="dataset",
                 model=(bundle.name, bundle.digest),
                 samples=plan.samples,
                 shards=plan.shards,
-                body_hash=_hash_of(body),
+                body_hash=_hash_of(asked),
                 earlier_hashes=earlier_hashes,
                 idempotency_key=idempotency_key,
                 max_active=settings.max_active_datasets,

@@ -433,6 +433,7 @@ def _dataset() -> str:
         synthesizer.Synthesizer(bundle, device="cpu", backend="torch", dtype="float32", threads=1) as portable,
         mock.patch.object(portable, "images", _remember(portable.images)),
         mock.patch.object(synthesizer, "Synthesizer", lambda *_, **__: contextlib.nullcontext(portable)),
+        mock.patch("dermis.image_metadata.SOFTWARE", "dermis"),  # images name our version
     ):
         for file_format in _FORMATS:
             folder = Path(file_format)

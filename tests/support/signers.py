@@ -26,7 +26,7 @@ class TestSigner:
     authority: Path
 
 
-def make_signer(folder: Path, name: str = "Clinic", days: int = 30) -> TestSigner:
+def make_signer(folder: Path, name: str = "Clinic", days: float = 30) -> TestSigner:
     """Make a signer whose certificate is fit for bundles and for images (C2PA), in a new folder."""
     folder.mkdir(parents=True)
     root, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
@@ -66,7 +66,7 @@ def _usage(*, certificates: bool) -> x509.KeyUsage:
     )
 
 
-def _builder(subject: str, issuer: str, key: ec.EllipticCurvePrivateKey, days: int) -> x509.CertificateBuilder:
+def _builder(subject: str, issuer: str, key: ec.EllipticCurvePrivateKey, days: float) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
     names = [
         x509.Name(

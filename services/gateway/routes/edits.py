@@ -21,7 +21,7 @@ from dermis.dataset.request import EditOption, classes_of
 from dermis.directions.edit import bundle_offset
 from dermis.errors import RequestError
 from dermis.image_metadata import ImageOrigin, edits_in_words, origin_of
-from dermis.imaging import MEDIA_TYPES, Images, animation, contact_sheet, encode
+from dermis.imaging import MEDIA_TYPES, Images, animation, contact_sheet
 from services.gateway.auth.authentication import check_scope, requires
 from services.gateway.auth.principal import Principal
 from services.gateway.dependencies import (
@@ -35,7 +35,7 @@ from services.gateway.dependencies import (
 )
 from services.gateway.openapi import JSON_PROBLEMS, content, headers, json_body, problems
 from services.gateway.routes.projections import ready_projection
-from services.gateway.sampling import check_classes, check_cutoff, check_edits, generate_within_limits
+from services.gateway.sampling import Encode, check_classes, check_cutoff, check_edits, encoder, generate_within_limits
 from services.gateway.schemas.common import model_ref
 from services.gateway.schemas.directions import DirectionList, ModelDirection
 from services.gateway.schemas.edits import EditedImage, EditedList, EditedProjection, EditsRequest
@@ -103,6 +103,7 @@ async def edit_images(request: Request, context: ContextDep, principal: _Sender)
     preferred = MEDIA_TYPES[body.image_format]
     offers = [_JSON, preferred, *(kind for kind in _IMAGE_TYPES if kind != preferred), _GIF]
     media_type = choose_media_type(request, offers)
+    encode_image = encoder(context, body.provenance)
     bundle = await served_bundle(context, principal, body.model)
     strengths: list[float | None] = [None] if body.sweep is None else list(body.sweep.strengths)
     _check(body, bundle, len(strengths), context.settings.max_images)
@@ -117,9 +118,9 @@ async def edit_images(request: Request, context: ContextDep, principal: _Sender)
     images = np.stack(await generate_within_limits(context, request, principal, count, generate))
     response_headers = model_header(bundle) | {"Vary": "Accept"}
     if media_type != _JSON:
-        data = await asyncio.to_thread(_picture, images, strengths, media_type, body, bundle)
+        data = await asyncio.to_thread(_picture, images, strengths, media_type, body, bundle, encode_image)
         return Response(data, media_type=media_type, headers=response_headers)
-    edited = await asyncio.to_thread(_edited, body, bundle, strengths, images)
+    edited = await asyncio.to_thread(_edited, body, bundle, strengths, images, encode_image)
     response_body = EditedList(model=model_ref(bundle), data=edited)
     return Response(response_body.model_dump_json(), media_type=_JSON, headers=response_headers)
 
@@ -214,7 +215,12 @@ def _origin_of_sheet(body: EditsRequest, bundle: Bundle) -> ImageOrigin:
 
 
 def _picture(
-    images: Images, strengths: list[float | None], media_type: str, body: EditsRequest, bundle: Bundle
+    images: Images,
+    strengths: list[float | None],
+    media_type: str,
+    body: EditsRequest,
+    bundle: Bundle,
+    encode_image: Encode,
 ) -> bytes:
     count = len(strengths)
     if media_type == _GIF:
@@ -224,21 +230,25 @@ def _picture(
     single = len(images) == 1
     sheet = images[0] if single else contact_sheet(images, columns=count if count > 1 else 8)
     origin = _origin(body, bundle, 0, strengths[0]) if single else _origin_of_sheet(body, bundle)
-    return encode(sheet, image_format, body.image_quality, origin)
+    return encode_image(sheet, image_format, body.image_quality, origin).data
 
 
-def _edited(body: EditsRequest, bundle: Bundle, strengths: list[float | None], images: Images) -> list[EditedImage]:
+def _edited(
+    body: EditsRequest, bundle: Bundle, strengths: list[float | None], images: Images, encode_image: Encode
+) -> list[EditedImage]:
     edited: list[EditedImage] = []
     for place, image in enumerate(images):
         source, strength = place // len(strengths), strengths[place % len(strengths)]
-        data = encode(image, body.image_format, body.image_quality, _origin(body, bundle, source, strength))
+        origin = _origin(body, bundle, source, strength)
+        encoded = encode_image(image, body.image_format, body.image_quality, origin)
         edited.append(
             EditedImage(
                 sample=source,
                 strength=strength,
                 media_type=MEDIA_TYPES[body.image_format],
-                sha256=hashlib.sha256(data).hexdigest(),
-                b64=base64.b64encode(data).decode("ascii"),
+                sha256=hashlib.sha256(encoded.data).hexdigest(),
+                canonical_sha256=encoded.canonical_sha256,
+                b64=base64.b64encode(encoded.data).decode("ascii"),
             )
         )
     return edited

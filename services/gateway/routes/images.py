@@ -17,13 +17,13 @@ from dermis.bundle import Bundle
 from dermis.dataset.request import classes_of
 from dermis.errors import RequestError
 from dermis.image_metadata import ImageOrigin, origin_of
-from dermis.imaging import MEDIA_TYPES, ImageFormat, contact_sheet, encode
+from dermis.imaging import MEDIA_TYPES, ImageFormat, contact_sheet
 from dermis.latents import MAX_INDEX
 from services.gateway.auth.authentication import requires
 from services.gateway.auth.principal import Principal
 from services.gateway.dependencies import ContextDep, choose_media_type, model_header, read_model, served_bundle
 from services.gateway.openapi import JSON_PROBLEMS, content, headers, json_body, problems
-from services.gateway.sampling import check_classes, check_cutoff, check_edits, generate_within_limits
+from services.gateway.sampling import Encode, check_classes, check_cutoff, check_edits, encoder, generate_within_limits
 from services.gateway.schemas.common import model_ref
 from services.gateway.schemas.images import ImagesRequest, Sample, SampleList
 from services.inference.samples import Image, Options, Samples, pack_rows
@@ -66,6 +66,7 @@ async def generate_images(request: Request, context: ContextDep, principal: _Sen
     preferred = MEDIA_TYPES[body.image_format]
     offers = ["application/json", preferred, *(kind for kind in _IMAGE_TYPES if kind != preferred)]
     media_type = choose_media_type(request, offers)
+    encode_image = encoder(context, body.provenance)
     bundle = await served_bundle(context, principal, body.model)
     names = class_of_each(body, bundle, context.settings.max_images)
     rows = rows_of(body, bundle, names)
@@ -75,9 +76,9 @@ async def generate_images(request: Request, context: ContextDep, principal: _Sen
     response_headers = model_header(bundle) | {"Vary": "Accept"}
     if media_type != "application/json":
         image_format = next(name for name, kind in MEDIA_TYPES.items() if kind == media_type)
-        data = await asyncio.to_thread(_one_image, body, bundle, images, image_format)
+        data = await asyncio.to_thread(_one_image, body, bundle, images, image_format, encode_image)
         return Response(data, media_type=media_type, headers=response_headers)
-    samples = await asyncio.to_thread(_samples, body, bundle, names, images)
+    samples = await asyncio.to_thread(_samples, body, bundle, names, images, encode_image)
     response_body = SampleList(model=model_ref(bundle), data=samples)
     return Response(
         response_body.model_dump_json(by_alias=True), media_type="application/json", headers=response_headers
@@ -123,29 +124,34 @@ def rows_of(body: ImagesRequest, bundle: Bundle, names: Sequence[str]) -> Sample
     return pack_rows(options, body.seed, indices, [label_of[name] for name in names])
 
 
-def _one_image(body: ImagesRequest, bundle: Bundle, images: Sequence[Image], image_format: ImageFormat) -> bytes:
+def _one_image(
+    body: ImagesRequest, bundle: Bundle, images: Sequence[Image], image_format: ImageFormat, encode_image: Encode
+) -> bytes:
     sheet = images[0] if len(images) == 1 else contact_sheet(np.stack(images))
     origin = _origin(body, bundle, body.start_index if len(images) == 1 else None)
-    return encode(sheet, image_format, body.image_quality, origin)
+    return encode_image(sheet, image_format, body.image_quality, origin).data
 
 
 def _origin(body: ImagesRequest, bundle: Bundle, index: int | None) -> ImageOrigin:
     return origin_of(bundle).of_sample(body.seed, index, [option.edit for option in body.edits or ()])
 
 
-def _samples(body: ImagesRequest, bundle: Bundle, names: Sequence[str], images: Sequence[Image]) -> list[Sample]:
+def _samples(
+    body: ImagesRequest, bundle: Bundle, names: Sequence[str], images: Sequence[Image], encode_image: Encode
+) -> list[Sample]:
     samples: list[Sample] = []
     for i, (name, image) in enumerate(zip(names, images, strict=True)):
         origin = _origin(body, bundle, body.start_index + i)
-        data = encode(image, body.image_format, body.image_quality, origin)
+        encoded = encode_image(image, body.image_format, body.image_quality, origin)
         samples.append(
             Sample(
                 **{"class": name},
                 seed=body.seed,
                 index=body.start_index + i,
                 media_type=MEDIA_TYPES[body.image_format],
-                sha256=hashlib.sha256(data).hexdigest(),
-                b64=base64.b64encode(data).decode("ascii"),
+                sha256=hashlib.sha256(encoded.data).hexdigest(),
+                canonical_sha256=encoded.canonical_sha256,
+                b64=base64.b64encode(encoded.data).decode("ascii"),
             )
         )
     return samples

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,6 +14,17 @@ class ResponseBody(BaseModel):
     """Base of the response bodies. Setting a field that is not documented raises an error."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+CanonicalHash = Annotated[
+    str | None,
+    Field(
+        pattern=r"^[0-9a-f]{64}$",
+        exclude_if=lambda value: value is None,
+        description="SHA-256 of the file without its signed manifest, which is the same for the same request. Only of signed "
+        "images.",
+    ),
+]
 
 
 class ModelRef(ResponseBody):

@@ -7,12 +7,12 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dermis.bundle.directions import NAME_PATTERN
-from dermis.dataset.request import MAX_EDITS, EditOption
+from dermis.dataset.request import MAX_EDITS, EditOption, ProvenanceOptions
 from dermis.directions.edit import MAX_STRENGTH
 from dermis.imaging import ImageFormat
 from dermis.latents import MAX_INDEX, MAX_SEED
 from dermis.network_config import NoiseMode
-from services.gateway.schemas.common import ModelRef, ResponseBody
+from services.gateway.schemas.common import CanonicalHash, ModelRef, ResponseBody
 
 
 class EditedProjection(BaseModel):
@@ -71,6 +71,9 @@ class EditsRequest(BaseModel):
     )
     image_format: ImageFormat = "png"
     image_quality: int = Field(95, ge=1, le=100, description="Quality of JPEG and WebP.")
+    provenance: ProvenanceOptions | None = Field(
+        None, description="What the image files say of their origin. Null: the defaults. GIF is never signed."
+    )
     frame_ms: int = Field(100, ge=20, le=5000, description="Milliseconds for which a GIF shows each strength.")
 
     @model_validator(mode="after")
@@ -99,6 +102,7 @@ class EditedImage(ResponseBody):
     strength: float | None = Field(description="Strength of the sweep; null without a sweep.")
     media_type: str
     sha256: str = Field(description="SHA-256 of the decoded bytes.")
+    canonical_sha256: CanonicalHash = None
     b64: str = Field(description="The image file in base64.")
 
 

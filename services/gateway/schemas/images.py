@@ -6,11 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dermis.dataset.request import MAX_EDITS, EditOption
+from dermis.dataset.request import MAX_EDITS, EditOption, ProvenanceOptions
 from dermis.imaging import ImageFormat
 from dermis.latents import MAX_INDEX, MAX_SEED
 from dermis.network_config import NoiseMode
-from services.gateway.schemas.common import ModelRef, ResponseBody
+from services.gateway.schemas.common import CanonicalHash, ModelRef, ResponseBody
 
 
 class ImagesRequest(BaseModel):
@@ -39,6 +39,9 @@ class ImagesRequest(BaseModel):
     )
     image_format: ImageFormat = "png"
     image_quality: int = Field(95, ge=1, le=100, description="Quality of JPEG and WebP.")
+    provenance: ProvenanceOptions | None = Field(
+        None, description="What the image files say of their origin. Null: the defaults."
+    )
 
 
 class Sample(ResponseBody):
@@ -49,6 +52,7 @@ class Sample(ResponseBody):
     index: int
     media_type: str
     sha256: str = Field(description="SHA-256 of the decoded bytes.")
+    canonical_sha256: CanonicalHash = None
     b64: str = Field(description="The image file in base64.")
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)

@@ -297,7 +297,7 @@ def test_requests_that_the_model_cannot_serve_are_refused(tiny_bundle: Bundle) -
 
 def test_a_damaged_manifest_is_refused_with_its_field(tiny_bundle: Bundle, tmp_path: Path) -> None:
     data = make(tmp_path, tiny_bundle).to_json()
-    for spoiled in (data[:-5], b"[]", data.replace(b'"format_version": 1', b'"format_version": 2'), b"\xff"):
+    for spoiled in (data[:-5], b"[]", data.replace(b'"format_version": 2', b'"format_version": 3'), b"\xff"):
         with pytest.raises(StorageError, match="m.json"):
             parse_manifest(spoiled, "m.json")
     document = json.loads(data)

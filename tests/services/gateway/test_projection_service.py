@@ -91,6 +91,7 @@ def test_projection_returns_latents_and_removes_uploaded_images(
     projection, origin = from_bytes(files["latents"].content, "x")
     assert origin == {"bundle": bundle.digest}
     assert np.array_equal(projection.image, decode(files["image"].content))
+    assert b"digitalsourcetype/compositeWithTrainedAlgorithmicMedia" in files["image"].content  # from a photograph
     assert getattr(Image.open(io.BytesIO(files["video"].content)), "n_frames", 1) >= 2
     assert not any("input" in name for name in stored(running, job))
     everything = caplog.text + running.client.get("/metrics").text + running.client.get("/v1/datasets").text
@@ -177,6 +178,10 @@ def test_a_projection_can_be_edited(running: Service, bundle: Bundle) -> None:
     assert [np.array_equal(decode(base64.b64decode(r["b64"])), e) for r, e in zip(rows, expected, strict=True)] == [
         True
     ] * 3
+    for row, strength in zip(rows, ("-1", "0", "1"), strict=True):
+        data = base64.b64decode(row["b64"])
+        assert b"digitalsourcetype/compositeWithTrainedAlgorithmicMedia" in data
+        assert f'dermis:edits="axis-1={strength}"'.encode() in data and b"dermis:seed" not in data
     for change, field in (
         ({"projections": [{"id": job["id"], "image": 2}]}, "projections.0.image"),
         ({"samples": [{"class": "benign"}]}, "body"),

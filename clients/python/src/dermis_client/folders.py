@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import os
 import shutil
@@ -15,12 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from dermis_client._canonical import canonical_sha256
 from dermis_client._files import check_names, is_safe_name, sha256_of
 from dermis_client._untrusted import MAX_LIST_BYTES, load_json, one_line
 from dermis_client.errors import DownloadError, IntegrityError
 from dermis_client.models import Manifest
 
 MANIFEST = "manifest.json"
+SIGNATURE = "dataset.sig"  # of `dermis sign`
 ARCHIVE = "images.zip"
 METADATA = "metadata.csv"
 IMAGES = "images"
@@ -83,7 +84,7 @@ def verify(folder: str | os.PathLike[str]) -> VerifyReport:
         elif path.stat().st_size != file.bytes or sha256_of(path) != file.sha256:
             changed.append(name)
     present = {path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir()}
-    extra = present - listed.keys() - {MANIFEST}
+    extra = present - listed.keys() - {MANIFEST, SIGNATURE}
     if ARCHIVE in listed and ARCHIVE not in changed + missing and (root / IMAGES).is_dir():
         with _open_archive(root / ARCHIVE) as archive:
             for member in _image_members(archive):
@@ -106,7 +107,7 @@ def _verify_archive(path: Path) -> VerifyReport:
             changed = [
                 name
                 for name in sorted(present.keys() & hashes.keys())
-                if hashlib.sha256(archive.read(present[name])).hexdigest() != hashes[name]
+                if canonical_sha256(archive.read(present[name])) != hashes[name]
             ]
     except (zipfile.BadZipFile, zlib.error, OSError, ValueError, KeyError, csv.Error) as error:
         raise IntegrityError(

@@ -99,6 +99,8 @@ class GeneratedImage(ResponseRecord):
         index: Index of the image.
         media_type: Media type of the content.
         sha256: SHA-256 of the content, in hex.
+        canonical_sha256: That of the content without its signed manifest (C2PA), which the same request gives again; None if
+            the image is not signed.
         content: The encoded image file.
     """
 
@@ -107,6 +109,7 @@ class GeneratedImage(ResponseRecord):
     index: Count
     media_type: str
     sha256: str
+    canonical_sha256: str | None = None
     content: Base64Bytes = Field(alias="b64", repr=False)
 
     @property

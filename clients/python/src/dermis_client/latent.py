@@ -95,6 +95,7 @@ class EditedImage(ResponseRecord):
         strength: Strength of the sweep, if there is one.
         media_type: Media type of the content.
         sha256: SHA-256 of the content, in hex.
+        canonical_sha256: That of the content without its signed manifest (C2PA); None if the image is not signed.
         content: The encoded image file.
     """
 
@@ -102,6 +103,7 @@ class EditedImage(ResponseRecord):
     strength: float | None = None
     media_type: str
     sha256: str
+    canonical_sha256: str | None = None
     content: Base64Bytes = Field(alias="b64", repr=False)
 
     @property

@@ -45,6 +45,7 @@ class Datasets:
         classifier: Mapping[str, Any] | None = None,
         edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None = None,
         privacy: Mapping[str, Any] | None = None,
+        provenance: Mapping[str, Any] | None = None,
         idempotency_key: str | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> Dataset:
@@ -67,6 +68,7 @@ class Datasets:
             edits: Edits of every sample; see `Edits.create`.
             privacy: Options of the gate against copies of training images, such as {"gate": "authentic", "on_reject":
                 "resample"}.
+            provenance: {"c2pa": True} for images with a signed manifest, False for images without one.
             idempotency_key: A request with the same key does not create a second dataset. By default a new key, which
                 protects retries of this call; a key of your own does so across programs.
             extra_body: Further fields, for a newer service.
@@ -97,6 +99,7 @@ class Datasets:
             classifier=None if classifier is None else dict(classifier),
             edits=edit_options(edits),
             privacy=None if privacy is None else dict(privacy),
+            provenance=None if provenance is None else dict(provenance),
         )
         return self._transport.run(flows.create(self._api, body, idempotency_key))
 
@@ -315,6 +318,7 @@ class AsyncDatasets:
         classifier: Mapping[str, Any] | None = None,
         edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None = None,
         privacy: Mapping[str, Any] | None = None,
+        provenance: Mapping[str, Any] | None = None,
         idempotency_key: str | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> AsyncDataset:
@@ -334,6 +338,7 @@ class AsyncDatasets:
             classifier=None if classifier is None else dict(classifier),
             edits=edit_options(edits),
             privacy=None if privacy is None else dict(privacy),
+            provenance=None if provenance is None else dict(provenance),
         )
         return await self._transport.run(flows.create(self._api, body, idempotency_key))
 

@@ -103,6 +103,7 @@ class Edits:
         truncation_psi: float | None = None,
         noise_mode: NoiseMode | None = None,
         image_format: ImageFormat | None = None,
+        provenance: Mapping[str, Any] | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> EditsResult:
         """Generate images whose latents are edited along directions. Give either samples or projections.
@@ -117,6 +118,7 @@ class Edits:
             truncation_psi: See `Images.generate`.
             noise_mode: See `Images.generate`. Projections have no noise of their own: "const" (default) or "none".
             image_format: See `Images.generate`.
+            provenance: See `Images.generate`.
             extra_body: Further fields, for a newer service.
 
         Returns:
@@ -141,6 +143,7 @@ class Edits:
             truncation_psi=truncation_psi,
             noise_mode=noise_mode,
             image_format=image_format,
+            provenance=None if provenance is None else dict(provenance),
         )
         return self._transport.run(create_edits(body, self._max_retries))
 
@@ -166,6 +169,7 @@ class AsyncEdits:
         truncation_psi: float | None = None,
         noise_mode: NoiseMode | None = None,
         image_format: ImageFormat | None = None,
+        provenance: Mapping[str, Any] | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> EditsResult:
         """Generate edited images; see `Edits.create` for arguments and errors."""
@@ -179,5 +183,6 @@ class AsyncEdits:
             truncation_psi=truncation_psi,
             noise_mode=noise_mode,
             image_format=image_format,
+            provenance=None if provenance is None else dict(provenance),
         )
         return await self._transport.run(create_edits(body, self._max_retries))

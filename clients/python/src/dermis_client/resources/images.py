@@ -43,6 +43,7 @@ class Images:
         image_format: ImageFormat | None = None,
         image_quality: SupportsIndex | None = None,
         edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None = None,
+        provenance: Mapping[str, Any] | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> ImagesResult:
         """Generate a few images, class by class.
@@ -61,6 +62,7 @@ class Images:
             image_format: "png", "jpeg" or "webp".
             image_quality: 1 to 100, for "jpeg" and "webp".
             edits: Edits of every image; see `Edits.create`.
+            provenance: {"c2pa": True} for images with a signed manifest, False for images without one.
             extra_body: Further fields, for a newer service.
 
         Returns:
@@ -86,6 +88,7 @@ class Images:
             image_format=image_format,
             image_quality=image_quality,
             edits=_requests.edit_options(edits),
+            provenance=None if provenance is None else dict(provenance),
         )
         return self._transport.run(generate(body, self._max_retries))
 
@@ -109,6 +112,7 @@ class AsyncImages:
         image_format: ImageFormat | None = None,
         image_quality: SupportsIndex | None = None,
         edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None = None,
+        provenance: Mapping[str, Any] | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> ImagesResult:
         """Generate a few images; see `Images.generate` for arguments and errors."""
@@ -124,5 +128,6 @@ class AsyncImages:
             image_format=image_format,
             image_quality=image_quality,
             edits=_requests.edit_options(edits),
+            provenance=None if provenance is None else dict(provenance),
         )
         return await self._transport.run(generate(body, self._max_retries))

@@ -1,0 +1,87 @@
+"""Tests of signed images in `dermis generate` and `dermis verify --provenance`."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import dermis_client
+import pytest
+
+from dermis.bundle import Bundle
+from painter import Painter
+from signers import TestSigner, make_signer
+
+pytest.importorskip("c2pa", reason="c2pa-python is not installed")
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def signers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TestSigner]:
+    folder = tmp_path_factory.mktemp("signers")
+    return {name: make_signer(folder / name, name) for name in ("Clinic", "Other")}
+
+
+@pytest.mark.parametrize(
+    ("file_format", "image_format"),
+    [
+        ("imagefolder", "png"),
+        pytest.param("webdataset", "jpeg", marks=pytest.mark.full),
+        pytest.param("parquet", "webp", marks=pytest.mark.full),
+    ],
+)
+def test_signed_dataset_has_the_hashes_of_the_unsigned_one(
+    run: Run,
+    painter: type[Painter],
+    tiny_bundle: Bundle,
+    signers: dict[str, TestSigner],
+    tmp_path: Path,
+    file_format: str,
+    image_format: str,
+) -> None:
+    plain, signed, again = (tmp_path / name for name in ("plain", "signed", "again"))
+    clinic = signers["Clinic"]
+    keys = ("--c2pa-certificate", clinic.certificate, "--c2pa-key", clinic.key)
+    asked = ("generate", "--bundle", tiny_bundle.location, "--classes", "benign=5,malignant=4", "--shard-size", 4)
+    asked += ("--format", file_format, "--image-format", image_format)
+    assert run(*asked, *keys, "--no-c2pa", "--out", plain)[0] == 0
+    assert run(*asked, *keys, "--out", signed)[0] == 0
+    assert (plain / "metadata.csv").read_bytes() == (signed / "metadata.csv").read_bytes()
+    assert run("verify", signed)[0] == 0 and dermis_client.verify(signed).ok
+    status, out, _ = run("verify", "--provenance", signed, "--trusted", clinic.authority)
+    assert status == 0 and "9 images: 9 signed; signers: Clinic, Test" in out
+    assert run("verify", "--provenance", signed, "--trusted", signers["Other"].authority)[0] == 1
+    status, out, _ = run("verify", "--provenance", plain)
+    assert status == 0 and "9 unsigned" in out
+    status, out, err = run(
+        "generate", "--manifest", signed / "manifest.json", "--bundle", tiny_bundle.location, "--out", again
+    )
+    assert status == 1 and "--c2pa-certificate" in err and not again.exists()
+    repeat = ("generate", "--manifest", signed / "manifest.json", "--bundle", tiny_bundle.location, *keys)
+    assert "byte for byte, but for its signature" in run(*repeat, "--out", again)[1]
+    if file_format == "imagefolder":
+        archive = signed / "images.zip"
+        assert run("verify", archive)[0] == 0 and dermis_client.verify(archive).ok
+        assert "9 signed" in run("verify", "--provenance", archive, "--trusted", clinic.authority)[1]
+        altered = tmp_path / "altered.zip"
+        with zipfile.ZipFile(archive) as source, zipfile.ZipFile(altered, "w") as target:
+            for number, name in enumerate(source.namelist()):
+                data = source.read(name)
+                target.writestr(name, data.replace(b'seed="0"', b'seed="1"') if number == 0 else data)
+        assert run("verify", altered)[0] == 1 and not dermis_client.verify(altered).ok
+        status, out, _ = run("verify", "--provenance", altered, "--trusted", clinic.authority)
+        assert status == 1 and "SYN_00000000.png: tampered" in out and "8 signed, 1 tampered" in out
+
+
+def test_wrong_options_of_signing_are_named(
+    run: Run, tiny_bundle: Bundle, signers: dict[str, TestSigner], tmp_path: Path
+) -> None:
+    asked = ("generate", "--bundle", tiny_bundle.location, "--classes", "benign=1", "--out", tmp_path / "d")
+    clinic = signers["Clinic"]
+    assert "give --c2pa-certificate and --c2pa-key" in run(*asked, "--c2pa")[2]
+    assert "give both" in run(*asked, "--c2pa-key", clinic.key)[2]
+    keys = ("--c2pa-certificate", clinic.certificate, "--c2pa-key", clinic.key)
+    assert "add --no-c2pa" in run(*asked, *keys, "--print-job", "--shards", "auto/2")[2]
+    assert "has no PNG" in run("verify", "--provenance", tmp_path)[2]
+    assert "is no file" in run("verify", "--provenance", tmp_path / "missing")[2]

@@ -1,0 +1,95 @@
+"""Tests of signed images: signing changes no pixel and nothing else of the file, and tampering is detected."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dermis_client import _canonical
+
+from dermis.errors import SignatureError
+from dermis.image_metadata import ImageOrigin
+from dermis.imaging import MEDIA_TYPES, ImageFormat, decode, encode
+from dermis.provenance.c2pa import ImageSigner, ImageVerifier
+from dermis.provenance.canonical import canonical
+from signers import TestSigner, make_signer
+
+c2pa = pytest.importorskip("c2pa", reason="c2pa-python is not installed")
+PIXELS = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+ORIGIN = ImageOrigin("demo", "ab" * 32, "CC-BY-NC-4.0", "HAM10000").of_sample(7, 3)
+FORMATS: list[ImageFormat] = ["png", "jpeg", "webp"]
+
+
+@pytest.fixture(scope="module")
+def signers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TestSigner]:
+    folder = tmp_path_factory.mktemp("signers")
+    return {name: make_signer(folder / name, name) for name in ("Clinic", "Other")}
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_signing_adds_a_manifest_and_changes_nothing_else(
+    signers: dict[str, TestSigner], image_format: ImageFormat
+) -> None:
+    plain = encode(PIXELS, image_format, 95, ORIGIN)
+    signer = ImageSigner(signers["Clinic"].certificate, signers["Clinic"].key)
+    signed, again = (signer.sign(plain, image_format, ORIGIN) for _ in range(2))
+    assert signed != again and (decode(signed) == decode(plain)).all()
+    for file in (plain, signed, again):
+        assert canonical(file) == _canonical.canonical(file) == plain
+    result = ImageVerifier([signers["Clinic"].authority]).verify(signed)
+    assert (result.state, result.signer, result.reason) == ("signed", "Clinic, Test", "")
+    assert result.origin is not None
+    assert {"bundle": "ab" * 32, "seed": 7, "index": 3, "licence": "CC-BY-NC-4.0"}.items() <= result.origin.items()
+    with c2pa.Reader(MEDIA_TYPES[image_format], io.BytesIO(signed)) as reader:
+        manifest = reader.get_active_manifest()
+    (action,) = next(each["data"]["actions"] for each in manifest["assertions"] if "c2pa.actions" in each["label"])
+    assert action["action"] == "c2pa.created"
+    assert action["digitalSourceType"].endswith("/digitalsourcetype/trainedAlgorithmicMedia")
+    assert manifest["claim_generator_info"][0]["name"] == "dermis"
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_states_of_images(signers: dict[str, TestSigner], image_format: ImageFormat) -> None:
+    plain = encode(PIXELS, image_format, 95, ORIGIN)
+    signed = ImageSigner(signers["Clinic"].certificate, signers["Clinic"].key).sign(plain, image_format, ORIGIN)
+    verifier = ImageVerifier([signers["Clinic"].authority])
+    assert verifier.verify(plain).state == "unsigned"
+    assert ImageVerifier().verify(signed).state == "unknown signer"
+    assert ImageVerifier([signers["Other"].authority]).verify(signed).state == "unknown signer"
+    for position in (signed.index(plain[-40:-20]), signed.index(b"trainedAlgorithmicMedia")):
+        changed = bytearray(signed)
+        changed[position] ^= 1
+        assert verifier.verify(bytes(changed)).state == "tampered"
+    other = signed.replace(b"trainedAlgorithmicMedia", b"digitalCapture000000000")  # also in the XMP of the image
+    assert other != signed and verifier.verify(other).state == "tampered"
+    assert verifier.verify(signed[: len(signed) // 2]).state == "tampered"
+    for data in (
+        b"",
+        b"\x89PNG\r\n\x1a\n",
+        b"\xff\xd8\xff\xeb\xff",
+        b"RIFF\0\0\0\0WEBPC2PA\xff\xff\xff\xff",
+        b"\0" * 99,
+    ):
+        assert verifier.verify(data).state in ("unsigned", "tampered") and isinstance(canonical(data), bytes)
+
+
+def test_certificates_that_are_not_fit_are_refused_before_any_image(
+    signers: dict[str, TestSigner], tmp_path: Path
+) -> None:
+    clinic, other = signers["Clinic"], signers["Other"]
+    expired = make_signer(tmp_path / "expired", days=-0.5)
+    for certificate, key in (
+        (clinic.certificate, other.key),
+        (clinic.authority, clinic.key),
+        (expired.certificate, expired.key),
+        (clinic.key, clinic.key),
+        (clinic.certificate, clinic.certificate),
+    ):
+        with pytest.raises(SignatureError, match=certificate.name):
+            ImageSigner(certificate, key)
+    with pytest.raises(SignatureError, match="cannot be read"):
+        ImageSigner(tmp_path / "missing.pem", clinic.key)
+    with pytest.raises(SignatureError, match="public key"):
+        ImageVerifier([clinic.public_key])
