@@ -35,6 +35,7 @@ _STATES = {
     "cancelled": ("Cancelled", "ds-wait"),
 }
 _MARKS = {"ds-wait": "○", "ds-run": "◐", "ds-good": "●", "ds-bad": "✕"}
+_LAYOUTS = {"imagefolder": "folder", "webdataset": "WebDataset", "parquet": "Parquet"}
 _MEASURED: dict[tuple[str, str, int], tuple[float, float]] = {}  # digest, format, quality -> bytes and seconds of an image
 _MAX_MEASURED = 200
 
@@ -54,7 +55,7 @@ def request_words(dataset: DatasetRecord) -> str:
     """Return what was asked for in a line."""
     request = dataset.request
     classes = ", ".join(f"{count:,} {name}" for name, count in request.classes.items())
-    return f"{classes}; seed {request.seed}; {request.format}, {request.image_format}"
+    return f"{classes}; seed {request.seed}; {_LAYOUTS.get(request.format, request.format)}, {request.image_format.upper()}"
 
 
 def when(moment: datetime | None) -> str:
@@ -179,7 +180,8 @@ def _files(files: Sequence[DatasetFile], at: str) -> str:
 def _scorecard(report: DatasetReport) -> str:
     rows = []
     for question in report.scorecard:
-        numbers = "; ".join(map(_number, [number for number in question.numbers if number.class_name is None][:3]))
+        of_all = [number for number in question.numbers if number.class_name is None]
+        numbers = "<br>".join(map(_number, (of_all or question.numbers)[:3]))
         rows.append((escape(question.question), escape(question.status), numbers))
     verdict = {"pass": "passed", "warn": "with warnings", "fail": "failed"}.get(report.audit.verdict, report.audit.verdict)
     audit = f'<p>Privacy audit of the {escape(report.audit.scope)}: <b>{escape(verdict)}</b>.</p>'
@@ -189,7 +191,8 @@ def _scorecard(report: DatasetReport) -> str:
 def _number(number: ReportNumber) -> str:
     if number.value is None:
         return f"{escape(number.name)} not measured"
-    shown = f"{escape(number.name)} {markup.number(number.value)}"
+    of_class = f" of {number.class_name}" if number.class_name else ""
+    shown = f"{escape(number.name + of_class)} {markup.number(number.value)}"
     return shown if number.reference is None else f"{shown} ({markup.number(number.reference)})"
 
 

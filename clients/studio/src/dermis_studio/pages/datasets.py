@@ -195,10 +195,15 @@ async def followed(client: AsyncDermisClient, dataset_id: str, writes: bool) -> 
     dataset = await client.datasets.retrieve(dataset_id)
     yield view.described(dataset, writes), view.table(await view.recent(client), dataset.id)
     if not dataset.finished:
+        before = dataset.state
         async for event in client.datasets.events(dataset_id):
             dataset = event.dataset
-            if not dataset.finished:
-                yield view.described(dataset, writes), gr.skip()
+            if dataset.finished:
+                break
+            changed = dataset.state != before
+            listed = view.table(await view.recent(client), dataset.id) if changed else gr.skip()
+            before = dataset.state
+            yield view.described(dataset, writes), listed
     about = await view.results(client, dataset)
     yield view.described(dataset, writes, about), view.table(await view.recent(client), dataset.id)
 
