@@ -126,8 +126,8 @@ def described(dataset: DatasetRecord, writes: bool, about: str = "") -> str:
     if dataset.model is not None:
         rows.append(("Model", f"{escape(dataset.model.name)} {markup.short_digest(dataset.model.digest)}"))
     return (
-        f'<div class="ds-top"><h2>{state(dataset)}</h2><div class="ds-actions">{buttons}</div></div>'
-        f"{lines}{about}{markup.facts(rows)}"
+        f'<div class="ds-panel"><div class="ds-top"><h2>{state(dataset)}</h2><div class="ds-actions">{buttons}</div></div>'
+        f"{lines}{about}{markup.facts(rows)}</div>"
     )
 
 

@@ -83,7 +83,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 create = gr.Button("Create dataset", variant="primary")
                 code = html()
         with gr.Column(elem_classes=["ds-section"]):
-            current = html(NOTHING, js_on_load=_ON_LOAD, elem_classes=["ds-panel"])
+            current = html(NOTHING, js_on_load=_ON_LOAD)
             table = html(js_on_load=_ON_LOAD)
 
     fields = [model, *counts, listed, seed, kind, image_format, quality, truncation, noise, gate, rejected, agreeing]

@@ -46,9 +46,11 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
 
 
 def text_of(model: Model) -> str:
-    """Return the card without its title and its pictures, which are files of the bundle."""
+    """Return the card without its title and its pictures, which are files of the bundle. Every column gets a name."""
     text = re.sub(r"^# .*\n", "", model.card or "The model has no card.", count=1)
-    return re.sub(r"!\[[^\]]*\]\([^)]*\)\n*(?:Rows .*\n+)?", "", text)
+    text = re.sub(r"!\[[^\]]*\]\([^)]*\)\n*(?:Rows .*\n+)?", "", text)
+    text = re.sub(r"^\|\s*\|\s*\|(?=\n\|[ :-]+\|)", "| Property | Value |", text, flags=re.MULTILINE)
+    return re.sub(r"^\|\s*\|(?=.*\n\|[ :-]+\|)", "| Measure |", text, flags=re.MULTILINE)
 
 
 def summary(model: Model) -> str:
@@ -92,7 +94,7 @@ def measured(model: Model) -> str:
                     )
                 )
         if rows:
-            head = ("", "FD [95 %]", "Precision", "Recall", "Coverage")
+            head = ("Comparison", "FD [95 %]", "Precision", "Recall", "Coverage")
             trained = " (the generator was trained in it, so its numbers are better than its images)"
             known = trained if _mapping(space).get("trained_discriminator") else ""
             parts.append(markup.table(head, rows, f"Images, feature space {name}{known}"))
