@@ -158,12 +158,12 @@ def enlarged(content: bytes, media_type: str, alt: str, caption: str, *, pixels:
     if factor == 1:
         shown = f'<img src="{original}" width="{width}" height="{height}" alt="{escape(alt)}" class="ds-pixels">'
         return (
-            f'<figure class="ds-figure"><div>{shown}</div><figcaption>{caption} {image.width} x {image.height} px, shown 1:1.'
+            f'<figure class="ds-figure" style="max-width:{width}px"><div>{shown}</div><figcaption>{caption} {image.width} x {image.height} px, shown 1:1.'
             "</figcaption></figure>"
         )
     smooth = markup.data_url(png(image.resize((width, height), Image.Resampling.LANCZOS)), "image/png")
     return (
-        f'<figure class="ds-figure" data-ds-views><div>'
+        f'<figure class="ds-figure" style="max-width:{width}px" data-ds-views><div>'
         f'<img data-ds-view="smooth" src="{smooth}" width="{width}" height="{height}" alt="{escape(alt)}">'
         f'<img data-ds-view="pixels" class="ds-pixels" src="{original}" width="{width}" height="{height}" alt="{escape(alt)}" '
         "hidden></div><figcaption>"

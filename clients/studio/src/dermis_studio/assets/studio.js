@@ -38,6 +38,10 @@
       if (navigator.clipboard && window.isSecureContext) navigator.clipboard.writeText(text).then(done, () => select(copy));
       else select(copy, done);
     }
+    // The result of a button is at the top of the page.
+    if (target.closest(".gradio-container button.primary") && window.scrollY > 200) {
+      window.scrollTo({ top: 0, behavior: window.matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
+    }
     const shown = target.closest("[data-ds-show]");
     if (shown) {
       const views = shown.closest("[data-ds-views]");

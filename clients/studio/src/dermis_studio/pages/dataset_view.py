@@ -35,9 +35,14 @@ _STATES = {
     "cancelled": ("Cancelled", "ds-wait"),
 }
 _MARKS = {"ds-wait": "○", "ds-run": "◐", "ds-good": "●", "ds-bad": "✕"}
+<<<<<<< HEAD
 _MEASURED: dict[
     tuple[str, str, int], tuple[float, float]
 ] = {}  # digest, format, quality -> bytes and seconds of an image
+=======
+_LAYOUTS = {"imagefolder": "folder", "webdataset": "WebDataset", "parquet": "Parquet"}
+_MEASURED: dict[tuple[str, str, int], tuple[float, float]] = {}  # digest, format, quality -> bytes and seconds of an image
+>>>>>>> w-studio
 _MAX_MEASURED = 200
 
 
@@ -56,7 +61,7 @@ def request_words(dataset: DatasetRecord) -> str:
     """Return what was asked for in a line."""
     request = dataset.request
     classes = ", ".join(f"{count:,} {name}" for name, count in request.classes.items())
-    return f"{classes}; seed {request.seed}; {request.format}, {request.image_format}"
+    return f"{classes}; seed {request.seed}; {_LAYOUTS.get(request.format, request.format)}, {request.image_format.upper()}"
 
 
 def when(moment: datetime | None) -> str:
@@ -129,8 +134,8 @@ def described(dataset: DatasetRecord, writes: bool, about: str = "") -> str:
     if dataset.model is not None:
         rows.append(("Model", f"{escape(dataset.model.name)} {markup.short_digest(dataset.model.digest)}"))
     return (
-        f'<div class="ds-top"><h2>{state(dataset)}</h2><div class="ds-actions">{buttons}</div></div>'
-        f"{lines}{about}{markup.facts(rows)}"
+        f'<div class="ds-panel"><div class="ds-top"><h2>{state(dataset)}</h2><div class="ds-actions">{buttons}</div></div>'
+        f"{lines}{about}{markup.facts(rows)}</div>"
     )
 
 
@@ -183,7 +188,8 @@ def _files(files: Sequence[DatasetFile], at: str) -> str:
 def _scorecard(report: DatasetReport) -> str:
     rows = []
     for question in report.scorecard:
-        numbers = "; ".join(map(_number, [number for number in question.numbers if number.class_name is None][:3]))
+        of_all = [number for number in question.numbers if number.class_name is None]
+        numbers = "<br>".join(map(_number, (of_all or question.numbers)[:3]))
         rows.append((escape(question.question), escape(question.status), numbers))
     verdict = {"pass": "passed", "warn": "with warnings", "fail": "failed"}.get(
         report.audit.verdict, report.audit.verdict
@@ -195,7 +201,8 @@ def _scorecard(report: DatasetReport) -> str:
 def _number(number: ReportNumber) -> str:
     if number.value is None:
         return f"{escape(number.name)} not measured"
-    shown = f"{escape(number.name)} {markup.number(number.value)}"
+    of_class = f" of {number.class_name}" if number.class_name else ""
+    shown = f"{escape(number.name + of_class)} {markup.number(number.value)}"
     return shown if number.reference is None else f"{shown} ({markup.number(number.reference)})"
 
 

@@ -98,7 +98,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 create = gr.Button("Create dataset", variant="primary")
                 code = html()
         with gr.Column(elem_classes=["ds-section"]):
-            current = html(NOTHING, js_on_load=_ON_LOAD, elem_classes=["ds-panel"])
+            current = html(NOTHING, js_on_load=_ON_LOAD)
             table = html(js_on_load=_ON_LOAD)
 
     fields = [model, *counts, listed, seed, kind, image_format, quality, truncation, noise, gate, rejected, agreeing]
@@ -214,10 +214,15 @@ async def followed(client: AsyncDermisClient, dataset_id: str, writes: bool) -> 
     dataset = await client.datasets.retrieve(dataset_id)
     yield view.described(dataset, writes), view.table(await view.recent(client), dataset.id)
     if not dataset.finished:
+        before = dataset.state
         async for event in client.datasets.events(dataset_id):
             dataset = event.dataset
-            if not dataset.finished:
-                yield view.described(dataset, writes), gr.skip()
+            if dataset.finished:
+                break
+            changed = dataset.state != before
+            listed = view.table(await view.recent(client), dataset.id) if changed else gr.skip()
+            before = dataset.state
+            yield view.described(dataset, writes), listed
     about = await view.results(client, dataset)
     yield view.described(dataset, writes, about), view.table(await view.recent(client), dataset.id)
 

@@ -46,9 +46,11 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
 
 
 def text_of(model: Model) -> str:
-    """Return the card without its title and its pictures, which are files of the bundle."""
+    """Return the card without its title and its pictures, which are files of the bundle. Every column gets a name."""
     text = re.sub(r"^# .*\n", "", model.card or "The model has no card.", count=1)
-    return re.sub(r"!\[[^\]]*\]\([^)]*\)\n*", "", text)
+    text = re.sub(r"!\[[^\]]*\]\([^)]*\)\n*(?:Rows .*\n+)?", "", text)
+    text = re.sub(r"^\|\s*\|\s*\|(?=\n\|[ :-]+\|)", "| Property | Value |", text, flags=re.MULTILINE)
+    return re.sub(r"^\|\s*\|(?=.*\n\|[ :-]+\|)", "| Measure |", text, flags=re.MULTILINE)
 
 
 def summary(model: Model) -> str:
@@ -81,12 +83,13 @@ def measured(model: Model) -> str:
     parts = []
     for name, space in sorted(_mapping(model.metrics.get("spaces")).items()):
         rows = []
+        comparisons = _mapping(_mapping(space).get("comparisons"))
         for words, key in (
             ("Generated, compared with held-out images", "generated_holdout"),
             ("Training images in their place (reference)", "training_holdout"),
             ("Generated, compared with training images", "generated_training"),
         ):
-            numbers = _mapping(_mapping(space).get(key))
+            numbers = _mapping(comparisons.get(key))
             if numbers:
                 rows.append(
                     (
@@ -99,11 +102,19 @@ def measured(model: Model) -> str:
                     )
                 )
         if rows:
+<<<<<<< HEAD
             head = ("", "FD [95 %]", "Precision", "Recall", "Coverage")
             parts.append(markup.table(head, rows, f"Images, feature space {name}"))
     at = _mapping(
         _mapping(_mapping(model.classifier.metrics if model.classifier else {}).get("test")).get("at_thresholds")
     )
+=======
+            head = ("Comparison", "FD [95 %]", "Precision", "Recall", "Coverage")
+            trained = " (the generator was trained in it, so its numbers are better than its images)"
+            known = trained if _mapping(space).get("trained_discriminator") else ""
+            parts.append(markup.table(head, rows, f"Images, feature space {name}{known}"))
+    at = _mapping(_mapping(_mapping(model.classifier.metrics if model.classifier else {}).get("test")).get("at_thresholds"))
+>>>>>>> w-studio
     rows = [
         (
             escape(threshold_name(name)),

@@ -19,12 +19,16 @@ from dermis_studio.sources import content_of, drop, opened
 from dermis_studio.studio import PRIVATE, Studio, cookies_of, heading, html, model_choices, problem_of, query_of
 
 MOST_PROBABLE = "Most probable"
-NOTHING = markup.empty_state("No projection yet", "Choose an image, then press Project. It takes seconds.")
 KEPT = (
-    '<div class="ds-kept"><h3>What is kept</h3><ul><li>Your image: until the projection has ended.</li>'
-    "<li>The latent and the reconstruction: until you delete them, or until they expire (the result says when).</li>"
-    "<li>File names are not sent. Nobody else sees the projection but your tenant, with its id.</li></ul></div>"
+    "<h3>What is kept, and for how long</h3><ul><li>Your image: until the projection has ended.</li>"
+    "<li>The latent and the reconstruction: until you delete them, or until they expire; the result says when.</li>"
+    "<li>The name of the file is not sent. The projection belongs to your tenant.</li></ul>"
 )
+NOTHING = (
+    '<div class="ds-empty"><h2>No projection yet</h2><p>Choose an image, then press Project. It takes seconds to a minute.</p>'
+    f'<div class="ds-kept">{KEPT}</div></div>'
+)
+SHORT = '<p class="ds-muted">Kept: your image until the projection has ended, the result until you delete it or it expires.</p>'
 POLL_SECONDS = 0.7
 # The address names the projection, so that the page can be loaded again.
 _ON_LOAD = """
@@ -47,8 +51,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     )
     with gr.Row(elem_classes=["ds-work"]):
         with gr.Column(elem_classes=["ds-panel", "ds-side"]):
-            html(KEPT)
             file = drop()
+            html(SHORT)
             model = gr.Dropdown(label="Model", choices=[], visible=False)
             class_name = gr.Dropdown(label="Class", choices=[MOST_PROBABLE], value=MOST_PROBABLE)
             schedule = gr.Radio(

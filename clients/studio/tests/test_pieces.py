@@ -1,0 +1,127 @@
+"""Tests of the pieces of the pages that need neither Gradio nor a service."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any
+
+import pytest
+
+from dermis_client import APIConnectionError
+from dermis_client.errors import RateLimitError, UnprocessableEntityError
+from dermis_client.models import Problem
+from dermis_studio import markup, scales, snippets
+from dermis_studio.samples import SampleRef, words_of
+
+EVIL = '<script>alert("x")</script>&'
+
+
+def error(kind: type[Any], status: int, retry_after: float | None = None) -> Any:
+    problem = Problem.model_validate(
+        {"title": EVIL, "status": status, "detail": EVIL, "errors": [{"field": EVIL, "message": EVIL}]}
+    )
+    return kind(EVIL, problem=problem, status_code=status, request_id=EVIL, retry_after=retry_after)
+
+
+def test_problem_shows_title_fields_and_what_to_do_and_escapes_all_of_them() -> None:
+    shown = markup.problem(error(UnprocessableEntityError, 422))
+    assert "<script" not in shown
+    assert shown.count("&lt;script&gt;") == 5
+    assert 'role="alert"' in shown
+    assert "Change the values" in shown
+    assert "in 7 s" in markup.problem(error(RateLimitError, 429, 7.0))
+    assert "The service does not respond" in markup.problem(APIConnectionError("refused"))
+    assert EVIL not in markup.problem(RuntimeError(EVIL))
+
+
+@pytest.mark.parametrize("value", [EVIL, "'\"`${1+1}{{x}}", "é\n"])
+def test_texts_from_outside_are_escaped(value: str) -> None:
+    parts = [
+        markup.facts([(value, "1")]),
+        markup.empty_state(value, value),
+        markup.progress(value, 0.5),
+        markup.code_block(value, value),
+        markup.success(value),
+        scales.probability_scale(0.5, value, {value: 0.3}, value),
+    ]
+    assert all("<script" not in part for part in parts)
+    attribute = f'<b data-x="{markup.attribute({"a": value})}">'
+    assert attribute.count('"') == 2
+
+
+def test_numbers_sizes_and_durations_are_in_words() -> None:
+    assert [markup.number(value) for value in (1234567, 0.1234567, 12.5)] == ["1,234,567", "0.123", "12.5"]
+    assert [markup.size(count) for count in (999, 31_000, 2_400_000, 5e9)] == ["999 B", "31.0 kB", "2.4 MB", "5.0 GB"]
+    assert [markup.duration(seconds) for seconds in (0.2, 42, 600, 9000)] == ["1 s", "42 s", "10 min", "2.5 h"]
+
+
+def test_snippets_are_programs_with_the_same_request() -> None:
+    body = {"classes": {"it's": 2}, "seed": 3, "privacy": {"gate": "authentic"}}
+    command = snippets.curl("http://127.0.0.1:3000", "/v1/images", body, with_key=True)
+    words = shlex.split(command.replace("\\\n", " "))
+    assert words[:3] == ["curl", "-sS", "http://127.0.0.1:3000/v1/images"]
+    assert json.loads(words[-1]) == body
+    assert "$DERMIS_API_KEY" in command
+    program = snippets.python("http://127.0.0.1:3000", "images.generate", body, "result.save('x')")
+    calls: list[dict[str, Any]] = []
+
+    class Images:
+        def generate(self, **given: Any) -> Any:
+            calls.append(given)
+            return self
+
+        def save(self, _folder: str) -> None:
+            pass
+
+    class Client:
+        images = Images()
+
+        def __init__(self, _url: str) -> None:
+            pass
+
+        def __enter__(self) -> Client:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    exec(program.replace("from dermis_client import DermisClient", ""), {"DermisClient": Client})
+    assert calls == [body]
+
+
+def test_sample_survives_its_address_and_bad_addresses_are_refused() -> None:
+    from urllib.parse import parse_qsl
+
+    sample = SampleRef("demo", "a & b", 7, 12, 0.5, "const")
+    assert SampleRef.parse(dict(parse_qsl(sample.query))) == sample
+    assert sample.body == {
+        "classes": {"a & b": 1}, "seed": 7, "start_index": 12, "model": "demo", "truncation_psi": 0.5, "noise_mode": "const"
+    }  # fmt: skip
+    assert SampleRef.parse({}) is None
+    with pytest.raises(ValueError, match="whole seed"):
+        SampleRef.parse({"class_name": "a", "seed": "x"})
+
+
+@pytest.mark.parametrize(
+    ("authentic", "percentile", "copy", "title"),
+    [
+        (True, 60, False, "Not near"),
+        (False, 60, None, "Near to"),
+        (True, 0, None, "Very near"),
+        (True, 60, True, "changed copy"),
+    ],
+)
+def test_verdicts_are_in_words(authentic: bool, percentile: int, copy: bool | None, title: str) -> None:
+    assert title in words_of(authentic, percentile, copy)[0]
+
+
+def test_bars_of_the_distance_scale_have_the_area_of_their_share() -> None:
+    shown = scales.distance_scale(0.3, {"0": 0.1, "50": 0.2, "100": 0.4})
+    import re
+
+    bars = re.findall(r'<rect x="([\d.]+)" y="[\d.]+" width="([\d.]+)" height="([\d.]+)"', shown)
+    areas = [float(width) * float(height) for _, width, height in bars]
+    assert len(areas) == 2
+    assert areas[0] == pytest.approx(areas[1], rel=0.02)  # half of the distances each
+    assert scales.distance_scale(0.3, {}) == ""

@@ -1,0 +1,210 @@
+"""Tests of what the studio lets through, and with whose key. Gradio is replaced by an application that records requests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request, Response
+from starlette.testclient import TestClient
+
+from dermis_studio import frame
+from dermis_studio.access import COOKIE, Visitor, Visitors
+from dermis_studio.service import Service
+from dermis_studio.site import MAX_BODY_BYTES, StudioSite
+
+DOCUMENT = (
+    '<html><head><meta property="og:url" content="https://gradio.app/" /><link rel="manifest" href="/manifest.json" /></head>'
+    '<body><gradio-app control_page_title="true"></gradio-app></body></html>'
+)
+SCOPES = {"right": ["images", "datasets:read"], "other": ["models:read"]}
+DATASET = f"ds_{'0' * 32}"
+
+
+@dataclass
+class World:
+    """A service, an application in the place of Gradio, and what reached both."""
+
+    client: TestClient
+    to_gradio: list[Request] = field(default_factory=list)
+    to_service: list[httpx.Request] = field(default_factory=list)
+
+    @property
+    def gradio_paths(self) -> list[str]:
+        return [request.url.path for request in self.to_gradio]
+
+
+def make_world(*, open_service: bool = False, check_origin: bool = False) -> World:
+    world = World(TestClient(FastAPI()))
+    gradio = FastAPI()
+
+    @gradio.api_route("/{path:path}", methods=["GET", "POST"])
+    async def record(request: Request) -> Response:
+        world.to_gradio.append(request)
+        await request.body()
+        answer = Response(DOCUMENT, media_type="text/html")
+        answer.headers["Access-Control-Allow-Origin"] = "http://evil.example"
+        return answer
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        world.to_service.append(request)
+        key = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if request.url.path.endswith("/files/images.zip"):
+            headers = {"ETag": '"1"', "Set-Cookie": "a=b"}
+            return httpx.Response(200 if key == "right" else 401, stream=httpx.ByteStream(b"zip"), headers=headers)
+        if key not in SCOPES and not (open_service and not key):
+            return httpx.Response(401, json={"title": "no", "status": 401})
+        scopes = SCOPES.get(key, list({scope for scopes in SCOPES.values() for scope in scopes}))
+        return httpx.Response(200, json={"tenant": "ward-3", "scopes": scopes, "quotas": []})
+
+    service = Service("http://service.test", allow_plain_http=True)
+    service._http = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+    site = StudioSite(service, Visitors(service), gradio, "/studio", check_origin=check_origin)
+    world.client = TestClient(site, base_url="http://localhost", follow_redirects=False)  # type: ignore[arg-type]
+    return world
+
+
+@pytest.fixture
+def world() -> World:
+    return make_world()
+
+
+def sign_in(world: World, key: str = "right") -> httpx.Response:
+    return world.client.post("/studio/session", data={"key": key, "page": "datasets"})
+
+
+def test_nothing_of_gradio_is_reachable_without_a_key(world: World) -> None:
+    page = world.client.get("/studio/datasets")
+    assert page.status_code == 200
+    assert 'name="key"' in page.text
+    for method, path in (("POST", "queue/join"), ("GET", "queue/data?session_hash=a"), ("POST", "cancel")):
+        assert world.client.request(method, f"/studio/gradio_api/{path}").status_code == 401
+    assert world.to_gradio == []
+
+
+def test_key_is_kept_in_a_cookie_that_scripts_and_other_sites_cannot_use(world: World) -> None:
+    refused = sign_in(world, "wrong")
+    assert refused.status_code == 401
+    assert "does not accept" in refused.text
+    assert "wrong" not in refused.text
+    assert "set-cookie" not in refused.headers
+    accepted = sign_in(world)
+    assert (accepted.status_code, accepted.headers["location"]) == (303, "/studio/datasets")
+    cookie = accepted.headers["set-cookie"].lower()
+    assert all(part in cookie for part in ("httponly", "samesite=strict", "path=/studio"))
+    assert "max-age" not in cookie and "expires" not in cookie
+    page = world.client.get("/studio/datasets")
+    assert "right" not in page.text.replace("copyright", "")
+    assert "ward-3" in page.text
+    out = world.client.post("/studio/sign-out")
+    assert out.headers["set-cookie"].startswith(f'{COOKIE}=""')
+    assert 'name="key"' in world.client.get("/studio/datasets").text
+
+
+def test_sign_in_leads_only_to_pages_of_the_studio(world: World) -> None:
+    for page in ("//evil.example", "https://evil.example", "../v1", ""):
+        answer = world.client.post("/studio/session", data={"key": "right", "page": page})
+        assert answer.headers["location"] == "/studio/"
+
+
+def test_only_what_the_pages_need_reaches_gradio(world: World) -> None:
+    sign_in(world)
+    reached = ["/studio/", "/studio/theme.css", "/studio/assets/index-DphvyggB.js", "/studio/gradio_api/queue/data?session_hash=a"]
+    for path in reached:
+        assert world.client.get(path).status_code == 200
+    assert world.client.post("/studio/gradio_api/queue/join", json={}).status_code == 200
+    count = len(world.to_gradio)
+    for path in (
+        "gradio_api/file=/etc/passwd",
+        "gradio_api/file/etc/passwd",
+        "gradio_api/proxy=http://example.org",
+        "gradio_api/info",
+        "gradio_api/runs",
+        "gradio_api/upload_progress?upload_id=a",
+        "gradio_api/stream/a/b/1/playlist.m3u8",
+        "config",
+        "monitoring",
+        "static/js/../../../routes.py",
+        "assets/%2e%2e/%2e%2e/routes.py",
+        "own/../site.py",
+    ):
+        assert world.client.get(f"/studio/{path}").status_code == 404, path
+    for path in ("upload", "run/generate", "api/generate", "call/generate", "component_server", "process_recording"):
+        assert world.client.post(f"/studio/gradio_api/{path}", json={}).status_code == 404, path
+    assert world.client.put("/studio/gradio_api/queue/join").status_code == 405
+    assert len(world.to_gradio) == count
+
+
+def test_headers_keep_pages_on_this_host(world: World) -> None:
+    sign_in(world)
+    page = world.client.get("/studio/", headers={"Origin": "http://evil.example", "X-Forwarded-Host": "evil.example"})
+    assert "access-control-allow-origin" not in page.headers
+    policy = page.headers["content-security-policy"]
+    assert "connect-src 'self'" in policy and "frame-ancestors 'none'" in policy and "http" not in policy
+    assert {"origin", "x-forwarded-host"}.isdisjoint(world.to_gradio[-1].headers)
+    assert "gradio.app" not in page.text and "manifest" not in page.text
+    assert page.headers["cache-control"] == "no-store"
+
+
+def test_pages_that_the_scopes_do_not_allow_are_not_offered(world: World) -> None:
+    sign_in(world, "other")
+    refused = world.client.get("/studio/datasets")
+    assert refused.status_code == 403
+    assert "datasets:read" in refused.text
+    assert 'href="/studio/models"' in refused.text
+    assert 'href="/studio/datasets"' not in refused.text
+    assert world.to_gradio == []
+
+
+def test_large_bodies_are_refused(world: World) -> None:
+    sign_in(world)
+    answer = world.client.post("/studio/gradio_api/queue/join", content=b"x" * (MAX_BODY_BYTES + 1))
+    assert answer.status_code == 413
+    assert world.to_gradio == []
+
+
+def test_files_are_fetched_with_the_key_of_the_visitor_alone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DERMIS_API_KEY", "right")  # of the machine; a visitor without a key must not get its rights
+    path = f"/studio/files/{DATASET}/images.zip"
+    assert world.client.get(path).status_code == 401
+    sign_in(world)
+    answer = world.client.get(path)
+    assert (answer.status_code, answer.content, answer.headers["etag"]) == (200, b"zip", '"1"')
+    assert "set-cookie" not in answer.headers
+    assert "sandbox" in answer.headers["content-security-policy"]
+    asked = world.to_service[-1]
+    assert asked.url.path == f"/v1/datasets/{DATASET}/files/images.zip"
+    assert "cookie" not in asked.headers
+    for bad in (f"{DATASET}/..%2f..%2fkeys", f"{DATASET}/", "ds_x/images.zip"):
+        assert world.client.get(f"/studio/files/{bad}").status_code == 404
+
+
+def test_service_without_access_control_needs_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DERMIS_API_KEY", "right")
+    world = make_world(open_service=True)
+    assert world.client.get("/studio/").status_code == 200
+    assert world.gradio_paths == ["/studio/"]
+    assert "authorization" not in world.to_service[-1].headers
+
+
+def test_alone_it_refuses_other_hosts_and_origins() -> None:
+    world = make_world(open_service=True, check_origin=True)
+    assert world.client.get("/studio/", headers={"Host": "evil.example"}).status_code == 421
+    for headers in ({"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "same-site"}, {"Origin": "null"}):
+        answer = world.client.post("/studio/gradio_api/queue/join", json={}, headers=headers)
+        assert answer.status_code == 403, headers
+    assert world.client.post("/studio/gradio_api/queue/join", json={}, headers={"Origin": "http://localhost"}).is_success
+    assert world.gradio_paths == ["/studio/gradio_api/queue/join"]
+
+
+def test_visitors_are_asked_for_once_in_a_while(world: World) -> None:
+    sign_in(world)
+    for _ in range(3):
+        world.client.get("/studio/")
+    assert len(world.to_service) == 1
+
+
+def test_frame_refuses_another_version_of_gradio() -> None:
+    with pytest.raises(ValueError, match="another form"):
+        frame.framed("<html></html>", "/studio", frame.PAGES[0], Visitor(None, "a", None))
