@@ -38,7 +38,7 @@ def methods(bundle_location: str, batch: int) -> tuple[dict[str, Callable[[], An
     z = z_for(0, range(batch), bundle.generator.z_dim)
     label = np.arange(batch, dtype=np.int64) % max(bundle.generator.c_dim, 1)
     noise = noise_vectors([0] * batch, range(batch), sum(sizes))
-    inputs = {"z": z, "truncation_psi": np.ones(batch, np.float32), "noise": noise}
+    inputs: dict[str, np.ndarray] = {"z": z, "truncation_psi": np.ones(batch, np.float32), "noise": noise}
     c = None
     if bundle.generator.c_dim > 0:
         inputs["label"] = label

@@ -96,7 +96,8 @@ class Settings(BaseSettings):
     )
     studio: bool = Field(
         True,
-        description="Whether the web pages of the package dermis-studio are at /studio, and / leads browsers there. They call the "
+        description="Whether the web pages of the package dermis-studio are at /studio, and / leads browsers "
+        "there. They call the "
         "API with the credentials of their visitors.",
     )
     audit_log: bool = Field(

@@ -1,6 +1,7 @@
 """The studio at /studio: the web pages of the package dermis-studio, a client of the API like any other.
 
-The package is optional, and importing it takes seconds. It is therefore imported in a thread, once the service is ready or when a
+The package is optional, and importing it takes seconds. It is therefore imported in a thread, once the
+service is ready or when a
 page is first asked for. Its pages call the API over HTTP with the credentials of their visitors, and have none of their own.
 """
 
@@ -165,12 +166,14 @@ def _missing(request: Request) -> Response:
     return HTMLResponse(
         f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>dermis studio</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
-:root {{ color-scheme: light dark; }} body {{ font: 16px/1.6 system-ui, sans-serif; max-width: 40rem; margin: 4rem auto; padding: 0 1.5rem; }}
+:root {{ color-scheme: light dark; }} body {{ font: 16px/1.6 system-ui, sans-serif; max-width: 40rem; margin:
+4rem auto; padding: 0 1.5rem; }}
 pre {{ padding: .8rem 1rem; border: 1px solid #8888; border-radius: 6px; overflow-x: auto; }}</style></head>
 <body><main><h1>The studio is not installed</h1>
 <p>The web pages of this service are in an optional package. Its operator installs it into the environment of the service and
 restarts the service:</p><pre tabindex="0">{escape(_INSTALL)}</pre>
-<p>In a checkout, <code>make serve</code> installs it. The API works without it: <a href="/docs">documentation</a>.</p></main></body>
+<p>In a checkout, <code>make serve</code> installs it. The API works without it: <a
+href="/docs">documentation</a>.</p></main></body>
 </html>""",
         501,
         {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"},

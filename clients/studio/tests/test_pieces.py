@@ -7,7 +7,6 @@ import shlex
 from typing import Any
 
 import pytest
-
 from dermis_client import APIConnectionError
 from dermis_client.errors import RateLimitError, UnprocessableEntityError
 from dermis_client.models import Problem

@@ -6,13 +6,12 @@ from dataclasses import dataclass, field
 
 import httpx
 import pytest
-from fastapi import FastAPI, Request, Response
-from starlette.testclient import TestClient
-
 from dermis_studio import frame
 from dermis_studio.access import COOKIE, Visitor, Visitors
 from dermis_studio.service import Service
 from dermis_studio.site import MAX_BODY_BYTES, StudioSite
+from fastapi import FastAPI, Request, Response
+from starlette.testclient import TestClient
 
 DOCUMENT = (
     '<html><head><meta property="og:url" content="https://gradio.app/" /><link rel="manifest" href="/manifest.json" /></head>'
@@ -110,7 +109,12 @@ def test_sign_in_leads_only_to_pages_of_the_studio(world: World) -> None:
 
 def test_only_what_the_pages_need_reaches_gradio(world: World) -> None:
     sign_in(world)
-    reached = ["/studio/", "/studio/theme.css", "/studio/assets/index-DphvyggB.js", "/studio/gradio_api/queue/data?session_hash=a"]
+    reached = [
+        "/studio/",
+        "/studio/theme.css",
+        "/studio/assets/index-DphvyggB.js",
+        "/studio/gradio_api/queue/data?session_hash=a",
+    ]
     for path in reached:
         assert world.client.get(path).status_code == 200
     assert world.client.post("/studio/gradio_api/queue/join", json={}).status_code == 200
@@ -194,7 +198,9 @@ def test_alone_it_refuses_other_hosts_and_origins() -> None:
     for headers in ({"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "same-site"}, {"Origin": "null"}):
         answer = world.client.post("/studio/gradio_api/queue/join", json={}, headers=headers)
         assert answer.status_code == 403, headers
-    assert world.client.post("/studio/gradio_api/queue/join", json={}, headers={"Origin": "http://localhost"}).is_success
+    assert world.client.post(
+        "/studio/gradio_api/queue/join", json={}, headers={"Origin": "http://localhost"}
+    ).is_success
     assert world.gradio_paths == ["/studio/gradio_api/queue/join"]
 
 

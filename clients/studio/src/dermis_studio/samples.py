@@ -18,6 +18,7 @@ from dermis_client import (
     GeneratedImage,
     Model,
 )
+from dermis_client.models import NoiseMode
 from PIL import Image
 
 from dermis_studio import markup, scales
@@ -26,6 +27,9 @@ from dermis_studio.access import Visitor
 TILE_PIXELS = 160  # larger images are shown in a grid at a smaller size
 DETAIL_PIXELS = 384
 NOISE = {"random": "its own for each image", "const": "the same for all", "none": "none"}
+
+
+_NOISE_MODES: Mapping[str, NoiseMode] = {"random": "random", "const": "const", "none": "none"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class SampleRef:
     seed: int
     index: int
     truncation: float = 1.0
-    noise: str = "random"
+    noise: NoiseMode = "random"
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> SampleRef | None:
@@ -64,10 +68,12 @@ class SampleRef:
                 seed=int(values.get("seed") or 0),
                 index=int(values.get("index") or 0),
                 truncation=float(values.get("truncation") or 1.0),
-                noise=str(values.get("noise") or "random"),
+                noise=_NOISE_MODES[str(values.get("noise") or "random")],
             )
-        except (TypeError, ValueError):
-            raise ValueError("the sample needs a whole seed and index, and a number for the truncation") from None
+        except (TypeError, ValueError, KeyError):
+            raise ValueError(
+                "the sample needs a whole seed and index, a number for the truncation, and a known noise mode"
+            ) from None
 
     @property
     def query(self) -> str:
@@ -86,7 +92,7 @@ class SampleRef:
         return f"{self.class_name}, seed {self.seed}, index {self.index}"
 
 
-def options(model: str | None, truncation: float, noise: str) -> dict[str, Any]:
+def options(model: str | None, truncation: float, noise: NoiseMode) -> dict[str, Any]:
     """Return the options of a generation that differ from the defaults."""
     result: dict[str, Any] = {}
     if model:
@@ -158,7 +164,8 @@ def enlarged(content: bytes, media_type: str, alt: str, caption: str, *, pixels:
     if factor == 1:
         shown = f'<img src="{original}" width="{width}" height="{height}" alt="{escape(alt)}" class="ds-pixels">'
         return (
-            f'<figure class="ds-figure" style="max-width:{width}px"><div>{shown}</div><figcaption>{caption} {image.width} x {image.height} px, shown 1:1.'
+            f'<figure class="ds-figure" style="max-width:{width}px"><div>{shown}</div><figcaption>{caption} '
+            f"{image.width} x {image.height} px, shown 1:1."
             "</figcaption></figure>"
         )
     smooth = markup.data_url(png(image.resize((width, height), Image.Resampling.LANCZOS)), "image/png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from html import escape
 
@@ -71,7 +72,7 @@ def distance_scale(value: float, baseline: Mapping[str, float]) -> str:
     height, bottom = 70.0, 92.0
     bars = [
         (low, high, (upper - lower) / max(high - low, 1e-9))
-        for (lower, low), (upper, high) in zip(known, known[1:], strict=False)
+        for (lower, low), (upper, high) in itertools.pairwise(known)
     ]
     tallest = max(density for *_, density in bars)
 

@@ -1,6 +1,7 @@
 """The studio as an ASGI application: what is let through to Gradio, who may use it, and the page around it.
 
-Gradio has many routes: uploads, files of the server, a proxy, a recorder of runs, an editor of its own program. The studio needs
+Gradio has many routes: uploads, files of the server, a proxy, a recorder of runs, an editor of its own
+program. The studio needs
 few of them, and only these are reachable. Images travel in the messages of the pages, so nothing is uploaded to or served from
 the disk.
 """
@@ -102,15 +103,15 @@ class StudioSite:
         if scope["type"] != "http":
             return
         path = scope["path"].removeprefix(self._prefix)
-        request = Request(scope, receive)  # type: ignore[arg-type]  # the names of the same types
+        request = Request(scope, receive)
         send = _with_headers(send)
         refusal = self._refusal(request)
         if refusal is not None:
-            await refusal(scope, receive, send)  # type: ignore[arg-type]
+            await refusal(scope, receive, send)
             return
         response = await self._own(request, path)
         if response is not None:
-            await response(scope, receive, send)  # type: ignore[arg-type]
+            await response(scope, receive, send)
             return
         try:
             visitor = await self._visitors.find(key_of(request.cookies))
@@ -119,7 +120,7 @@ class StudioSite:
         else:
             response = await self._for_visitor(request, path, visitor, receive, send)
         if response is not None:
-            await response(scope, receive, send)  # type: ignore[arg-type]
+            await response(scope, receive, send)
 
     def _refusal(self, request: Request) -> Response | None:
         """The refusal of a request that a page of another site causes, or that uses another host name."""

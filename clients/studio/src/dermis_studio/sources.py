@@ -22,7 +22,8 @@ MAX_PIXELS = 100_000_000
 SAMPLE, FILE = "sample", "file"
 
 _DROP_TEMPLATE = """<label class="ds-drop">${value ? `<img src="${value}" alt="The chosen image">` : ''}<strong>${value ?
-'Choose another image' : 'Choose an image, or drop it here'}</strong><span>PNG, JPEG or WebP, up to 32 MB</span><input type="file"
+'Choose another image' : 'Choose an image, or drop it here'}</strong><span>PNG, JPEG or WebP, up to 32
+MB</span><input type="file"
 accept="image/png,image/jpeg,image/webp"></label><p class="ds-drop-error" role="alert">${problem}</p>"""
 _DROP_ON_LOAD = """
 const read = (file) => {
@@ -39,9 +40,11 @@ const read = (file) => {
   }
 };
 element.addEventListener('change', (event) => { if (event.target.type === 'file') read(event.target.files[0]); });
-element.addEventListener('dragover', (event) => { event.preventDefault(); element.querySelector('.ds-drop').classList.add('ds-over'); });
+element.addEventListener('dragover', (event) => {
+  event.preventDefault(); element.querySelector('.ds-drop').classList.add('ds-over'); });
 element.addEventListener('dragleave', () => element.querySelector('.ds-drop').classList.remove('ds-over'));
-element.addEventListener('drop', (event) => { event.preventDefault(); element.querySelector('.ds-drop').classList.remove('ds-over');
+element.addEventListener('drop', (event) => {
+  event.preventDefault(); element.querySelector('.ds-drop').classList.remove('ds-over');
   read(event.dataTransfer.files[0]); });
 """
 
@@ -76,7 +79,8 @@ class Picture:
         image.thumbnail((384, 384), Image.Resampling.LANCZOS)
         return (
             f'<figure class="ds-figure"><div><img src="{markup.data_url(png(image), "image/png")}" width="{image.width}" '
-            f'height="{image.height}" alt="{self.words}"></div><figcaption>Your image. {size}, reduced (Lanczos).</figcaption></figure>'
+            f'height="{image.height}" alt="{self.words}"></div><figcaption>Your image. {size}, reduced '
+            f"(Lanczos).</figcaption></figure>"
         )
 
 

@@ -24,7 +24,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     """Build the page."""
     heading(
         "Authenticity",
-        "How near an image is to the images that the generator was trained with, compared with how near those are to each other.",
+        "How near an image is to the images that the generator was trained with, compared with how near those are to "
+        "each other.",
     )
     with gr.Row(elem_classes=["ds-work"]):
         with gr.Column(elem_classes=["ds-panel", "ds-side"]):
@@ -91,7 +92,10 @@ def source_updates(source: SourceFields, model: Model, visitor: Visitor, query: 
     if uploads:
         note = "<p class='ds-muted'>Your image is compared in memory, and not kept.</p>"
     elif not index.get("uploads"):
-        note = "<p class='ds-muted'>This service compares no images of its users: the answer could show who is in the training set.</p>"
+        note = (
+            "<p class='ds-muted'>This service compares no images of its users: the answer could show "
+            "who is in the training set.</p>"
+        )
     else:
         note = "<p class='ds-muted'>Images of your own need the scope <code>authenticity:uploads</code>.</p>"
     return source.updates(model, query, note, samples=visitor.may("authenticity:generated"), files=uploads)
@@ -116,15 +120,19 @@ def described(image: Picture, model: Model, result: AuthenticityResult) -> str:
     if verdict.repeated:
         rows.append(("Repeated", "a similar image was compared before; this is the answer on that one"))
     limits = (
-        "The comparison uses the features of one network. A copy that is cropped, turned or recoloured strongly can be far away "
+        "The comparison uses the features of one network. A copy that is cropped, turned or recoloured strongly can "
+        "be far away "
         "in it.",
-        "The radius of a training image is its distance to the nearest other one. Where training images are sparse, it is large, "
+        "The radius of a training image is its distance to the nearest other one. Where training images are sparse, "
+        "it is large, "
         "so samples that are no copies can be within it.",
-        "Not near is not a proof that nothing of a patient can be learnt. The privacy audit of the model is on the page Models.",
+        "Not near is not a proof that nothing of a patient can be learnt. The privacy audit of the model is on the "
+        "page Models.",
     )
     items = "".join(f"<li>{escape(text)}</li>" for text in limits)
     return (
-        f'<div class="ds-panel ds-section"><h2 class="ds-hidden">Result</h2><div class="ds-pair"><div>{image.shown()}</div><div class="ds-grow">'
+        f'<div class="ds-panel ds-section"><h2 class="ds-hidden">Result</h2><div '
+        f'class="ds-pair"><div>{image.shown()}</div><div class="ds-grow">'
         f"{distance(model, result)}{markup.facts(rows)}</div></div>"
         f"<h3>Limits of this answer</h3><ul>{items}</ul></div>"
     )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 from collections.abc import AsyncIterator
 from html import escape
-from typing import Any
+from typing import Any, Literal
 
 import gradio as gr
 from dermis_client import ClassificationsResult, HeatMap, Model
+from dermis_client.models import HeatMapMethod
 from PIL import Image, ImageOps
 
 from dermis_studio import markup
@@ -19,8 +20,10 @@ from dermis_studio.studio import PRIVATE, Studio, heading, html, model_choices, 
 
 NOTHING = markup.empty_state("No image classified yet", "Choose a sample or an image, then press Classify.")
 NOTICE = (
-    '<div class="ds-notice" role="note" aria-label="Not a medical device"><div><p><b>Not a medical device.</b> The classifier was '
-    "made to measure synthetic images. Its probability is no diagnosis, and nobody must be treated or left untreated because of it."
+    '<div class="ds-notice" role="note" aria-label="Not a medical device"><div><p><b>Not a medical device.</b> The '
+    "classifier was "
+    "made to measure synthetic images. Its probability is no diagnosis, and nobody must be treated or left untreated "
+    "because of it."
     "</p></div></div>"
 )
 METHODS = (("None", "none"), ("XRAI: regions", "xrai"), ("Integrated gradients: pixels", "integrated-gradients"))
@@ -63,7 +66,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         return [NOTHING, *source.updates(chosen, {}, _KEPT, samples=visitor.may("images")), *_of_model(chosen)]
 
     async def run(
-        request: gr.Request, name: str, threshold: str | None, method: str, *values: Any
+        request: gr.Request, name: str, threshold: str | None, method: HeatMapMethod | Literal["none"], *values: Any
     ) -> AsyncIterator[Any]:
         running, ended = (
             [gr.update(visible=False), gr.update(visible=True)],
@@ -137,7 +140,8 @@ def described(image: Picture, model: Model, result: ClassificationsResult) -> st
         ),
     ]
     return (
-        f'<div class="ds-panel ds-section"><h2 class="ds-hidden">Result</h2><div class="ds-pair"><div>{shown}</div><div class="ds-grow">'
+        f'<div class="ds-panel ds-section"><h2 class="ds-hidden">Result</h2><div '
+        f'class="ds-pair"><div>{shown}</div><div class="ds-grow">'
         f'<div class="ds-verdict"><b>Counted as {escape(item.class_name)}</b><p>The calibrated probability of '
         f"{escape(result.positive_class)} is {item.calibrated:.3f}, {side} the threshold {result.threshold.value:.3f} "
         f"({escape(name)}).</p></div>{probability(model, result)}{markup.facts(rows)}"
@@ -156,10 +160,12 @@ def overlay(image: Picture, heat_map: HeatMap, positive_class: str) -> str:
     return (
         f'<figure class="ds-figure ds-overlay"><div class="ds-stack" style="width:{side}px;height:{side}px">'
         f'<img src="{urls[0]}" width="{side}" height="{side}" alt="{escape(image.words)}">'
-        f'<img src="{urls[1]}" width="{side}" height="{side}" alt="Heat map: parts for and against {escape(positive_class)}"></div>'
+        f'<img src="{urls[1]}" width="{side}" height="{side}" alt="Heat map: parts for and against '
+        f'{escape(positive_class)}"></div>'
         f'<figcaption><label class="ds-opacity">Heat map <input type="range" min="0" max="100" value="70" data-ds-opacity>'
         f"<output>70 %</output></label>"
         f'<span class="ds-legend"><i class="ds-for"></i>for {escape(positive_class)} <i class="ds-against"></i>against</span>'
-        f"<span>{escape(name)}. The centred square, enlarged (Lanczos). Full colour: {heat_map.scale:.2g} logits for each 1 % of the "
+        f"<span>{escape(name)}. The centred square, enlarged (Lanczos). Full colour: {heat_map.scale:.2g} logits for "
+        f"each 1 % of the "
         "area.</span></figcaption></figure>"
     )

@@ -19,6 +19,7 @@ from dermis_client import (
     ReportNumber,
     Usage,
 )
+from dermis_client.models import ImageFormat
 
 from dermis_studio import markup
 from dermis_studio.access import Visitor
@@ -35,14 +36,10 @@ _STATES = {
     "cancelled": ("Cancelled", "ds-wait"),
 }
 _MARKS = {"ds-wait": "○", "ds-run": "◐", "ds-good": "●", "ds-bad": "✕"}
-<<<<<<< HEAD
+_LAYOUTS = {"imagefolder": "folder", "webdataset": "WebDataset", "parquet": "Parquet"}
 _MEASURED: dict[
     tuple[str, str, int], tuple[float, float]
 ] = {}  # digest, format, quality -> bytes and seconds of an image
-=======
-_LAYOUTS = {"imagefolder": "folder", "webdataset": "WebDataset", "parquet": "Parquet"}
-_MEASURED: dict[tuple[str, str, int], tuple[float, float]] = {}  # digest, format, quality -> bytes and seconds of an image
->>>>>>> w-studio
 _MAX_MEASURED = 200
 
 
@@ -160,12 +157,16 @@ async def results(client: AsyncDermisClient, dataset: AsyncDataset) -> str:
     preview = ""
     if "preview.png" in names:
         preview = (
-            f'<figure class="ds-figure"><div class="ds-preview"><img src="{at}/preview.png" alt="The first images of the dataset" '
+            f'<figure class="ds-figure"><div class="ds-preview"><img src="{at}/preview.png" alt="The first images of '
+            f'the dataset" '
             "></div><figcaption>The first images of each class (contact sheet of the dataset).</figcaption></figure>"
         )
     links = ""
     if "report.html" in names:
-        links += f'<a class="ds-button ds-strong" href="report/{escape(dataset.id)}" target="_blank" rel="noopener">Open the report</a>'
+        links += (
+            f'<a class="ds-button ds-strong" href="report/{escape(dataset.id)}" target="_blank" '
+            f'rel="noopener">Open the report</a>'
+        )
     if "manifest.json" in names:
         links += f'<a class="ds-button" href="{at}/manifest.json" download>Manifest</a>'
     scorecard = _scorecard(report) if isinstance(report, DatasetReport) else ""
@@ -238,7 +239,7 @@ async def estimate(client: AsyncDermisClient, model: Model, body: dict[str, Any]
 
 
 async def _measure(
-    client: AsyncDermisClient, model: Model, class_name: str, image_format: str, quality: int
+    client: AsyncDermisClient, model: Model, class_name: str, image_format: ImageFormat, quality: int
 ) -> tuple[float, float]:
     """Bytes and seconds of one image."""
     key = (model.digest, image_format, quality if image_format != "png" else 0)

@@ -347,7 +347,8 @@ def strip_of(images: Sequence[EditedImage], direction: str) -> str:
     pictures = [image.image for image in images]
     cells = "".join(
         f'<figure><img class="ds-pixels" src="{markup.data_url(image.content, image.media_type)}" width="{picture.width}" '
-        f'height="{picture.height}" alt="{escape(direction)} {image.strength:+.2f}"><figcaption>{image.strength:+.2f}</figcaption>'
+        f'height="{picture.height}" alt="{escape(direction)} '
+        f'{image.strength:+.2f}"><figcaption>{image.strength:+.2f}</figcaption>'
         "</figure>"
         for image, picture in zip(images, pictures, strict=True)
     )
@@ -363,5 +364,6 @@ def strip_of(images: Sequence[EditedImage], direction: str) -> str:
         f'<div class="ds-strip" tabindex="0" role="group" aria-label="Strip of {name}">{cells}</div>'
         f'<p class="ds-muted">{width} x {height} px, shown 1:1.</p><div class="ds-actions">'
         f'<a class="ds-button" download="{name}.png" href="{markup.data_url(png(sheet), "image/png")}">Save strip (PNG)</a>'
-        f'<a class="ds-button" download="{name}.gif" href="{markup.data_url(film.getvalue(), "image/gif")}">Save film (GIF)</a></div>'
+        f'<a class="ds-button" download="{name}.gif" href="{markup.data_url(film.getvalue(), "image/gif")}">Save film '
+        f"(GIF)</a></div>"
     )

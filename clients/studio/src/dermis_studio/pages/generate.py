@@ -10,6 +10,7 @@ from typing import Any
 
 import gradio as gr
 from dermis_client import AsyncDermisClient, GeneratedImage, Model
+from dermis_client.models import NoiseMode
 
 from dermis_studio import markup, snippets
 from dermis_studio.access import Visitor
@@ -87,7 +88,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         count: float,
         seed: float | None,
         truncation: float,
-        noise: str,
+        noise: NoiseMode,
         request: gr.Request,
     ) -> AsyncIterator[Any]:
         tiles, total = "", int(count)
@@ -150,7 +151,7 @@ def shares(total: int, classes: list[str]) -> dict[str, int]:
 
 
 async def arriving(
-    client: AsyncDermisClient, model: Model, classes: dict[str, int], seed: int, truncation: float, noise: str
+    client: AsyncDermisClient, model: Model, classes: dict[str, int], seed: int, truncation: float, noise: NoiseMode
 ) -> AsyncIterator[list[GeneratedImage]]:
     """Generate images in calls of a few each: those that one call for all of them would return, in the same order."""
     index = 0
@@ -170,7 +171,7 @@ async def arriving(
             index += part
 
 
-def tile(image: GeneratedImage, model: str, truncation: float, noise: str) -> str:
+def tile(image: GeneratedImage, model: str, truncation: float, noise: NoiseMode) -> str:
     """Return the tile of an image, which can be chosen."""
     sample = SampleRef(model, image.class_name, image.seed, image.index, truncation, noise)
     url, side = tile_image(image)

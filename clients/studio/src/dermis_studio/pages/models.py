@@ -102,29 +102,23 @@ def measured(model: Model) -> str:
                     )
                 )
         if rows:
-<<<<<<< HEAD
-            head = ("", "FD [95 %]", "Precision", "Recall", "Coverage")
-            parts.append(markup.table(head, rows, f"Images, feature space {name}"))
-    at = _mapping(
-        _mapping(_mapping(model.classifier.metrics if model.classifier else {}).get("test")).get("at_thresholds")
-    )
-=======
             head = ("Comparison", "FD [95 %]", "Precision", "Recall", "Coverage")
             trained = " (the generator was trained in it, so its numbers are better than its images)"
             known = trained if _mapping(space).get("trained_discriminator") else ""
             parts.append(markup.table(head, rows, f"Images, feature space {name}{known}"))
-    at = _mapping(_mapping(_mapping(model.classifier.metrics if model.classifier else {}).get("test")).get("at_thresholds"))
->>>>>>> w-studio
-    rows = [
+    at = _mapping(
+        _mapping(_mapping(model.classifier.metrics if model.classifier else {}).get("test")).get("at_thresholds")
+    )
+    thresholds = [
         (
             escape(threshold_name(name)),
             *(_range(_mapping(values).get(key)) for key in ("sensitivity", "specificity", "balanced_accuracy")),
         )
         for name, values in at.items()
     ]
-    if rows:
-        head = ("Threshold", "Sensitivity [95 %]", "Specificity [95 %]", "Balanced accuracy [95 %]")
-        parts.append(markup.table(head, rows, "Classifier, on held-out images of other patients"))
+    if thresholds:
+        columns = ("Threshold", "Sensitivity [95 %]", "Specificity [95 %]", "Balanced accuracy [95 %]")
+        parts.append(markup.table(columns, thresholds, "Classifier, on held-out images of other patients"))
     if not parts:
         return markup.empty_state("Not measured", "The model has no numbers. Its card may say more.")
     note = (

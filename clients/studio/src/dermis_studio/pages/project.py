@@ -151,7 +151,8 @@ async def followed(
         fraction = done.fraction if projection.state == "running" else None
         waiting = "Waiting for a free projector" if projection.state == "queued" else text
         yield (
-            f'<div class="ds-panel ds-section">{_top(projection, "Cancel and delete")}{markup.progress(waiting, fraction)}</div>'
+            f'<div class="ds-panel '
+            f'ds-section">{_top(projection, "Cancel and delete")}{markup.progress(waiting, fraction)}</div>'
         )
         await asyncio.sleep(POLL_SECONDS)
         projection = await client.projections.retrieve(projection.id)
@@ -199,7 +200,8 @@ async def described(
     film = ""
     if "video" in names:
         film = (
-            f'<h3>How the reconstruction converged</h3><figure class="ds-figure ds-film"><img src="{at}/{escape(names["video"])}" '
+            f'<h3>How the reconstruction converged</h3><figure class="ds-figure ds-film"><img '
+            f'src="{at}/{escape(names["video"])}" '
             'alt="Film of the optimisation"></figure>'
         )
     rows = [
