@@ -129,7 +129,6 @@ def test_only_what_the_pages_need_reaches_gradio(world: World) -> None:
         "gradio_api/stream/a/b/1/playlist.m3u8",
         "config",
         "monitoring",
-        "static/js/../../../routes.py",
         "assets/%2e%2e/%2e%2e/routes.py",
         "own/../site.py",
     ):
