@@ -7,11 +7,11 @@ import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from dermis.addresses import is_secure_url
 from dermis.bundle.installed import installed_bundles
 from dermis.errors import DermisError
 from services.quotas import Quota, quota_of, read_quotas
@@ -96,9 +96,8 @@ class Settings(BaseSettings):
     )
     studio: bool = Field(
         True,
-        description="Whether the web pages of the package dermis-studio are at /studio, and / leads browsers "
-        "there. They call the "
-        "API with the credentials of their visitors.",
+        description="Whether the web pages of the package dermis-studio are at /studio, and / leads browsers there. "
+        "They call the API with the credentials of their visitors.",
     )
     audit_log: bool = Field(
         False, description="Whether each entry of the audit trail is also written to stdout, as a line of JSON."
@@ -481,12 +480,9 @@ class Settings(BaseSettings):
             try:
                 driver = sa.make_url(value).drivername
             except (sa.exc.ArgumentError, ValueError):
-                raise ValueError(
-                    "not a database URL; write postgresql://USER:PASSWORD@HOST:PORT/NAME, with special characters of the "
-                    "password percent-encoded"
-                ) from None
+                driver = ""
             if driver not in _DATABASE_DRIVERS:
-                raise ValueError(f"{driver[:40]}:// is not supported; use postgresql:// or sqlite:///")
+                raise ValueError("write postgresql://USER:PERCENT-ENCODED-PASSWORD@HOST:PORT/NAME or sqlite:///FILE")
         return value
 
     @model_validator(mode="after")
@@ -565,26 +561,6 @@ class Settings(BaseSettings):
         if self.storage_url is not None:
             return self.storage_url
         return str(self.data_dir.absolute() / "datasets")
-
-
-def is_secure_url(url: str) -> bool:
-    """Whether a URL uses https, or http on a loopback address."""
-    try:
-        parts = urlsplit(url)
-        host = parts.hostname
-    except ValueError:
-        return False
-    if not host or parts.username is not None:
-        return False
-    return parts.scheme == "https" or (parts.scheme == "http" and is_loopback(host))
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or an address is one of this machine alone."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 def read_settings(**values: Any) -> Settings:

@@ -25,12 +25,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from dermis.addresses import is_loopback
 from dermis.errors import DermisError
 from services import inference, logs, tracing
 from services.audit.trail import read_key
 from services.gateway.auth.keys import read_key_file
 from services.gateway.auth.principal import unknown_scopes
-from services.settings import REPOSITORY, Settings, SettingsError, is_loopback
+from services.settings import REPOSITORY, Settings, SettingsError
 from services.temporary_folders import TemporaryFolders, temporary_folders
 from services.tenants import is_tenant
 from services.tls import check_certificate

@@ -59,12 +59,10 @@ CARD = "README.md"
 CROISSANT = "croissant.json"
 REPORT, REPORT_PAGE = "report.json", "report.html"
 PRIVACY_AUDIT, AUDIT_TEXT = "privacy_audit.json", "AUDIT.md"
-SIGNATURE = "dataset.sig"
-"""A signature of all files (`dermis.provenance.signing`). The manifest cannot list it, as it covers the manifest."""
+SIGNATURE = "dataset.sig"  # of all files (`dermis.provenance.signing`); it covers the manifest, which cannot list it
 SINGLE_FILES = (METADATA, PREVIEW, CARD, CROISSANT, REPORT, REPORT_PAGE, PRIVACY_AUDIT, AUDIT_TEXT)
 """Files of a dataset that hold no images."""
 MAX_MANIFEST_BYTES = 256 << 20  # that of the largest dataset has 60 MiB
-
 _IN_MEMORY = 4 << 20  # bytes of metadata.csv that are kept in memory instead of a file
 PREVIEW_COLUMNS, PREVIEW_IMAGES, PREVIEW_SIDE = 8, 64, 128
 

@@ -18,12 +18,7 @@ Outputs:
 from __future__ import annotations
 
 import json
-import logging
 import math
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
-from io import StringIO
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -34,6 +29,7 @@ from dermis import __version__
 from dermis.dataset.terms import terms_of
 from dermis.errors import BundleError, DermisError, install_command
 from dermis.latents import noise_vectors, z_for
+from dermis.onnx_export import quiet_exporter, remove_notes
 from dermis.synthesizer.network import ImageStage, StyleStage, noise_resolutions, to_uint8
 
 if TYPE_CHECKING:
@@ -144,7 +140,7 @@ def generator_onnx(bundle: Bundle, part: Part = "all", truncation_cutoff: int | 
             f"{bundle.name} is too large for one ONNX file (2 GB); export mapping and synthesis separately"
         )
     batch = torch.export.Dim("batch", min=1, max=65536)
-    with _quiet(), torch.no_grad():
+    with quiet_exporter(), torch.no_grad():
         program: Any = torch.onnx.export(
             network.eval(),
             tuple(examples[name] for name in inputs),
@@ -156,7 +152,7 @@ def generator_onnx(bundle: Bundle, part: Part = "all", truncation_cutoff: int | 
             verbose=False,
         )
     model = program.model_proto
-    _remove_notes(model)
+    remove_notes(model, "generator")
     onnx.helper.set_model_props(model, _properties(bundle, generator, part, truncation_cutoff))
     onnx.checker.check_model(model)
     return bytes(model.SerializeToString(deterministic=True))
@@ -241,26 +237,3 @@ def _properties(bundle: Bundle, generator: Generator, part: Part, truncation_cut
         "notice": "Makes synthetic dermoscopy images. None is a photograph of a person. Not for diagnosis.",
     }
     return {f"dermis.{name}": value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
-
-
-def _remove_notes(model: Any) -> None:
-    """Remove the exporter's notes, which contain paths and code of this machine."""
-    graph = model.graph
-    model.doc_string = graph.doc_string = ""
-    graph.name = "generator"
-    for item in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
-        del item.metadata_props[:]
-        item.doc_string = ""
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress the exporter's progress messages and its warnings about itself."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
+from dermis.addresses import is_loopback
 from dermis.dataset.manifest import MANIFEST, read_manifest
 from dermis.dataset.store import Store
 from dermis.dataset.terms import terms_of
 from dermis.dataset.verify import verify
 from dermis.errors import DataError, DermisError, RequestError, escape, install_command
-from dermis.exports.stow import is_loopback
 
 if TYPE_CHECKING:
     from dermis.bundle import Bundle

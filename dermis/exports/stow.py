@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from dermis.addresses import is_loopback
 from dermis.errors import DermisError, RequestError, escape
 
 AUTHORIZATION = "DERMIS_DICOMWEB_AUTHORIZATION"
@@ -59,14 +59,6 @@ def stow_target(url: str, authorization: str | None) -> StowTarget:
     if authorization is not None and parts.scheme != "https" and not is_loopback(host):
         raise RequestError("--to", f"with {AUTHORIZATION} the address must begin with https://")
     return StowTarget(url.rstrip("/"), authorization)
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether a host name is that of this machine."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def store_instances(target: StowTarget, files: Iterable[tuple[str, bytes]]) -> int:

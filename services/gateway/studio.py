@@ -1,8 +1,8 @@
 """The studio at /studio: the web pages of the package dermis-studio, a client of the API like any other.
 
-The package is optional, and importing it takes seconds. It is therefore imported in a thread, once the
-service is ready or when a
-page is first asked for. Its pages call the API over HTTP with the credentials of their visitors, and have none of their own.
+The package is optional, and importing it takes seconds. It is therefore imported in a thread, once the service is ready or
+when a page is first asked for. Its pages call the API over HTTP with the credentials of their visitors, and have none of
+their own.
 """
 
 from __future__ import annotations
@@ -172,8 +172,8 @@ pre {{ padding: .8rem 1rem; border: 1px solid #8888; border-radius: 6px; overflo
 <body><main><h1>The studio is not installed</h1>
 <p>The web pages of this service are in an optional package. Its operator installs it into the environment of the service and
 restarts the service:</p><pre tabindex="0">{escape(_INSTALL)}</pre>
-<p>In a checkout, <code>make serve</code> installs it. The API works without it: <a
-href="/docs">documentation</a>.</p></main></body>
+<p>In a checkout, <code>make serve</code> installs it. The API works without it:
+<a href="/docs">documentation</a>.</p></main></body>
 </html>""",
         501,
         {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"},

@@ -32,9 +32,11 @@ pytest.importorskip("faiss", reason="FAISS is not installed")
         ({"role": "worker"}, "DERMIS_ROLE=worker needs DERMIS_DATABASE_URL and DERMIS_STORAGE_URL"),
         ({"role": "gateway", "storage_url": "s3://b"}, "DERMIS_ROLE=gateway needs DERMIS_DATABASE_URL"),
         ({"inference": "false"}, "DERMIS_INFERENCE=false needs DERMIS_ROLE=gateway"),
+        ({"database_url": "mysql://a/b"}, "^DERMIS_DATABASE_URL: write postgresql://"),
+        ({"database_url": "postgresql://u:secret@host:port/x"}, "^DERMIS_DATABASE_URL: write postgresql://[^;]*FILE$"),
     ],
 )
-def test_roles_that_cannot_work_are_refused(
+def test_settings_that_cannot_work_are_refused(
     values: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in values.items():

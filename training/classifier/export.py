@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
-from io import StringIO
 from typing import Any
 
 import numpy as np
@@ -17,6 +12,7 @@ from torch import Tensor, nn
 
 from dermis.classifier.torch_network import SCALE, TorchClassifier
 from dermis.errors import TrainingError, install_command
+from dermis.onnx_export import quiet_exporter, remove_notes
 from training.classifier.config import WeightsDtype
 from training.classifier.network import as_stored, eight_bit, is_large
 
@@ -51,7 +47,7 @@ def to_onnx(network: TorchClassifier, size: int, weights_dtype: WeightsDtype = "
 
     example = torch.zeros(2, size, size, 3, dtype=torch.uint8)
     batch = torch.export.Dim("batch", min=1, max=65536)
-    with _quiet():
+    with quiet_exporter():
         program: Any = torch.onnx.export(
             _Graph(network).eval(),
             (example,),
@@ -65,7 +61,7 @@ def to_onnx(network: TorchClassifier, size: int, weights_dtype: WeightsDtype = "
     model = program.model_proto
     weights = {name: value.detach() for name, value in network.backbone.state_dict().items()}
     _store_weights(model.graph, weights, weights_dtype)
-    _remove_metadata(model)
+    remove_notes(model, "classifier")
     onnx.checker.check_model(model)
     return bytes(model.SerializeToString(deterministic=True))
 
@@ -140,26 +136,3 @@ def _smallest(value: Tensor, weights_dtype: WeightsDtype) -> tuple[Tensor, Tenso
             return integers, scales
     stored = as_stored(value)
     return (stored if torch.equal(stored.float(), value) else value), None
-
-
-def _remove_metadata(model: Any) -> None:
-    """Remove the exporter's notes, which contain paths and code of this machine."""
-    graph = model.graph
-    model.doc_string = graph.doc_string = ""
-    graph.name = "classifier"
-    for item in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
-        del item.metadata_props[:]
-        item.doc_string = ""
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress the exporter's progress messages and its warnings about itself."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -129,10 +129,13 @@ def test_only_what_the_pages_need_reaches_gradio(world: World) -> None:
         "gradio_api/stream/a/b/1/playlist.m3u8",
         "config",
         "monitoring",
+        "static/js/%2e%2e/%2e%2e/%2e%2e/routes.py",
         "assets/%2e%2e/%2e%2e/routes.py",
         "own/../site.py",
     ):
         assert world.client.get(f"/studio/{path}").status_code == 404, path
+    # The client resolves these dots, so the address is outside of the cookie's path.
+    assert world.client.get("/studio/static/js/../../../routes.py").status_code == 401
     for path in ("upload", "run/generate", "api/generate", "call/generate", "component_server", "process_recording"):
         assert world.client.post(f"/studio/gradio_api/{path}", json={}).status_code == 404, path
     assert world.client.put("/studio/gradio_api/queue/join").status_code == 405

@@ -31,9 +31,10 @@ from joserfc.errors import (
 from joserfc.jwk import ECKey, JWKRegistry, OKPKey, RSAKey
 from joserfc.jwt import JWTClaimsRegistry
 
+from dermis.addresses import is_loopback, is_secure_url
 from services.gateway.auth.principal import EXPLICIT_SCOPES, SCOPES, InvalidTokenError, Principal
 from services.problems import ProblemError
-from services.settings import Settings, is_loopback, is_secure_url
+from services.settings import Settings
 from services.tenants import DEFAULT_TENANT, is_tenant
 
 warnings.filterwarnings(

@@ -24,7 +24,6 @@ from dermis.dataset.store import Store, storage_error
 from dermis.errors import DermisError
 from dermis.imaging import encode
 from flaky_storage import EndpointConnectionError, failing
-from real_servers import running_postgres
 from service_kit import Service, make_directly, service, wait_for
 from services.errors import DatabaseUnavailableError, InferenceUnavailableError, InferenceUnreachableError
 from services.jobs import context, execution, projection, workflow
@@ -33,12 +32,6 @@ from services.jobs.lease import Lease
 from services.jobs.table import JobTable
 
 REQUEST: dict[str, Any] = {"classes": {"benign": 70, "malignant": 30}, "seed": 3, "shard_size": 9}
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[Postgres]:
-    with running_postgres() as server:
-        yield server
 
 
 @pytest.fixture(autouse=True)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import psycopg
 import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
@@ -17,7 +15,6 @@ from alembic.migration import MigrationContext
 
 from benchmarks.components.postgres import Postgres
 from dermis.errors import DermisError
-from real_servers import running_postgres
 from services.audit import trail as trail_module
 from services.gateway.auth import keys as keys_module
 from services.jobs import counters
@@ -56,24 +53,6 @@ INSERT_0_1_0 = sa.text(
     "shards_done, error, body_hash, created_at) VALUES (:id, :state, '{}', 'tiny', '0', 8, 1, 0, 0, :error, 'a', 1.0)"
 )
 DATASET, PROJECTION = f"ds_{'0' * 32}", f"pr_{'1' * 32}"
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[Postgres]:
-    with running_postgres() as server:
-        yield server
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of a new, empty database."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/jobs.sqlite"
-    server: Postgres = request.getfixturevalue("postgres")
-    name = f"empty{time.monotonic_ns()}"
-    with psycopg.connect(server.url.replace("+psycopg", ""), autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}".encode())
-    return server.url_of(name)
 
 
 def create_0_1_0(url: str) -> sa.Engine:

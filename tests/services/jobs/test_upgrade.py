@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import psycopg
 import pytest
 
-from benchmarks.components.postgres import Postgres
 from dermis.bundle import Bundle
 from older_versions import BODIES, EXECUTOR, IDEMPOTENCY_KEY, SCHEMAS, STEPS, restore, uploads
-from real_servers import running_postgres
 from service_kit import Service, make_directly, service, wait_for
 from services.audit import verification
 from services.audit.trail import AuditTable
 from services.jobs import schema
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[Postgres]:
-    with running_postgres() as server:
-        yield server
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of a new, empty database."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/jobs.sqlite"
-    server: Postgres = request.getfixturevalue("postgres")
-    name = f"empty{time.monotonic_ns()}"
-    with psycopg.connect(server.url.replace("+psycopg", ""), autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}".encode())
-    return server.url_of(name)
 
 
 def files_of(running: Service, job_id: str) -> dict[str, bytes]:

@@ -155,9 +155,8 @@ def sign_in_page(prefix: str, page: str, problem: str) -> str:
 <label for="key">API key or access token</label>
 <input id="key" name="key" type="password" required autofocus autocomplete="off" spellcheck="false"{described}>
 <button class="ds-primary" type="submit">Sign in</button></form>
-<p class="ds-muted" id="kept">Your browser keeps the key until you close it or sign out. The pages cannot
-read it, and the studio
-uses it only for what you do here.</p></section>""",
+<p class="ds-muted" id="kept">Your browser keeps the key until you close it or sign out. The pages cannot read
+it, and the studio uses it only for what you do here.</p></section>""",
     )
 
 

@@ -1,9 +1,8 @@
 """The studio as an ASGI application: what is let through to Gradio, who may use it, and the page around it.
 
-Gradio has many routes: uploads, files of the server, a proxy, a recorder of runs, an editor of its own
-program. The studio needs
-few of them, and only these are reachable. Images travel in the messages of the pages, so nothing is uploaded to or served from
-the disk.
+Gradio has many routes: uploads, files of the server, a proxy, a recorder of runs, an editor of its own program. The studio
+needs few of them, and only these are reachable. Images travel in the messages of the pages, so nothing is uploaded to or
+served from the disk.
 """
 
 from __future__ import annotations

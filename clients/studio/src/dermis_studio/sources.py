@@ -22,8 +22,8 @@ MAX_PIXELS = 100_000_000
 SAMPLE, FILE = "sample", "file"
 
 _DROP_TEMPLATE = """<label class="ds-drop">${value ? `<img src="${value}" alt="The chosen image">` : ''}<strong>${value ?
-'Choose another image' : 'Choose an image, or drop it here'}</strong><span>PNG, JPEG or WebP, up to 32
-MB</span><input type="file"
+'Choose another image' : 'Choose an image, or drop it here'}</strong>
+<span>PNG, JPEG or WebP, up to 32 MB</span><input type="file"
 accept="image/png,image/jpeg,image/webp"></label><p class="ds-drop-error" role="alert">${problem}</p>"""
 _DROP_ON_LOAD = """
 const read = (file) => {

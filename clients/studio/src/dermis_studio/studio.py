@@ -96,15 +96,19 @@ def heading(title: str, text: str) -> None:
     html(f'<div class="ds-title"><h1>{escape(title)}</h1><p>{escape(text)}</p></div>')
 
 
-def model_choices(models: list[Model], chosen: str | None) -> tuple[Any, Model]:
-    """Return an update of the dropdown of models, which is hidden if there is only one, and the chosen model.
+async def chosen_model(client: AsyncDermisClient, request: gr.Request) -> tuple[Any, Model]:
+    """Return an update of the dropdown of models, which is hidden if there is only one, and the model of the page.
+
+    It is the one that the address of the page names, or else the first one.
 
     Raises:
-        DermisError: There is no model.
+        DermisError: There is no model, or the service did not list them.
     """
+    models = await client.models.list()
     if not models:
         raise DermisError("the service has no model for you; ask its operator")
-    model = next((model for model in models if model.name == chosen), models[0])
+    name = query_of(request).get("model")
+    model = next((model for model in models if model.name == name), models[0])
     return gr.update(choices=[m.name for m in models], value=model.name, visible=len(models) > 1), model
 
 

@@ -13,7 +13,7 @@ from dermis_studio import markup
 from dermis_studio.access import Visitor
 from dermis_studio.samples import check, distance, find_model
 from dermis_studio.sources import Picture, SourceFields, picture
-from dermis_studio.studio import PRIVATE, Studio, heading, html, model_choices, problem_of, query_of
+from dermis_studio.studio import PRIVATE, Studio, chosen_model, heading, html, problem_of, query_of
 
 NOTHING = markup.empty_state(
     "No image checked yet", "Choose a sample or an image, then press Check. No training image is shown here."
@@ -39,9 +39,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         try:
             visitor = await studio.visitor(request)
             async with studio.client(request) as client:
-                models = await client.models.list()
+                update, chosen = await chosen_model(client, request)
             query = query_of(request)
-            update, chosen = model_choices(models, query.get("model"))
             return [gr.skip(), update, *source_updates(source, chosen, visitor, query), *_button(chosen)]
         except Exception as error:
             return [problem_of(error), *[gr.skip()] * (len(source.outputs) + 2)]

@@ -16,7 +16,7 @@ from dermis_studio import markup
 from dermis_studio.samples import DETAIL_PIXELS, find_model, png, probability
 from dermis_studio.scales import threshold_name
 from dermis_studio.sources import Picture, SourceFields, opened, picture
-from dermis_studio.studio import PRIVATE, Studio, heading, html, model_choices, problem_of, query_of
+from dermis_studio.studio import PRIVATE, Studio, chosen_model, heading, html, problem_of, query_of
 
 NOTHING = markup.empty_state("No image classified yet", "Choose a sample or an image, then press Classify.")
 NOTICE = (
@@ -51,9 +51,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         try:
             visitor = await studio.visitor(request)
             async with studio.client(request) as client:
-                models = await client.models.list()
+                update, chosen = await chosen_model(client, request)
             query = query_of(request)
-            update, chosen = model_choices(models, query.get("model"))
             fields = source.updates(chosen, query, _KEPT, samples=visitor.may("images"))
             return [gr.skip(), update, *fields, *_of_model(chosen)]
         except Exception as error:

@@ -15,9 +15,9 @@ from dermis_studio.samples import NOISE, find_model
 from dermis_studio.studio import (
     PRIVATE,
     Studio,
+    chosen_model,
     heading,
     html,
-    model_choices,
     problem_of,
     query_of,
     shows_problems,
@@ -107,9 +107,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         try:
             visitor = await studio.visitor(request)
             async with studio.client(request) as client:
-                models = await client.models.list()
+                update, chosen = await chosen_model(client, request)
             query = query_of(request)
-            update, chosen = model_choices(models, query.get("model"))
         except Exception as error:
             return [gr.update(value=problem_of(error), visible=True)] + [gr.skip()] * (CLASS_FIELDS + 6)
         writes = visitor.may("datasets:write")

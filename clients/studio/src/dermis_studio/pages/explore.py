@@ -17,9 +17,9 @@ from dermis_studio.samples import SampleRef, enlarged, find_model, options, png
 from dermis_studio.studio import (
     PRIVATE,
     Studio,
+    chosen_model,
     heading,
     html,
-    model_choices,
     problem_of,
     query_of,
     shows_problems,
@@ -127,9 +127,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     async def load(request: gr.Request) -> Any:
         try:
             async with studio.client(request) as client:
-                models = await client.models.list()
+                update, chosen = await chosen_model(client, request)
                 query = query_of(request)
-                update, chosen = model_choices(models, query.get("model"))
                 directions = await client.edits.directions(chosen.name)
         except Exception as error:
             return [problem_of(error), *[gr.skip()] * (9 + SLIDERS)]

@@ -24,7 +24,7 @@ from dermis_studio.samples import (
     options,
     tile_image,
 )
-from dermis_studio.studio import PRIVATE, Studio, heading, html, model_choices, problem_of, query_of, shows_problems
+from dermis_studio.studio import PRIVATE, Studio, chosen_model, heading, html, problem_of, query_of, shows_problems
 
 MAX_IMAGES = 64
 CHUNK = 4  # images of one call, so that the grid fills while images arrive
@@ -73,9 +73,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     @shows_problems(3)
     async def load(request: gr.Request) -> Any:
         async with studio.client(request) as client:
-            models = await client.models.list()
+            update, chosen = await chosen_model(client, request)
         query = query_of(request)
-        update, chosen = model_choices(models, query.get("model"))
         return "", update, class_update(chosen, query.get("class_name"))
 
     async def choose_model(name: str, request: gr.Request) -> Any:

@@ -12,7 +12,7 @@ from dermis_client import Model
 
 from dermis_studio import markup
 from dermis_studio.scales import threshold_name
-from dermis_studio.studio import PRIVATE, Studio, heading, html, model_choices, query_of, shows_problems
+from dermis_studio.studio import PRIVATE, Studio, chosen_model, heading, html, shows_problems
 
 
 def build(studio: Studio, blocks: gr.Blocks) -> None:
@@ -30,8 +30,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     @shows_problems(4)
     async def load(request: gr.Request) -> Any:
         async with studio.client(request) as client:
-            models = await client.models.list()
-            update, chosen = model_choices(models, query_of(request).get("model"))
+            update, chosen = await chosen_model(client, request)
             whole = await client.models.retrieve(chosen.name)
         return summary(whole), measured(whole), text_of(whole), update
 

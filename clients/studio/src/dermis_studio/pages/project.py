@@ -16,7 +16,7 @@ from dermis_studio.access import key_of
 from dermis_studio.pages.dataset_view import when
 from dermis_studio.samples import enlarged, find_model, png
 from dermis_studio.sources import content_of, drop, opened
-from dermis_studio.studio import PRIVATE, Studio, cookies_of, heading, html, model_choices, problem_of, query_of
+from dermis_studio.studio import PRIVATE, Studio, chosen_model, cookies_of, heading, html, problem_of, query_of
 
 MOST_PROBABLE = "Most probable"
 KEPT = (
@@ -66,8 +66,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     async def load(request: gr.Request) -> Any:
         try:
             async with studio.client(request) as client:
-                models = await client.models.list()
-            update, chosen = model_choices(models, query_of(request).get("model"))
+                update, chosen = await chosen_model(client, request)
             return gr.skip(), update, class_update(chosen)
         except Exception as error:
             return problem_of(error), gr.skip(), gr.skip()
