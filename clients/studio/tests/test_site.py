@@ -18,6 +18,7 @@ DOCUMENT = (
     '<body><gradio-app control_page_title="true"></gradio-app></body></html>'
 )
 SCOPES = {"right": ["images", "datasets:read"], "other": ["models:read"]}
+EVENT = {"fn_index": 0, "data": ["a", 1], "session_hash": "a"}
 DATASET = f"ds_{'0' * 32}"
 
 
@@ -117,7 +118,7 @@ def test_only_what_the_pages_need_reaches_gradio(world: World) -> None:
     ]
     for path in reached:
         assert world.client.get(path).status_code == 200
-    assert world.client.post("/studio/gradio_api/queue/join", json={}).status_code == 200
+    assert world.client.post("/studio/gradio_api/queue/join", json=EVENT).status_code == 200
     count = len(world.to_gradio)
     for path in (
         "gradio_api/file=/etc/passwd",
@@ -138,6 +139,10 @@ def test_only_what_the_pages_need_reaches_gradio(world: World) -> None:
     assert world.client.get("/studio/static/js/../../../routes.py").status_code == 401
     for path in ("upload", "run/generate", "api/generate", "call/generate", "component_server", "process_recording"):
         assert world.client.post(f"/studio/gradio_api/{path}", json={}).status_code == 404, path
+    file = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
+    refused = world.client.post("/studio/gradio_api/queue/join", json={**EVENT, "data": [file]})
+    assert (refused.status_code, "/etc" in refused.text) == (422, False)
+    assert world.client.get("/studio/gradio_api/heartbeat/a").status_code == 404
     assert world.client.put("/studio/gradio_api/queue/join").status_code == 405
     assert len(world.to_gradio) == count
 
@@ -167,6 +172,8 @@ def test_large_bodies_are_refused(world: World) -> None:
     sign_in(world)
     answer = world.client.post("/studio/gradio_api/queue/join", content=b"x" * (MAX_BODY_BYTES + 1))
     assert answer.status_code == 413
+    pieces = (b"x" * (1 << 20) for _ in range((MAX_BODY_BYTES >> 20) + 1))  # without Content-Length
+    assert world.client.post("/studio/gradio_api/queue/join", content=pieces).status_code == 413
     assert world.to_gradio == []
 
 
@@ -201,7 +208,7 @@ def test_alone_it_refuses_other_hosts_and_origins() -> None:
         answer = world.client.post("/studio/gradio_api/queue/join", json={}, headers=headers)
         assert answer.status_code == 403, headers
     assert world.client.post(
-        "/studio/gradio_api/queue/join", json={}, headers={"Origin": "http://localhost"}
+        "/studio/gradio_api/queue/join", json=EVENT, headers={"Origin": "http://localhost"}
     ).is_success
     assert world.gradio_paths == ["/studio/gradio_api/queue/join"]
 
