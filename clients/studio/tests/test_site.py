@@ -114,11 +114,16 @@ def test_only_what_the_pages_need_reaches_gradio(world: World) -> None:
         "/studio/",
         "/studio/theme.css",
         "/studio/assets/index-DphvyggB.js",
-        "/studio/gradio_api/queue/data?session_hash=a",
     ]
     for path in reached:
         assert world.client.get(path).status_code == 200
+    stream = "/studio/gradio_api/queue/data?session_hash=a"
+    count = len(world.to_gradio)
+    assert '"session_not_found":true' in world.client.get(stream).text
+    assert len(world.to_gradio) == count
     assert world.client.post("/studio/gradio_api/queue/join", json=EVENT).status_code == 200
+    assert world.client.get(stream).status_code == 200
+    assert world.gradio_paths[count:] == ["/studio/gradio_api/queue/join", "/studio/gradio_api/queue/data"]
     count = len(world.to_gradio)
     for path in (
         "gradio_api/file=/etc/passwd",

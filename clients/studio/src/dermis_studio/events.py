@@ -132,17 +132,18 @@ class Sessions:
         self._sessions[name] = session
         self._touch(name, session)
 
+    def knows(self, name: str) -> bool:
+        """Whether a session has been used, and was not abandoned."""
+        return name in self._sessions
+
     @contextmanager
     def reading(self, name: str, key: str | None) -> Iterator[None]:
-        """Keep the results of a session while its stream is read. Gradio answers for a session that is not known.
+        """Keep the results of a session, which must be known, while its stream is read.
 
         Raises:
             RefusedEventError: The session belongs to another key.
         """
-        session = self._sessions.get(name)
-        if session is None:
-            yield
-            return
+        session = self._sessions[name]
         if session.owner != _digest(key):
             raise RefusedEventError(404, "This page belongs to another key. Load it again.")
         session.streams += 1

@@ -49,6 +49,9 @@ _OWN = {"studio.css": "text/css", "studio.js": "text/javascript", "icon.svg": "i
 _IMMUTABLE = b"max-age=31536000, immutable"  # the names of these files contain their hashes
 _HASHED = re.compile(r"/assets/[\w.-]+-[\w-]{6,}\.\w+|/static/fonts/.*")
 
+# What Gradio sends for a session that it does not know, for instance after a restart. It logs each as an error.
+_NO_SESSION = 'data: {"msg":"unexpected_error","event_id":null,"message":"404: Not Found","session_not_found":true,"success":false}\n\n'
+
 # No request leaves this host, whatever a page contains. Gradio compiles templates of components in the browser.
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -223,6 +226,8 @@ class StudioSite:
         if path == _STREAM and method == "GET":
             try:
                 name = checked_session(request.query_params.get("session_hash"))
+                if not self._sessions.knows(name):
+                    return Response(_NO_SESSION, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
                 with self._sessions.reading(name, visitor.key):
                     await self._to_gradio(request, receive, send)
             except RefusedEventError as error:
