@@ -119,7 +119,7 @@ def test_only_what_the_pages_need_reaches_gradio(world: World) -> None:
         assert world.client.get(path).status_code == 200
     stream = "/studio/gradio_api/queue/data?session_hash=a"
     count = len(world.to_gradio)
-    assert '"session_not_found":true' in world.client.get(stream).text
+    assert '"session_not_found": true' in world.client.get(stream).text
     assert len(world.to_gradio) == count
     assert world.client.post("/studio/gradio_api/queue/join", json=EVENT).status_code == 200
     assert world.client.get(stream).status_code == 200

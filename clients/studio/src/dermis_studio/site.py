@@ -50,7 +50,7 @@ _IMMUTABLE = b"max-age=31536000, immutable"  # the names of these files contain 
 _HASHED = re.compile(r"/assets/[\w.-]+-[\w-]{6,}\.\w+|/static/fonts/.*")
 
 # What Gradio sends for a session that it does not know, for instance after a restart. It logs each as an error.
-_NO_SESSION = 'data: {"msg":"unexpected_error","event_id":null,"message":"404: Not Found","session_not_found":true,"success":false}\n\n'
+_NO_SESSION = {"msg": "unexpected_error", "message": "404: Not Found", "session_not_found": True, "success": False}
 
 # No request leaves this host, whatever a page contains. Gradio compiles templates of components in the browser.
 CONTENT_SECURITY_POLICY = (
@@ -227,7 +227,9 @@ class StudioSite:
             try:
                 name = checked_session(request.query_params.get("session_hash"))
                 if not self._sessions.knows(name):
-                    return Response(_NO_SESSION, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+                    return Response(
+                        f"data: {json.dumps(_NO_SESSION)}\n\n", 200, {"Cache-Control": "no-store"}, "text/event-stream"
+                    )
                 with self._sessions.reading(name, visitor.key):
                     await self._to_gradio(request, receive, send)
             except RefusedEventError as error:
