@@ -50,6 +50,16 @@ def make_world(*, open_service: bool = False, check_origin: bool = False) -> Wor
     def answer(request: httpx.Request) -> httpx.Response:
         world.to_service.append(request)
         key = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if request.url.host == "storage.test":
+            return httpx.Response(200, stream=httpx.ByteStream(b"png"))
+        if request.url.path.endswith("/files/preview.png"):
+            return httpx.Response(
+                307, headers={"Location": "http://storage.test/preview.png?signature=1"}, stream=httpx.ByteStream(b"")
+            )
+        if request.url.path.endswith("/files/report.html"):
+            return httpx.Response(
+                307, headers={"Location": "http://storage.test/report.html?signature=1"}, stream=httpx.ByteStream(b"")
+            )
         if request.url.path.endswith("/files/images.zip"):
             headers = {"ETag": '"1"', "Set-Cookie": "a=b"}
             return httpx.Response(200 if key == "right" else 401, stream=httpx.ByteStream(b"zip"), headers=headers)
@@ -196,6 +206,19 @@ def test_files_are_fetched_with_the_key_of_the_visitor_alone(world: World, monke
     assert "cookie" not in asked.headers
     for bad in (f"{DATASET}/..%2f..%2fkeys", f"{DATASET}/", "ds_x/images.zip"):
         assert world.client.get(f"/studio/files/{bad}").status_code == 404
+
+
+def test_files_at_signed_addresses_of_the_storage(world: World) -> None:
+    """The browser follows the address of a download. An image of a page comes through the studio, which sends no key there."""
+    sign_in(world)
+    redirect = world.client.get(f"/studio/files/{DATASET}/report.html")
+    assert (redirect.status_code, redirect.headers["cache-control"]) == (307, "no-store")
+    assert redirect.headers["location"].startswith("http://storage.test/")
+    preview = world.client.get(f"/studio/files/{DATASET}/preview.png")
+    assert (preview.status_code, preview.content) == (200, b"png")
+    assert "location" not in preview.headers
+    assert world.to_service[-1].url.host == "storage.test"
+    assert {"authorization", "cookie"}.isdisjoint(world.to_service[-1].headers)
 
 
 def test_service_without_access_control_needs_no_key(monkeypatch: pytest.MonkeyPatch) -> None:

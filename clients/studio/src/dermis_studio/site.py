@@ -144,7 +144,7 @@ class StudioSite:
             return None
         host = request.headers.get("host", "")
         name = urlsplit(f"//{host}").hostname or ""
-        if not (_is_local(name) or name in self._hosts):
+        if not (is_local(name) or name in self._hosts):
             detail = (
                 f"The studio does not answer as {name[:100]}; start it with --trusted-host {name[:100]} if it should."
             )
@@ -351,7 +351,8 @@ async def _body(request: Request, limit: int) -> str:
     return "" if content is None else content.decode("ascii", errors="ignore")
 
 
-def _is_local(name: str) -> bool:
+def is_local(name: str) -> bool:
+    """Whether a host name or address is that of this machine."""
     return name in {"localhost", "::1"} or re.fullmatch(r"127(?:\.\d{1,3}){3}", name) is not None
 
 
