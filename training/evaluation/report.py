@@ -142,7 +142,7 @@ whether the first one shows the same lesion.</p>
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
     head, *body = [[html.escape(cell) for cell in row] for row in rows]
-    return table(head, body, classes="sortable numbers")
+    return table([head[0] or "measure", *head[1:]], body, classes="sortable numbers")
 
 
 def _match(match: Match, class_names: Sequence[str], scale: int, kind: str) -> str:
