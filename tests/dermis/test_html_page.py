@@ -46,12 +46,10 @@ def test_pages_and_studio_have_the_same_colours() -> None:
         schemes = re.findall(r":root[^{]*\{([^}]*)\}", text)[:2]
         return [dict(re.findall(rf"--{prefix}([a-z-]+):\s*(#[0-9a-f]+)", scheme)) for scheme in schemes]
 
-    page = colours("dermis/html_page.css", "")
     studio = colours("clients/studio/src/dermis_studio/assets/studio.css", "ds-")
-    assert len(page) == len(studio) == 2
-    for own, shared in zip(page, studio, strict=True):
-        own["well"] = own.pop("bar")
-        assert len(own) > 8 and own == {name: shared[name] for name in own}
+    for path in ("dermis/html_page.css", "dermis/explain/embeddings_page.html"):
+        for own, shared in zip(colours(path, ""), studio, strict=True):
+            assert len(own) > 8 and own == {name: shared[{"bar": "well"}.get(name, name)] for name in own}
 
 
 @pytest.mark.full
