@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ class Queue:
     """A queue of events that nobody works on."""
 
     def __init__(self) -> None:
-        self.pending_event_ids_session: dict[str, Any] = {}
-        self.pending_messages_per_session: dict[str, Any] = {}
+        self.pending_event_ids_session: MutableMapping[str, Any] = {}
+        self.pending_messages_per_session: MutableMapping[str, Any] = {}
         self.stopped: list[str] = []
 
     def put(self, session: str, count: int) -> None:
@@ -116,7 +117,7 @@ def test_gradio_neither_reads_files_of_the_server_nor_keeps_results_for_ever(
 
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
     service = Service("http://service.test", allow_plain_http=True)
-    answer = {"tenant": "default", "scopes": None, "quotas": []}
+    answer: dict[str, Any] = {"tenant": "default", "scopes": None, "quotas": []}
     service._http = httpx.AsyncClient(transport=httpx.MockTransport(lambda _: httpx.Response(200, json=answer)))
     site = create_site(service, needs_key=False)
 
