@@ -147,7 +147,7 @@ def verify(
     from services.audit.verification import verify_part
 
     first, last = _time("--since", since), _time("--until", until)
-    known = [_head("--head", text) for text in head or ()] + _known(against)
+    known = [*(_head("--head", text) for text in head or ()), *_known(against)]
     options: dict[str, Any] = {"unsigned_until": unsigned_until, "known": known}
     if file is not None:
         if first is not None or last is not None:
@@ -226,16 +226,14 @@ def _head(option: str, text: str) -> Head:
     return Head(int(number), value)
 
 
-def _known(path: Path | None) -> list[Head]:
-    """The numbers and hashes in collected lines."""
-    from services.audit.trail import Head
-
+def _known(path: Path | None) -> list[Entry]:
+    """The entries in collected lines."""
     if path is None:
         return []
     entries = [_entry(path, document) for document in _documents(path, strict=False)]
     if not entries:
         raise DermisError(f"--against: {path} has no line of an audit trail")
-    return [Head(entry.number, entry.hash) for entry in entries]
+    return entries
 
 
 def _documents(path: Path, *, strict: bool) -> list[dict[str, Any]]:

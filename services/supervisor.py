@@ -33,7 +33,7 @@ from services.gateway.auth.keys import read_key_file
 from services.gateway.auth.principal import unknown_scopes
 from services.settings import REPOSITORY, Settings, SettingsError
 from services.temporary_folders import TemporaryFolders, temporary_folders
-from services.tenants import is_tenant
+from services.tenants import DEFAULT_TENANT, is_tenant
 from services.tls import check_certificate
 
 logger = logging.getLogger("dermis.supervisor")
@@ -132,8 +132,8 @@ def check_access(settings: Settings) -> None:
     """Refuse to open the service to a network without access control, unless that was asked for twice.
 
     Raises:
-        SettingsError: The service would listen on another address than loopback without access control, or a file with a key
-            or certificate or a mapping of claims cannot be used.
+        SettingsError: The service would listen on another address than loopback without access control, or a bundle that it
+            serves would be for nobody, or a file with a key or certificate or a mapping of claims cannot be used.
     """
     if settings.bootstrap_key_file is not None:
         read_key_file(settings.bootstrap_key_file)
@@ -146,6 +146,12 @@ def check_access(settings: Settings) -> None:
             )
     if unknown := unknown_scopes(scope for scopes in settings.oidc_scopes.values() for scope in scopes):
         raise SettingsError(f"DERMIS_OIDC_SCOPES: {unknown[0][:100]!r} is not a scope; docs/security.md lists them")
+    hidden = [name for name, tenants in settings.model_tenants.items() if DEFAULT_TENANT not in tenants]
+    if settings.auth == "none" and hidden:
+        raise SettingsError(
+            f"DERMIS_MODEL_TENANTS: without access control everyone belongs to the tenant {DEFAULT_TENANT}, which may not use "
+            f"{hidden[0]}; set DERMIS_AUTH=keys"
+        )
     anonymous = "auth" in settings.model_fields_set and settings.allow_anonymous
     if settings.auth == "none" and not anonymous and not is_loopback(_numeric(settings.host)):
         raise SettingsError(

@@ -51,7 +51,7 @@ class Verification:
 
 
 def verify(
-    snapshot: Snapshot, *, key: bytes | None = None, unsigned_until: int = 0, known: Sequence[Head] = ()
+    snapshot: Snapshot, *, key: bytes | None = None, unsigned_until: int = 0, known: Sequence[Head | Entry] = ()
 ) -> Verification:
     """Check the whole trail of a database.
 
@@ -59,7 +59,7 @@ def verify(
         snapshot: The trail, without limits of time.
         key: Checks signatures.
         unsigned_until: Number of the last entry that was written before the service had the key.
-        known: Entries whose numbers and hashes were kept elsewhere: earlier heads, or lines of the log.
+        known: What was kept elsewhere: numbers and hashes of earlier heads, or entries of the log.
     """
     result = Verification()
     cut = removed_by(snapshot.cut)
@@ -88,7 +88,7 @@ def verify_part(
     *,
     key: bytes | None = None,
     unsigned_until: int = 0,
-    known: Sequence[Head] = (),
+    known: Sequence[Head | Entry] = (),
 ) -> Verification:
     """Check consecutive entries, such as those of an export. What precedes and follows them is not checked.
 
@@ -111,7 +111,7 @@ def _check_chain(
     previous: str | None,
     key: bytes | None,
     unsigned_until: int,
-    known: Sequence[Head],
+    known: Sequence[Head | Entry],
 ) -> None:
     expected = start
     result.signatures_checked = key is not None
@@ -132,6 +132,7 @@ def _check_chain(
             result.add(f"entry {entry.number} does not match its hash: it was changed, inserted or moved")
         if entry.number in kept:
             _compare(result, [kept[entry.number]], Head(entry.number, entry.hash))
+            _compare_content(result, kept[entry.number], entry)
         _check_signature(result, entry, key, unsigned_until)
         result.entries += 1
         if result.first is None:
@@ -149,13 +150,20 @@ def _check_signature(result: Verification, entry: Entry, key: bytes | None, unsi
         result.add(f"the signature of entry {entry.number} does not match: it was not written with this key")
 
 
-def _compare(result: Verification, known: Sequence[Head], actual: Head) -> None:
+def _compare(result: Verification, known: Sequence[Head | Entry], actual: Head) -> None:
     for each in known:
         if each.number == actual.number and each.hash != actual.hash:
             result.add(f"entry {each.number} has another hash than the one that was kept: the trail was rewritten")
 
 
-def _check_missing(result: Verification, known: Sequence[Head], last: Head) -> None:
+def _compare_content(result: Verification, kept: Head | Entry, entry: Entry) -> None:
+    if isinstance(kept, Entry) and kept.hash == entry.hash and kept != entry:
+        result.add(
+            f"entry {entry.number} differs from the line that was kept, although the hashes are equal: one was changed"
+        )
+
+
+def _check_missing(result: Verification, known: Sequence[Head | Entry], last: Head) -> None:
     """Report entries that were kept elsewhere and follow the last one. Those before a cut cannot be compared."""
     late = sorted(each.number for each in known if each.number > last.number)
     if late:

@@ -314,6 +314,7 @@ def test_commands_record_export_verify_and_cut(command: Callable[..., Any], tmp_
     assert "entries 2 to 4" in command("audit", "verify", "--since", exported[1]["time"]).stdout
     file.write_text(file.read_text().replace("lab", "lob"))
     assert "entry 1 does not match" in command("audit", "verify", "--file", str(file), status=1).stdout
+    assert "entry 1 differs from the line" in command("audit", "verify", "--against", str(file), status=1).stdout
     assert "has another hash" in command("audit", "verify", "--head", f"3:{'0' * 64}", status=1).stdout
     assert "entries 1-4 are removed" in command("audit", "cut", "--before", "2999-01-01").stdout
     result = json.loads(command("audit", "verify", "--json").stdout)

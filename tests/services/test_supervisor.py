@@ -213,6 +213,9 @@ def test_address_may_be_open_with_access_control_or_explicitly_without(tmp_path:
     check(host="0.0.0.0", auth="none", allow_anonymous=True)
     with pytest.raises(SettingsError, match="DERMIS_BOOTSTRAP_KEY_FILE"):
         check(host="0.0.0.0", auth="keys", bootstrap_key_file=tmp_path / "missing")
+    with pytest.raises(SettingsError, match="which may not use lab; set DERMIS_AUTH=keys"):
+        check(model_tenants="demo=default,lab=radiology")
+    check(model_tenants="demo=default,lab=radiology", auth="keys")
     for name, value in {"oidc_tenant": "A", "oidc_tenants": "x=../a", "oidc_scopes": "boss=admin all"}.items():
         with pytest.raises(SettingsError, match=f"DERMIS_{name.upper()}"):
             check(**{name: value})
