@@ -259,7 +259,8 @@ def test_embeddings_page_works_in_browser(tmp_path: Path) -> None:
     report.box = (() => { kind.hidden.clear(); refilter(); reset(); projected(space.clientWidth, space.clientHeight);
       return Math.max((Math.max(...screenX) - Math.min(...screenX)) / space.clientWidth,
         (Math.max(...screenY) - Math.min(...screenY)) / space.clientHeight); })();
-    select((i) => within(screenX[i], screenY[i], [[-1e6, -1e6], [1e6, -1e6], [1e6, 1e6], [-1e6, 1e6]])); report.all = state.count;
+    select((i) => within(screenX[i], screenY[i], [[-1e6, -1e6], [1e6, -1e6], [1e6, 1e6], [-1e6, 1e6]]));
+    report.all = state.count;
     const [x, y] = [screenX[3], screenY[3]], near = 0.01;
     select((i) => within(screenX[i], screenY[i], [[x - near, y - near], [x + near, y - near], [x, y + near]]));
     report.saved = table().split("\\n");
