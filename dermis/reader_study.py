@@ -111,3 +111,38 @@ def padded(png: bytes, length: int) -> bytes:
     zeros = bytes(length - len(png))
     chunk = struct.pack(">I", len(zeros)) + kind + zeros + struct.pack(">I", zlib.crc32(kind + zeros))
     return png[:-end] + chunk + png[-end:]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share with its 95 % confidence interval; None if `total` is 0."""
+
+    count: int
+    total: int
+    share: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Accuracy and the rates that it consists of."""
+
+    accuracy: Rate
+    sensitivity: Rate
+    specificity: Rate
+    called_generated: Rate
+    """Response bias: the share of "generated" among all answers."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Agreement of the readers."""
+
+    images: int
+    """Images that all readers answered."""
+    observed: float | None
+    """Mean share of pairs of readers with the same answer."""
+    fleiss_kappa: float | None
+    pairs: tuple[tuple[str, str, float | None], ...]
+    """Cohen's kappa of every two readers, on the images that both answered."""

@@ -7,49 +7,15 @@ share of real images that were called real. Chance is 50 %. `docs/survey.md` exp
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from dermis.reader_study import Agreement, Rate, Rates
+
 RESAMPLES = 10_000
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A share with its 95 % confidence interval; None if `total` is 0."""
-
-    count: int
-    total: int
-    share: float | None
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Accuracy and the rates that it consists of."""
-
-    accuracy: Rate
-    sensitivity: Rate
-    specificity: Rate
-    called_generated: Rate
-    """Response bias: the share of "generated" among all answers."""
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Agreement of the readers."""
-
-    images: int
-    """Images that all readers answered."""
-    observed: float | None
-    """Mean share of pairs of readers with the same answer."""
-    fleiss_kappa: float | None
-    pairs: tuple[tuple[str, str, float | None], ...]
-    """Cohen's kappa of every two readers, on the images that both answered."""
 
 
 def rates_of(called: NDArray[np.int_], generated: NDArray[np.bool_]) -> Rates:

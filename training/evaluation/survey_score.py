@@ -18,9 +18,6 @@ from scipy import stats
 
 from dermis.errors import DataError, quote
 from dermis.metrics.reader_study import (
-    Agreement,
-    Rate,
-    Rates,
     agreement_of,
     auc_of,
     permutation_p_value,
@@ -28,7 +25,7 @@ from dermis.metrics.reader_study import (
     signal_detection,
     wilson,
 )
-from dermis.reader_study import Truth
+from dermis.reader_study import Agreement, Rate, Rates, Truth
 from training.evaluation.survey import SurveyKey, first_fault
 
 PAPER_ACCURACY = 0.54  # four experts, 200 images, arXiv 2208.11702

@@ -24,7 +24,6 @@ from dermis.bundle import Bundle
 from dermis.errors import DataError
 from dermis.imaging import decode
 from dermis.metrics.reader_study import (
-    Rate,
     clustered_rate,
     cohen_kappa,
     fleiss_kappa,
@@ -32,6 +31,7 @@ from dermis.metrics.reader_study import (
     signal_detection,
     wilson,
 )
+from dermis.reader_study import Rate
 from dermis.synthesizer import Synthesizer
 from training.data.images import ImageDataset
 from training.data.isic import load_isic
