@@ -222,7 +222,7 @@ def _results(study: Study, results: StudyResults) -> str:
     )
     return (
         f"<h3>Results so far</h3>{interval_plot(intervals)}"
-        f'<p class="ds-line">Chance is 50 %. Sensitivity: generated images that were called generated. Specificity: real images '
+        f'<p class="ds-line">Chance is 50 %. Sensitivity: generated images that were called generated. Specificity: real ones '
         f"that were called real.{p_value}</p>{overall}{readers}{_agreement(results)}"
         f'<div class="ds-actions">{exports}</div>'
     )
