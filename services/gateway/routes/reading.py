@@ -28,7 +28,7 @@ _Reader = Annotated[Reader, invited()]
 _Position = Annotated[int, Path(ge=1, le=100_000, description="Position of the image in the order of the reader.")]
 _PRIVATE = {"Cache-Control": "no-store"}
 _PAGE_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src blob: 'self'; connect-src 'self'; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src blob: data:; connect-src 'self'; "
     "form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
 )
 _MEDIA_TYPES = {"index.html": "text/html", "reader.css": "text/css", "reader.js": "text/javascript"}

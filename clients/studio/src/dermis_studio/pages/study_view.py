@@ -160,7 +160,7 @@ def _invite(study: Study, invited: NewInvitation | None) -> str:
     if invited is not None:
         shown = (
             markup.success(f"The link for {invited.label} is below. It is not shown again.")
-            + markup.code_block("link", invited.url)
+            + markup.code_block("Link", invited.url)
             + f'<p class="ds-muted">{escape(_LINKS)}</p>'
         )
     return (
