@@ -94,4 +94,4 @@ def test_asynchronous_client_sends_the_same_requests() -> None:
             return (await client.studies.invite(ID, "R1")).url
 
     assert asyncio.run(work()).endswith(TOKEN)
-    assert [request.url.path for request in gateway.requests][0] == "/v1/studies"
+    assert gateway.requests[0].url.path == "/v1/studies"

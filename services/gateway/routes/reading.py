@@ -48,7 +48,7 @@ async def get_reading(response: Response, context: ContextDep, reader: _Reader) 
     response_class=Response,
     responses={
         200: {"description": "The image.", "content": content("image/png")},
-        **problems("not-found", "answer-order", "study-state", "not-ready"),
+        **problems("not-found", "invalid-request", "answer-order", "study-state", "not-ready"),
     },
 )
 async def get_reading_image(position: _Position, context: ContextDep, reader: _Reader) -> Response:

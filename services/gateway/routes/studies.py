@@ -172,7 +172,11 @@ async def close_study(study_id: str, context: ContextDep, principal: _Owner) -> 
     return await asyncio.to_thread(_described, context, await asyncio.to_thread(context.studies.table.end, study))
 
 
-@router.get("/{study_id}/results", summary="Show the results of a study", responses=problems("not-found", "not-ready"))
+@router.get(
+    "/{study_id}/results",
+    summary="Show the results of a study",
+    responses=problems("not-found", "study-state", "not-ready"),
+)
 async def get_study_results(study_id: str, context: ContextDep, principal: _Owner) -> Results:
     """Show the results of the answers so far: accuracy, sensitivity, specificity, agreement and times."""
     study = await _find(context, principal, study_id)
