@@ -89,7 +89,8 @@ def order_for_reader(count: int, seed: int, reader: int) -> list[int]:
         seed: Seed of the study, which readers do not know.
         reader: Number of the reader; each has another order.
     """
-    return np.random.default_rng([seed, _ORDER, reader]).permutation(count).tolist()
+    order: list[int] = np.random.default_rng([seed, _ORDER, reader]).permutation(count).tolist()
+    return order
 
 
 def equally_long(pngs: Sequence[bytes]) -> list[bytes]:
