@@ -76,6 +76,7 @@ element.addEventListener('change', async (event) => {
     done += batch.length;
     bar.value = done;
   }
+  input.value = '';
   trigger('select', { act: 'uploaded', id, done, total: files.length, problem });
 });
 watch('value', () => {
