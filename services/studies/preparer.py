@@ -118,6 +118,12 @@ class StudyPreparer:
                 raise
             except Exception as error:
                 await self._fail(study, error)
+            await asyncio.to_thread(self._remove_if_deleted, study)
+
+    def _remove_if_deleted(self, study: Study) -> None:
+        """Remove files that were written after the study was deleted by someone else."""
+        if self._table.get(study.tenant, study.id) is None:
+            ObservedStore(self._settings.storage).remove(folder_of(study.tenant, study.id))
 
     async def _fail(self, study: Study, error: Exception) -> None:
         logger.warning("study not prepared", extra={"study": study.id, "error": str(error).partition("\n")[0]})
@@ -143,9 +149,7 @@ class StudyPreparer:
             sizes = await asyncio.to_thread(self._store, study, batch, drawn)
             more = await asyncio.to_thread(self._table.record_prepared, study.id, sizes)
         current = await asyncio.to_thread(self._table.get, study.tenant, study.id)
-        if current is None:  # deleted meanwhile; the files of this batch may have been written after that
-            await asyncio.to_thread(ObservedStore(self._settings.storage).remove, folder_of(study.tenant, study.id))
-        elif current.state == "preparing":
+        if current is not None and current.state == "preparing":
             await asyncio.to_thread(self._open, current)
 
     async def _generate(self, study: Study, images: Sequence[StudyImage]) -> list[Images]:

@@ -214,8 +214,13 @@ class StudyTable:
         """A study of any tenant whose images this process is to prepare, for a limited time; None if there is none."""
         now = time.time()
         waits = (tables.studies.c.state == "preparing") & (tables.studies.c.claimed_until < now)
+        query = sa.select(tables.studies).where(waits).order_by(tables.studies.c.claimed_until).limit(1)
+        with reading(
+            self._engine
+        ) as connection:  # every process asks often, and a transaction that writes would lock others
+            if connection.execute(query).one_or_none() is None:
+                return None
         with writing(self._engine) as connection:
-            query = sa.select(tables.studies).where(waits).order_by(tables.studies.c.claimed_until).limit(1)
             row = connection.execute(query.with_for_update(skip_locked=True)).one_or_none()
             if row is None:
                 return None

@@ -311,6 +311,21 @@ def test_interrupted_preparation_continues_and_expired_study_is_removed(
         assert [each.id for each in preparer.table.to_delete()] == [study["id"]]
 
 
+def test_study_that_is_deleted_while_it_is_prepared_leaves_no_files(served: Service) -> None:
+    derma = Owner(served, "derma")
+    served.generator.gate.clear()
+    calls = served.generator.calls
+    study = derma.send("post", "/v1/studies", json={"name": "n", "images": 4, "real_images": "folder"}).json()
+    time.sleep(0.1)
+    assert derma.send("delete", f"/v1/studies/{study['id']}").status_code == 204
+    served.generator.gate.set()
+    other = derma.wait(
+        derma.send("post", "/v1/studies", json={"name": "m", "images": 4, "real_images": "folder"}).json()
+    )
+    folders = {path.name for path in (Path(served.settings.storage) / "tenants" / "derma").iterdir()}
+    assert study["id"] not in folders and other["id"] in folders and served.generator.calls > calls
+
+
 def test_page_of_readers_holds_no_secret_and_loads_nothing_from_elsewhere(served: Service) -> None:
     page = served.client.get("/study")
     assert page.status_code == 200 and "connect-src 'self'" in page.headers["content-security-policy"]
