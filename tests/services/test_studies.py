@@ -316,7 +316,7 @@ def test_study_that_is_deleted_while_it_is_prepared_leaves_no_files(served: Serv
     served.generator.gate.clear()
     calls = served.generator.calls
     study = derma.send("post", "/v1/studies", json={"name": "n", "images": 4, "real_images": "folder"}).json()
-    time.sleep(0.1)
+    time.sleep(1.3)  # the preparation has begun
     assert derma.send("delete", f"/v1/studies/{study['id']}").status_code == 204
     served.generator.gate.set()
     other = derma.wait(
