@@ -108,8 +108,8 @@ class StudyPreparer:
     async def _work(self) -> None:
         if time.monotonic() - self._cleaned > _CLEAN_SECONDS:
             self._cleaned = time.monotonic()
-            for study in await asyncio.to_thread(self._table.to_delete):
-                await asyncio.to_thread(remove_study, self._table, self._settings.storage, study)
+            for ended in await asyncio.to_thread(self._table.to_delete):
+                await asyncio.to_thread(remove_study, self._table, self._settings.storage, ended)
         while (study := await asyncio.to_thread(self._table.claim)) is not None:
             try:
                 await self._prepare(study)
