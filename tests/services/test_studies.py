@@ -284,6 +284,7 @@ def test_studies_are_no_default_scope() -> None:
     assert "studies" in SCOPES and "studies" not in DEFAULT_SCOPES
 
 
+@pytest.mark.full  # two starts of a service
 def test_interrupted_preparation_continues_and_expired_study_is_removed(
     tiny_bundle: Bundle, real_folder: Path, tmp_path: Path
 ) -> None:
