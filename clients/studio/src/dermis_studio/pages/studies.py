@@ -174,7 +174,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 study = await client.studies.create(
                     name.strip(),
                     images=int(count or 0),
-                    real_images=FOLDER if source == FOLDER else UPLOADS,
+                    real_images="folder" if source == FOLDER else "uploads",
                     model=model or None,
                     equal_classes=equal,
                     truncation_psi=None if truncation == 1.0 else truncation,
