@@ -116,7 +116,8 @@ def create(
     scope: Annotated[
         list[str] | None,
         typer.Option(
-            help="What the key allows; repeatable. Default: everything within the tenant except authenticity:uploads.",
+            help="What the key allows; repeatable. Default: everything within the tenant except authenticity:uploads and "
+            "studies.",
             show_default=False,
         ),
     ] = None,

@@ -23,7 +23,8 @@ from commands.options import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from training.evaluation.survey_score import Rate, Rates, SurveyScore
+    from dermis.reader_study import Rate, Rates
+    from training.evaluation.survey_score import SurveyScore
 
 survey_app = typer.Typer(no_args_is_help=True, help="Ask experts which images are real.")
 

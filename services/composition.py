@@ -27,6 +27,9 @@ from services.jobs.table import JobTable
 from services.jobs.turns import Turns
 from services.models import ServedModels
 from services.settings import Settings, SettingsError
+from services.studies.preparer import StudyPreparer
+from services.studies.service import StudyService
+from services.studies.table import StudyTable
 from services.webhooks.deliverer import Deliverer
 from services.webhooks.outbox import WebhookTable
 from services.webhooks.sending import Allowed, Sender
@@ -42,6 +45,7 @@ class Composition:
     jobs: JobService
     job_context: JobContext
     deliverer: Deliverer
+    preparer: StudyPreparer
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Context]:
@@ -52,11 +56,14 @@ class Composition:
             self.context.audit.writer.start()
             if self.context.settings.max_webhooks and self.context.settings.role != "worker":
                 self.deliverer.start()
+            if self.context.settings.max_studies and self.context.settings.inference:
+                self.preparer.start()
             async with self.context.auth.running():
                 await self._record_bootstrap_key()
                 yield self.context
         finally:
             await self.deliverer.stop()
+            await self.preparer.stop()
             await self.context.audit.close()
             self.context.uploads.close()
             self.context.compared.close()
@@ -105,6 +112,7 @@ def compose(settings: Settings, models: ServedModels, inference: InferenceClient
     )
     jobs = JobService(settings, job_context)
     webhooks = WebhookTable(settings.jobs_url)
+    studies = StudyTable(settings.jobs_url)
     context = Context(
         settings=settings,
         auth=Authenticator(settings),
@@ -119,13 +127,15 @@ def compose(settings: Settings, models: ServedModels, inference: InferenceClient
         uploads=Uploads(settings),
         heat_maps=HeatMaps(settings, inference.explainer),
         webhooks=webhooks,
+        studies=StudyService(settings, studies),
         sign=job_context.sign,
         not_ready=_readiness(job_context, jobs),
         not_alive=inference.not_alive,
         stopping=job_context.stopping,
     )
     deliverer = Deliverer(webhooks, Sender(Allowed.of(settings.webhook_hosts)))
-    return Composition(context, jobs, job_context, deliverer)
+    preparer = StudyPreparer(studies, settings, models, inference)
+    return Composition(context, jobs, job_context, deliverer, preparer)
 
 
 def _readiness(ctx: JobContext, jobs: JobService) -> Callable[[], Awaitable[str | None]]:

@@ -19,7 +19,7 @@ from typing import Any, Literal, TextIO
 
 _STANDARD = frozenset(logging.LogRecord("", 0, "", 0, "", None, None).__dict__) | {"message", "asctime", "taskName"}
 _JOB_ID = re.compile(r"((?:ds|pr)_[0-9a-f]{6})[0-9a-f]{26}")
-_API_KEY = re.compile(r"(dermis_sk_[a-z0-9]{12})_[A-Za-z0-9_-]+")
+_API_KEY = re.compile(r"(dermis_(?:sk|rd)_[a-z0-9]{12})_[A-Za-z0-9_-]+")  # and invitations to reader studies
 _ACCESS_TOKEN = re.compile(r"(eyJ[A-Za-z0-9_-]{4})[A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+){1,2}")
 _HANDLER_NAME = "dermis"
 # Who sent a request: the text has it for people who read the log of one machine. JSON is for collectors, which store lines
@@ -94,8 +94,8 @@ def without_whole_ids(text: str) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """A text in which API keys and access tokens are cut to their first characters."""
-    if "dermis_sk_" in text:
+    """A text in which API keys, invitations and access tokens are cut to their first characters."""
+    if "dermis_sk_" in text or "dermis_rd_" in text:
         text = _API_KEY.sub(r"\1_...", text)
     return _ACCESS_TOKEN.sub(r"\1...", text) if "eyJ" in text else text
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import NoDecode, SettingsConfigDict
 
 from dermis.addresses import is_secure_url
 from dermis.bundle.installed import installed_bundles
 from dermis.errors import DermisError
 from services.quotas import Quota, quota_of, read_quotas
+from services.study_settings import StudySettings
 from services.tenants import read_model_tenants
 
 _TRUSTED_HOST = re.compile(
@@ -37,7 +38,7 @@ class SettingsError(DermisError):
     """An environment variable has a value that the service cannot use."""
 
 
-class Settings(BaseSettings):
+class Settings(StudySettings):
     """Settings of the gateway, the inference services and the jobs."""
 
     model_config = SettingsConfigDict(env_prefix="DERMIS_", env_file=".env", extra="ignore", frozen=True)
@@ -55,7 +56,6 @@ class Settings(BaseSettings):
         description="Host names under which requests are answered, separated by commas, in addition to loopback and "
         "`DERMIS_HOST`: `name`, `name:port`, `*.domain`, or `*` for any. Set it behind a proxy, or if clients use a name.",
     )
-
     tls_certificate: Path | None = Field(
         None,
         description="PEM file with the certificate of the gateway and those of intermediate authorities. With it and "
@@ -142,7 +142,7 @@ class Settings(BaseSettings):
     oidc_scopes: Annotated[dict[str, tuple[str, ...]], NoDecode] = Field(
         {},
         description="Scopes by value of the claim: `value=scope scope,value=scope`. Default: values that are names of scopes, "
-        "except `admin`, `authenticity:uploads` and `metrics:read`.",
+        "except `admin`, `authenticity:uploads`, `metrics:read` and `studies`.",
     )
 
     # Models and processes
@@ -593,7 +593,7 @@ def settings_of_process() -> Settings:
 def settings_table() -> str:
     """The settings as the Markdown table of docs/deployment.md."""
     lines = ["| variable | default | meaning |", "| --- | --- | --- |"]
-    for name, field in Settings.model_fields.items():
+    for name, field in sorted(Settings.model_fields.items(), key=lambda item: item[0] in StudySettings.model_fields):
         default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
         shown = "" if name == "bundles" or default in (None, "", {}) else f"`{default}`"
         lines.append(f"| `DERMIS_{name.upper()}` | {shown} | {field.description} |")

@@ -45,7 +45,9 @@ from services.gateway.routes import (
     keys,
     models,
     projections,
+    reading,
     reports,
+    studies,
     usage,
     webhooks,
 )
@@ -68,6 +70,8 @@ _ROUTES = (
     authenticity,
     models,
     webhooks,
+    studies,
+    reading,
     usage,
     keys,
     audit,

@@ -30,6 +30,7 @@ from services.jobs.service import DatasetJobs, ProjectionJobs
 from services.models import ServedModels
 from services.problems import FieldError, ProblemError, field_errors, invalid_request
 from services.settings import Settings
+from services.studies.service import StudyService
 from services.webhooks.outbox import WebhookTable
 
 _MAX_DEPTH = 32
@@ -61,6 +62,7 @@ class Context:
     uploads: Uploads
     heat_maps: HeatMaps
     webhooks: WebhookTable
+    studies: StudyService
     sign: Sign | None  # signs images; None without a certificate
     not_ready: Callable[[], Awaitable[str | None]]  # None if ready, otherwise the reason
     not_alive: Callable[[], Awaitable[str | None]]  # None if alive, otherwise why to restart

@@ -19,6 +19,7 @@ from services.gateway.schemas.datasets import Dataset
 from services.gateway.schemas.edits import EditsRequest
 from services.gateway.schemas.images import ImagesRequest
 from services.gateway.schemas.keys import KeyRequest
+from services.gateway.schemas.studies import AnswerRequest, InvitationRequest, StudyRequest
 from services.gateway.schemas.webhooks import WebhookRequest
 from services.problems import KINDS, PROBLEM_MEDIA_TYPE
 from services.settings import Settings
@@ -27,7 +28,7 @@ Responses = dict[int | str, dict[str, Any]]
 
 _PROBLEM_CONTENT = {PROBLEM_MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
 _HEADERS = {
-    "Location": "Path of the dataset, projection, webhook or API key, or URL of the file.",
+    "Location": "Path of the dataset, projection, webhook, study, invitation or API key, or URL of the file.",
     "Retry-After": "Seconds after which to try again.",
     "RateLimit-Policy": "Quotas with a window that the request counts against (draft-ietf-httpapi-ratelimit-headers).",
     "RateLimit": "What remains of these quotas, and seconds until the window ends.",
@@ -124,6 +125,9 @@ def openapi_document(app: FastAPI, settings: Settings) -> dict[str, Any]:
                 (EditsRequest, "validation"),
                 (KeyRequest, "validation"),
                 (WebhookRequest, "validation"),
+                (StudyRequest, "validation"),
+                (InvitationRequest, "validation"),
+                (AnswerRequest, "validation"),
                 (Dataset, "serialization"),
             ],
             ref_template=template,
@@ -175,6 +179,12 @@ def _add_access(document: dict[str, Any], app: FastAPI, settings: Settings) -> N
             "bearerFormat": "JWT",
             "description": "An access token of the OpenID Connect provider of the service, if it has one.",
         },
+        "invitation": {
+            "type": "http",
+            "scheme": "bearer",
+            "bearerFormat": "dermis_rd_...",
+            "description": "The invitation of one reader of a study.",
+        },
     }
     document["x-dermis-scopes"] = dict(SCOPES)
     schemes = {"none": (), "keys": ("apiKey",), "oidc": ("apiKey", "accessToken")}[settings.auth]
@@ -186,6 +196,10 @@ def _add_access(document: dict[str, Any], app: FastAPI, settings: Settings) -> N
             operation = document["paths"][route.path_format][method.lower()]
             if access is None:
                 operation["security"] = []
+                continue
+            if access.invitation:
+                operation["security"] = [{"invitation": []}]
+                _add_problems(operation, "unauthenticated", "not-ready")
                 continue
             is_open = settings.auth == "none" or (access.opened_by and getattr(settings, access.opened_by))
             scopes = [[scope] for scope in access.any_of] or [[]]

@@ -31,6 +31,7 @@ from services.problems import (
     problem,
 )
 from services.quotas import QuotaExceededError
+from services.studies.table import AnswerOrderError, StudyStateError, TooManyStudiesError
 
 logger = logging.getLogger("dermis.http")
 
@@ -60,6 +61,12 @@ def problem_of(error: Exception) -> ProblemError:
         return ProblemError("idempotency-conflict", detail)
     if isinstance(error, TooManyActiveError):
         return ProblemError("too-many-requests", str(error), headers={"Retry-After": "30"})
+    if isinstance(error, StudyStateError):
+        return ProblemError("study-state", str(error))
+    if isinstance(error, AnswerOrderError):
+        return ProblemError("answer-order", str(error))
+    if isinstance(error, TooManyStudiesError):
+        return ProblemError("too-many-requests", str(error), headers={"Retry-After": "3600"})
     return problems.problem_of(error)
 
 

@@ -25,6 +25,7 @@ from services.jobs import counters, schema
 from services.jobs.database import close_engine, open_engine, reading, schema_lock, writing
 from services.jobs.statistics import ACTIVE, STATES, Kind, Statistics, read_statistics
 from services.quotas import QUOTAS, Quota, QuotaExceededError, QuotaUse
+from services.studies.tables import stored_by_studies
 from services.tenants import DEFAULT_TENANT
 from services.webhooks.outbox import add_messages
 
@@ -245,7 +246,7 @@ class JobTable:
                         f"{max_active} {kind}s of this tenant are queued or running; try again when one has ended"
                     )
                 if quota is not None and quota.limits:
-                    _check_existing(connection, tenant, quota, {"active_jobs": 1, "stored_bytes": reserved_bytes or 0})
+                    check_existing(connection, tenant, quota, {"active_jobs": 1, "stored_bytes": reserved_bytes or 0})
                     counters.add(connection, tenant, amounts or {}, quota)
                 connection.execute(sa.insert(_jobs).values(values))
                 return _job(connection, job_id), True
@@ -553,7 +554,7 @@ def _existing(connection: sa.Connection, tenant: str, name: str) -> int:
     ended = _jobs.c.state.in_(("failed", "cancelled"))  # their files are removed; those of deleted ones were measured
     size = sa.func.coalesce(_jobs.c.stored_bytes, sa.case((ended, 0), else_=_jobs.c.reserved_bytes), 0)
     query = sa.select(sa.func.sum(size)).where(_jobs.c.tenant == tenant)
-    return int(connection.scalar(query) or 0)
+    return int(connection.scalar(query) or 0) + stored_by_studies(connection, tenant)
 
 
 def _count_active(connection: sa.Connection, tenant: str, kind: Kind | None = None) -> int:
@@ -566,7 +567,8 @@ def _count_active(connection: sa.Connection, tenant: str, kind: Kind | None = No
     return connection.scalar(query) or 0
 
 
-def _check_existing(connection: sa.Connection, tenant: str, quota: Quota, amounts: Mapping[str, int]) -> None:
+def check_existing(connection: sa.Connection, tenant: str, quota: Quota, amounts: Mapping[str, int]) -> None:
+    """Raise QuotaExceededError if these amounts exceed quotas of what exists now. The tenant must be locked."""
     for name, amount in amounts.items():
         limit = quota.limit_of(name)
         if limit is not None and (used := _existing(connection, tenant, name)) + amount > limit:

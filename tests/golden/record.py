@@ -245,6 +245,8 @@ _UNKNOWN = {
     "key_id": "0" * 12,
     "name": "unknown",
     "webhook_id": f"wh_{'0' * 32}",
+    "study_id": f"st_{'0' * 32}",
+    "position": "0",
 }
 _DATASET = {
     "seed": 5,
@@ -273,6 +275,7 @@ def _routes() -> str:
         projected = _project(running, first_class)
         running.projector.failures += [RuntimeError("broken")]
         failed_projection = _project(running, first_class)
+        study = running.client.post("/v1/studies", json={"name": "study", "images": 2, "seed": 1}).json()["id"]
         files = [each["name"] for each in running.client.get(f"/v1/datasets/{made}/files").json()["data"]]
         projection = running.client.get(f"/v1/projections/{projected}").json()
         results = [each.rpartition("/")[2] for each in projection["data"][0]["files"].values()]
@@ -286,6 +289,11 @@ def _routes() -> str:
             "/v1/projections/{projection_id}/files/{name}": [
                 {"projection_id": projected, "name": each} for each in results
             ],
+            "/v1/studies/{study_id}": [{"study_id": study}],
+            "/v1/studies/{study_id}/answers": [{"study_id": study}],
+            "/v1/studies/{study_id}/invitations": [{"study_id": study}],
+            "/v1/studies/{study_id}/results": [{"study_id": study}],
+            "/v1/reading/images/{position}": [{"position": "1"}],
             "/v1/models/{name}": [{"name": bundle.name}],
             "/v1/admin/keys/{key_id}": [{"key_id": "0" * 12}],
             "/docs/{name}": [{"name": "swagger-ui.css"}],
@@ -387,7 +395,7 @@ def _same(value: Any, route: str = "", field: str = "") -> Any:
 
 
 def _text(value: str) -> str:
-    value = re.sub(r"\b(ds|pr)_[0-9a-f]{32}\b", r"\1_<id>", value)
+    value = re.sub(r"\b(ds|pr|st)_[0-9a-f]{32}\b", r"\1_<id>", value)
     return re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)", "<time>", value)
 
 

@@ -15,10 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-import struct
-import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -32,6 +29,7 @@ from tqdm import tqdm
 from dermis.errors import DataError
 from dermis.imaging import centre_square, encode
 from dermis.network_config import NoiseMode
+from dermis.reader_study import PlanError, Slot, Truth, equally_long, order_for_reader, plan_images
 
 if TYPE_CHECKING:
     from dermis.synthesizer import Synthesizer
@@ -39,19 +37,6 @@ if TYPE_CHECKING:
 
 FOR_EXPERTS = "for-experts"
 KEY = "secret/key.json"
-Truth = Literal["real", "generated"]
-
-# Separate streams of random numbers, so that a change in the use of one does not change the others.
-_REAL, _MIX, _ORDER = 0, 1, 2
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One planned image of a survey."""
-
-    truth: Truth
-    label: int
-    index: int  # row of the real images, or sample of the seed
 
 
 class KeyImage(BaseModel):
@@ -88,46 +73,15 @@ class SurveyKey(BaseModel):
 def plan_survey(
     labels: NDArray[np.int64], class_names: Sequence[str], count: int, seed: int, *, equal_classes: bool = False
 ) -> tuple[Slot, ...]:
-    """Choose images, half of them real, and shuffle them. The result depends on the arguments only.
-
-    Args:
-        labels: Classes of the real images, int64 [N], indices into `class_names`; all 0 without classes.
-        class_names: Names of the classes.
-        count: Number of images. Real ones are drawn without replacement.
-        seed: Seed of the random numbers.
-        equal_classes: Whether both halves have the same number of images of each class. Otherwise they have the proportions
-            of `labels` (largest remainders decide the last images).
+    """Choose images, half of them real, and shuffle them; see `dermis.reader_study.plan_images` for the arguments.
 
     Raises:
         DataError: `count` is odd, or there are too few real images.
     """
-    if count < 2 or count % 2:
-        raise DataError(f"--count: must be even and at least 2, as half are real; got {count}")
-    half = count // 2
-    available = np.bincount(labels, minlength=len(class_names))
-    shares = (available > 0) / (available > 0).sum() if equal_classes else available / available.sum()
-    counts = _apportion(shares, half)
-    if (short := np.flatnonzero(counts > available)).size:
-        k = int(short[0])
-        kind = f"real {class_names[k]} images" if class_names else "real images"
-        raise DataError(f"--count: {count} takes {counts[k]} {kind}, but there are {available[k]}")
-    rng = np.random.default_rng([seed, _REAL])
-    slots: list[Slot] = []
-    for label, number in enumerate(counts.tolist()):
-        rows = rng.choice(np.flatnonzero(labels == label), number, replace=False)
-        slots += [Slot("real", label, row) for row in rows.tolist()]
-    slots += [Slot("generated", label, i) for i, label in enumerate(np.repeat(np.arange(len(counts)), counts).tolist())]
-    order = np.random.default_rng([seed, _MIX]).permutation(count)
-    return tuple(slots[i] for i in order)
-
-
-def _apportion(shares: NDArray[np.float64], total: int) -> NDArray[np.int64]:
-    """Whole numbers with the sum `total` that are nearest to shares * total (Hamilton's method)."""
-    exact = shares * total
-    numbers = np.floor(exact + 1e-9).astype(np.int64)
-    order = np.argsort(-(exact - numbers), kind="stable")
-    numbers[order[: total - int(numbers.sum())]] += 1
-    return numbers
+    try:
+        return plan_images(labels, class_names, count, seed, equal_classes=equal_classes)
+    except PlanError as error:
+        raise DataError(f"--count: {error}") from None
 
 
 def create_survey(
@@ -178,7 +132,7 @@ def create_survey(
         raise DataError(f"--experts must be at least 1 and --size at least 16; got {pages} and {size}")
     images = _draw(slots, dataset, synthesizer, seed, truncation_psi, size, progress)
     width = max(3, len(str(len(slots))))
-    pngs = _equally_long([encode(pixels) for pixels in images])
+    pngs = equally_long([encode(pixels) for pixels in images])
     encoded = {f"{i + 1:0{width}d}": data for i, data in enumerate(pngs)}
     key = SurveyKey(
         survey=_identity(encoded, with_diagnosis),
@@ -270,20 +224,6 @@ def _resized(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     return np.asarray(centre_square(Image.fromarray(pixels), size))
 
 
-def _equally_long(pngs: Sequence[bytes]) -> list[bytes]:
-    """Pad PNG files to one length with a private chunk of zeros before the last chunk, IEND. Viewers ignore it.
-
-    Otherwise the sizes would show how noisy the images are, which differs between generators and cameras.
-    """
-    end, kind, longest = 12, b"paDd", max(map(len, pngs))
-    padded = []
-    for png in pngs:
-        zeros = bytes(longest - len(png))
-        chunk = struct.pack(">I", len(zeros)) + kind + zeros + struct.pack(">I", zlib.crc32(kind + zeros))
-        padded.append(png[:-end] + chunk + png[-end:])
-    return padded
-
-
 def _key_image(slot: Slot, dataset: ImageDataset, class_names: Sequence[str], data: bytes) -> KeyImage:
     real = slot.truth == "real"
     return KeyImage(
@@ -327,7 +267,7 @@ def _write(out: Path, key: SurveyKey, encoded: Mapping[str, bytes]) -> None:
 def _page(key: SurveyKey, encoded: Mapping[str, bytes], page: int) -> str:
     """Make a page for experts, from names and images. It contains only those parts of the key that every expert can know."""
     names = list(encoded)
-    order = np.random.default_rng([key.seed, _ORDER, page]).permutation(len(names))
+    order = order_for_reader(len(names), key.seed, page)
     survey = {
         "survey": key.survey,
         "page": page,

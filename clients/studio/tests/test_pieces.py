@@ -7,10 +7,12 @@ import shlex
 from typing import Any
 
 import pytest
-from dermis_client import APIConnectionError
+from dermis_client import APIConnectionError, Study, StudyResults
 from dermis_client.errors import RateLimitError, UnprocessableEntityError
 from dermis_client.models import Problem
+from dermis_client.studies import StudyImages
 from dermis_studio import markup, scales, snippets
+from dermis_studio.pages import study_view
 from dermis_studio.samples import SampleRef, words_of
 
 EVIL = '<script>alert("x")</script>&'
@@ -124,3 +126,30 @@ def test_bars_of_the_distance_scale_have_the_area_of_their_share() -> None:
     assert len(areas) == 2
     assert areas[0] == pytest.approx(areas[1], rel=0.02)  # half of the distances each
     assert scales.distance_scale(0.3, {}) == ""
+
+
+def test_study_is_described_without_markup_from_outside() -> None:
+    study = Study.model_validate(
+        {
+            "id": f"st_{'0' * 32}",
+            "name": "<b>Pilot",
+            "state": "open",
+            "images": 4,
+            "seed": 987654321987,
+            "model": {"name": "demo", "digest": "d" * 64},
+            "created_at": "2026-11-29T00:00:00Z",
+            "expires_at": "2027-05-28T00:00:00Z",
+        }
+    )
+    rate = {"count": 3, "total": 4, "share": 0.75, "low": 0.3, "high": 0.95}
+    rates = dict.fromkeys(("accuracy", "sensitivity", "specificity", "called_generated"), rate)
+    reader = {"invitation": "a", "label": "<i>R", "answered": 4, "rates": rates, "d_prime": 1, "criterion": 0}
+    results = StudyResults.model_validate(
+        {"answers": 4, "rates": rates, "p_value": 0.5, "readers": [reader | {"median_seconds": 2.0}]}
+    )
+    shown = study_view.described(study, [], results)
+    assert "<b>Pilot" not in shown and "&lt;b&gt;Pilot" in shown and "<i>R" not in shown
+    assert "75 %" in shown and "[30, 95]" in shown and "987654321987" not in shown
+    collecting = study.model_copy(update={"state": "collecting", "classes": {"nevus": StudyImages(uploaded=1)}})
+    waiting = study_view.described(collecting)
+    assert "Upload 1 more" in waiting and 'data-act="open"' in waiting and " disabled>Choose the images" in waiting

@@ -35,7 +35,7 @@ _NO_CREDENTIALS = {"WWW-Authenticate": 'Bearer realm="dermis"'}
 _INVALID_TOKEN = {"WWW-Authenticate": 'Bearer realm="dermis", error="invalid_token"'}
 
 # Paths that everyone may read: they contain nothing private.
-PUBLIC = PROBES | {"/"}
+PUBLIC = PROBES | {"/", "/study", "/study/reader.css", "/study/reader.js"}
 
 
 class Authenticator:
@@ -129,10 +129,12 @@ class Access:
     Attributes:
         any_of: Scopes of which the sender needs one; every authenticated sender may use the route if there are none.
         opened_by: Name of a setting that lets everyone use the route.
+        invitation: Whether the sender is a reader of a study (`services.gateway.auth.invited`).
     """
 
     any_of: tuple[str, ...]
     opened_by: str | None = None
+    invitation: bool = False
 
     async def __call__(self, request: Request) -> Principal:
         """The sender of a request.

@@ -19,12 +19,13 @@ SCOPES: Mapping[str, str] = {
     "authenticity:generated": "Compare generated images with the training images.",
     "authenticity:uploads": "Compare uploaded images with the training images, which shows whether an image is one of them.",
     "webhooks": "Send messages to URLs when datasets and projections of the tenant end.",
+    "studies": "Create reader studies, invite readers by link, read their answers; read and delete studies of the tenant.",
     "models:read": "List the models and their directions.",
     "metrics:read": "Read the metrics of the whole service.",
     "admin": "Create, list, rotate and revoke the API keys of every tenant; read the audit trail.",
 }
 # Scopes that must be named: what they show or allow goes beyond the data of the tenant.
-EXPLICIT_SCOPES = frozenset({"authenticity:uploads", "metrics:read", "admin"})
+EXPLICIT_SCOPES = frozenset({"authenticity:uploads", "metrics:read", "admin", "studies"})
 DEFAULT_SCOPES: tuple[str, ...] = tuple(scope for scope in SCOPES if scope not in EXPLICIT_SCOPES)
 
 

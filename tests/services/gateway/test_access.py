@@ -51,6 +51,18 @@ SCOPES_OF: dict[str, set[str]] = {
     "delete /v1/webhooks/{webhook_id}": {"webhooks"},
     "get /v1/webhooks/{webhook_id}/messages": {"webhooks"},
     "post /v1/webhooks/{webhook_id}/messages/{message_id}/retry": {"webhooks"},
+    "post /v1/studies": {"studies"},
+    "get /v1/studies": {"studies"},
+    "get /v1/studies/{study_id}": {"studies"},
+    "delete /v1/studies/{study_id}": {"studies"},
+    "post /v1/studies/{study_id}/images": {"studies"},
+    "post /v1/studies/{study_id}/open": {"studies"},
+    "post /v1/studies/{study_id}/close": {"studies"},
+    "get /v1/studies/{study_id}/results": {"studies"},
+    "get /v1/studies/{study_id}/answers": {"studies"},
+    "post /v1/studies/{study_id}/invitations": {"studies"},
+    "get /v1/studies/{study_id}/invitations": {"studies"},
+    "delete /v1/studies/{study_id}/invitations/{name}": {"studies"},
     "get /v1/usage": set(),  # any valid credentials
     "post /v1/admin/keys": {"admin"},
     "get /v1/admin/keys": {"admin"},
@@ -61,9 +73,11 @@ SCOPES_OF: dict[str, set[str]] = {
     "get /metrics": {"metrics:read"},
 }
 PUBLIC = {"get /livez", "get /readyz"}
+# Operations of the readers of studies, who have an invitation and no credentials.
+READING = {"get /v1/reading", "get /v1/reading/images/{position}", "put /v1/reading/answers/{position}"}
 NOT_IN_THE_DOCUMENT = {"/openapi.json", "/docs", "/docs/swagger-ui.css"}
 IDS = {"dataset_id": f"ds_{'0' * 32}", "projection_id": f"pr_{'0' * 32}", "key_id": "0" * 12, "name": "none"}
-IDS |= {"webhook_id": f"wh_{'0' * 32}", "message_id": f"msg_{'0' * 32}"}
+IDS |= {"webhook_id": f"wh_{'0' * 32}", "message_id": f"msg_{'0' * 32}", "study_id": f"st_{'0' * 32}", "position": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +131,8 @@ def problem_of(answer: Any) -> dict[str, Any]:
 
 def test_document_names_the_scopes_of_every_operation(served: Service) -> None:
     documented = operations(served)
-    assert documented.keys() == SCOPES_OF.keys() | PUBLIC
+    assert documented.keys() == SCOPES_OF.keys() | PUBLIC | READING
+    assert all(documented[operation]["security"] == [{"invitation": []}] for operation in READING)
     assert all(documented[operation]["security"] == [] for operation in PUBLIC)
     for operation, scopes in SCOPES_OF.items():
         ways = documented[operation]["security"]
@@ -171,7 +186,7 @@ def test_every_operation_refuses_missing_wrong_and_ended_credentials(
 ) -> None:
     monkeypatch.setattr(keys_module, "_UNKNOWN_SECONDS", 0.01)  # the wait of a request with an unknown key
     credentials = Credentials.of(served, provider)
-    closed = [*SCOPES_OF, *(f"get {path}" for path in NOT_IN_THE_DOCUMENT)]
+    closed = [*SCOPES_OF, *READING, *(f"get {path}" for path in NOT_IN_THE_DOCUMENT)]
     leaks = []
     for operation in closed:
         for name, text in credentials.refused.items():

@@ -25,6 +25,7 @@ from services.jobs.schema import VERSION_TABLE, SchemaTooNewError
 from services.jobs.table import IdempotencyConflictError, JobTable, Kind
 from services.serve import _prepare
 from services.settings import Settings, SettingsError
+from services.studies import tables as study_tables
 from services.webhooks import outbox
 
 # What version 0.1.0 created, before the schema had a version.
@@ -254,6 +255,7 @@ def test_migrations_create_the_tables_that_the_code_defines(url: str) -> None:
             keys_module.metadata,
             trail_module.metadata,
             outbox.metadata,
+            study_tables.metadata,
             counters.metadata,
             compared_answers.metadata,
         ]

@@ -23,21 +23,20 @@ from PIL import Image
 from dermis.bundle import Bundle
 from dermis.errors import DataError
 from dermis.imaging import decode
-from dermis.synthesizer import Synthesizer
-from training.data.images import ImageDataset
-from training.data.isic import load_isic
-from training.evaluation.survey import KeyImage, SurveyKey, create_survey, plan_survey, read_key
-from training.evaluation.survey_score import (
-    Answers,
-    Rate,
+from dermis.metrics.reader_study import (
     clustered_rate,
     cohen_kappa,
     fleiss_kappa,
     permutation_p_value,
-    score_survey,
     signal_detection,
     wilson,
 )
+from dermis.reader_study import Rate
+from dermis.synthesizer import Synthesizer
+from training.data.images import ImageDataset
+from training.data.isic import load_isic
+from training.evaluation.survey import KeyImage, SurveyKey, create_survey, plan_survey, read_key
+from training.evaluation.survey_score import Answers, score_survey
 
 Run = Callable[..., tuple[int, str, str]]
 SEED = 987654321987  # long enough to be searched for in the files for experts

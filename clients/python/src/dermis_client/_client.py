@@ -18,6 +18,7 @@ from dermis_client.resources.edits import AsyncEdits, Edits
 from dermis_client.resources.images import AsyncImages, Images
 from dermis_client.resources.models import AsyncModels, Models
 from dermis_client.resources.projections import AsyncProjections, Projections
+from dermis_client.resources.studies import AsyncStudies, Studies
 from dermis_client.resources.usage import AsyncUsageResource, UsageResource
 from dermis_client.resources.webhooks import AsyncWebhooks, Webhooks
 
@@ -57,6 +58,7 @@ class DermisClient:
         edits: Edit images along directions of the latent space.
         projections: Find the latents of images.
         models: The models that the service offers.
+        studies: Blinded studies in which readers tell generated from real images.
         usage: The quotas of the caller's tenant and their use.
         webhooks: Messages to URLs when datasets and projections end.
     """
@@ -68,6 +70,7 @@ class DermisClient:
     edits: Edits
     projections: Projections
     models: Models
+    studies: Studies
     usage: UsageResource
     webhooks: Webhooks
 
@@ -107,6 +110,7 @@ class DermisClient:
         self.datasets, self.images, self.models = Datasets(transport), Images(transport), Models(transport)
         self.classifications, self.authenticity = Classifications(transport), Authenticity(transport)
         self.edits, self.projections = Edits(transport), Projections(transport)
+        self.studies = Studies(transport)
         self.usage, self.webhooks = UsageResource(transport), Webhooks(transport)
 
     @property
@@ -190,6 +194,7 @@ class AsyncDermisClient:
     edits: AsyncEdits
     projections: AsyncProjections
     models: AsyncModels
+    studies: AsyncStudies
     usage: AsyncUsageResource
     webhooks: AsyncWebhooks
 
@@ -217,6 +222,7 @@ class AsyncDermisClient:
         )
         self.classifications, self.authenticity = AsyncClassifications(transport), AsyncAuthenticity(transport)
         self.edits, self.projections = AsyncEdits(transport), AsyncProjections(transport)
+        self.studies = AsyncStudies(transport)
         self.usage, self.webhooks = AsyncUsageResource(transport), AsyncWebhooks(transport)
 
     @property

@@ -16,7 +16,7 @@ from dermis_client.errors import InvalidRequestError
 _MAX_IMAGE_BYTES = 20 << 20  # an image of 2048 x 2048 px that does not compress, as base64
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]{1,16384}=*")  # RFC 6750, section 2.1
-_ID_PREFIX = {"dataset": "ds", "projection": "pr", "webhook": "wh", "message": "msg"}
+_ID_PREFIX = {"dataset": "ds", "projection": "pr", "webhook": "wh", "message": "msg", "study": "st"}
 
 
 def base_url_from(url: str) -> str:
@@ -157,16 +157,17 @@ def checked_key(key: str) -> str:
     return key
 
 
-def job_path(kind: Literal["dataset", "projection", "webhook"], identifier: str, *rest: str) -> str:
-    """Return /v1/datasets/{id}[/...], /v1/projections/{id}[/...] or /v1/webhooks/{id}[/...].
+def job_path(kind: Literal["dataset", "projection", "webhook", "study"], identifier: str, *rest: str) -> str:
+    """Return /v1/datasets/{id}[/...], and the same for projections, webhooks and studies.
 
     Raises:
         InvalidRequestError: The id is not valid; the path could lead to another resource.
     """
-    return "/".join([f"/v1/{kind}s", checked_id(kind, identifier), *(quote(part, safe="") for part in rest)])
+    plural = "studies" if kind == "study" else f"{kind}s"
+    return "/".join([f"/v1/{plural}", checked_id(kind, identifier), *(quote(part, safe="") for part in rest)])
 
 
-def checked_id(kind: Literal["dataset", "projection", "webhook", "message"], identifier: str) -> str:
+def checked_id(kind: Literal["dataset", "projection", "webhook", "message", "study"], identifier: str) -> str:
     """Return an id that can be part of a path.
 
     Raises:

@@ -11,7 +11,7 @@ DermisError
         UnprocessableEntityError (422)
             TooLargeError       413, or more samples than the service allows
         UnsupportedMediaTypeError (415)
-    DatasetFailed  DatasetCancelled  ProjectionFailed  WaitTimeoutError     from wait()
+    DatasetFailed  DatasetCancelled  ProjectionFailed  StudyNotReady  WaitTimeoutError     from wait()
     DownloadError               a file could not be fetched, written or unpacked
     IntegrityError              received or stored bytes are not the expected ones
 """
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dermis_client.latent import Projection
     from dermis_client.models import DatasetRecord, FieldError, Problem
+    from dermis_client.studies import Study
 
 
 class DermisError(Exception):
@@ -148,6 +149,14 @@ class ProjectionFailed(DermisError):  # noqa: N818  named after the state
     def __init__(self, message: str, projection: Projection) -> None:
         super().__init__(message)
         self.projection = projection
+
+
+class StudyNotReady(DermisError):  # noqa: N818  named after the state
+    """wait() ended because the preparation of the study failed or was not started. study: its last record."""
+
+    def __init__(self, message: str, study: Study) -> None:
+        super().__init__(message)
+        self.study = study
 
 
 class WaitTimeoutError(DermisError, TimeoutError):

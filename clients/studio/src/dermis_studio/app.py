@@ -15,7 +15,7 @@ from fastapi import FastAPI
 
 from dermis_studio import frame
 from dermis_studio.access import Visitors
-from dermis_studio.pages import authenticity, classify, datasets, explore, generate, models, project
+from dermis_studio.pages import authenticity, classify, datasets, explore, generate, models, project, studies
 from dermis_studio.service import Service
 from dermis_studio.site import StudioSite
 from dermis_studio.studio import Studio
@@ -28,6 +28,7 @@ _BUILDERS = {
     "authenticity": authenticity.build,
     "classify": classify.build,
     "datasets": datasets.build,
+    "studies": studies.build,
     "models": models.build,
 }
 _MAX_WAITING = 200  # events that wait for others; a further one is refused

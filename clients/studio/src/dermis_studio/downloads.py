@@ -18,6 +18,7 @@ _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}"
 _PATHS = (
     (re.compile(rf"/files/({_DATASET})/({_NAME})"), "/v1/datasets/{}/files/{}"),
     (re.compile(rf"/report/({_DATASET})"), "/v1/datasets/{}/report?format=html"),
+    (re.compile(r"/study-answers/(st_[0-9a-f]{32})\.(csv|json)"), "/v1/studies/{}/answers?format={}"),
     (re.compile(rf"/projections/(pr_[0-9a-f]{{32}})/({_NAME})"), "/v1/projections/{}/files/{}"),
 )
 _ASKED = ("range", "if-range", "if-none-match", "accept-encoding")
@@ -83,7 +84,7 @@ async def projection_file(service: Service, key: str | None, projection_id: str,
         ValueError: It cannot be fetched.
     """
     path = f"/projections/{projection_id}/{name}"
-    pattern, target = _PATHS[2]
+    pattern, target = _PATHS[-1]
     match = pattern.fullmatch(path)
     if match is None:
         raise ValueError("the service named a file that the studio does not know")

@@ -32,6 +32,7 @@ PAGES = (
     Page("authenticity", "Authenticity", ("authenticity:generated", "authenticity:uploads")),
     Page("classify", "Classify", ("classify",)),
     Page("datasets", "Datasets", ("datasets:read",)),
+    Page("studies", "Reader study", ("studies",)),
     Page("models", "Models", ("models:read",)),
 )
 

@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
-from dermis_studio import downloads, frame
+from dermis_studio import downloads, frame, uploads
 from dermis_studio.access import COOKIE, MAX_KEY_LENGTH, Visitor, Visitors, key_of
 from dermis_studio.events import (
     LARGE_BYTES,
@@ -215,6 +215,9 @@ class StudioSite:
                 )
             return _answer_with_error(request, 401, "Sign in", "Sign in again: the key has ended.", self._prefix)
         if method == "POST":
+            uploaded = await uploads.answer(self._service, visitor, path, request)
+            if uploaded is not None:
+                return uploaded
             if path not in _CALLS:
                 return _answer_with_error(request, 404, "Not found", "There is no such path.", self._prefix)
             return await self._event(request, path, visitor, receive, send)

@@ -1,0 +1,277 @@
+"""The page Reader study: create a blinded study, collect its images, invite readers, see the results."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from html import escape
+from typing import Any
+
+import gradio as gr
+from dermis_client import AsyncDermisClient, NewInvitation, Study
+
+from dermis_studio import markup
+from dermis_studio.pages import study_view as view
+from dermis_studio.studio import PRIVATE, Studio, chosen_model, heading, html, problem_of, query_of
+
+POLL_SECONDS = 1.0
+UPLOADS, FOLDER = "uploads", "folder"
+# Buttons and the form of an invitation become events of the page. Images go to the studio in small requests, which pass them on
+# with the key of the visitor, so that hundreds of them are never in one message.
+_ON_LOAD = """
+const tell = (text, problem) => {
+  const status = element.querySelector('[data-study-status]');
+  if (status) { status.textContent = text; status.classList.toggle('ds-alert', Boolean(problem)); }
+};
+element.addEventListener('click', (event) => {
+  const cancel = event.target.closest('[data-study-cancel]');
+  if (cancel) { cancel.dataset.stopped = 'yes'; return; }
+  const button = event.target.closest('[data-act]');
+  if (!button || (button.dataset.confirm && !window.confirm(button.dataset.confirm))) return;
+  trigger('select', { act: button.dataset.act, id: button.dataset.id, name: button.dataset.name });
+});
+element.addEventListener('submit', (event) => {
+  const form = event.target.closest('[data-form]');
+  if (!form) return;
+  event.preventDefault();
+  trigger('select', { act: form.dataset.form, id: form.dataset.id, label: form.label.value, days: Number(form.days.value) });
+});
+element.addEventListener('change', async (event) => {
+  const input = event.target.closest('[data-study-upload]');
+  if (!input || !input.files.length) return;
+  const id = input.dataset.studyUpload, files = [...input.files], SIZE = 8, MOST = 24 * 1024 * 1024;
+  const bar = element.querySelector('[data-study-progress]'), cancel = element.querySelector('[data-study-cancel]');
+  const query = input.dataset.class ? '?class=' + encodeURIComponent(input.dataset.class) : '';
+  for (const other of element.querySelectorAll('[data-study-upload], [data-act]')) other.disabled = true;
+  bar.hidden = cancel.hidden = false;
+  bar.max = files.length;
+  let done = 0, problem = '';
+  while (done < files.length && !cancel.dataset.stopped) {
+    const batch = [];
+    let bytes = 0;
+    while (done + batch.length < files.length && batch.length < SIZE) {
+      const file = files[done + batch.length];
+      if (batch.length && bytes + file.size > MOST) break;
+      bytes += file.size;
+      batch.push(file);
+    }
+    tell(`Uploading: ${done} of ${files.length} images`);
+    const form = new FormData();
+    batch.forEach((file, i) => form.append('files', file, `image-${i}`));
+    try {
+      const answer = await fetch('studies/' + id + '/images' + query, { method: 'POST', body: form });
+      if (!answer.ok) {
+        const document = await answer.json().catch(() => ({}));
+        const names = (document.errors || []).map((item) => {
+          const place = /^files\\[(\\d+)\\]$/.exec(item.field);
+          return place ? `${batch[Number(place[1])].name} ${item.message}` : '';
+        }).filter(Boolean);
+        problem = names.join('; ') || document.detail || document.title || 'The service refused the images';
+        break;
+      }
+    } catch {
+      problem = 'The service does not respond; choose the files again to continue';
+      break;
+    }
+    done += batch.length;
+    bar.value = done;
+  }
+  input.value = '';
+  trigger('select', { act: 'uploaded', id, done, total: files.length, problem });
+});
+watch('value', () => {
+  const named = element.querySelector('[data-address]');
+  if (named) history.replaceState(null, '', named.dataset.address);
+});
+"""
+
+
+def build(studio: Studio, blocks: gr.Blocks) -> None:
+    """Build the page."""
+    heading(
+        "Reader study",
+        "Can people tell generated from real images? Show both blinded, by a link for each reader, and see how often they are "
+        "right.",
+    )
+    with gr.Row(elem_classes=["ds-work", "ds-wide"]):
+        with gr.Column(elem_classes=["ds-panel", "ds-side"]):
+            html("<h2>New study</h2>")
+            name = gr.Textbox(label="Name", info="Readers see it.", max_length=200)
+            model = gr.Dropdown(label="Model", choices=[], visible=False)
+            count = gr.Number(
+                label="Images", info="Half are real, half are generated.", value=200, precision=0, minimum=2, step=2
+            )
+            source = gr.Radio(
+                label="Real images",
+                choices=[("Upload them for this study", UPLOADS), ("Draw them from the folder of the service", FOLDER)],
+                value=UPLOADS,
+                visible=False,
+            )
+            equal = gr.Checkbox(
+                label="As many images of each class",
+                info="Otherwise in the proportions of the real images.",
+                value=False,
+            )
+            with gr.Accordion("More", open=False):
+                truncation = gr.Slider(
+                    0.0,
+                    1.5,
+                    value=1.0,
+                    step=0.05,
+                    label="Truncation",
+                    info="Lower: more typical, less varied.",
+                    buttons=[],
+                )
+                seed = gr.Textbox(label="Seed", info="Empty: a random one. Keep it secret from readers.", max_length=19)
+            create = gr.Button("Create study", variant="primary")
+        with gr.Column(elem_classes=["ds-section"]):
+            current = html(view.NOTHING, js_on_load=_ON_LOAD)
+            table = html(js_on_load=_ON_LOAD)
+
+    async def load(request: gr.Request) -> Any:
+        try:
+            async with studio.client(request) as client:
+                (update, _), studies = await asyncio.gather(chosen_model(client, request), client.studies.list())
+        except Exception as error:
+            return problem_of(error), gr.skip(), gr.skip(), gr.skip(), gr.skip()
+        most = studies.max_images or 200
+        return (
+            gr.skip(),
+            view.table(studies.data, query_of(request).get("study")),
+            update,
+            gr.update(visible=studies.folder_of_real_images),
+            gr.update(value=min(200, most), maximum=most),
+        )
+
+    async def reopen(request: gr.Request) -> AsyncIterator[Any]:
+        """Show the study that the address names."""
+        study_id = query_of(request).get("study")
+        if not study_id:
+            return
+        try:
+            async with studio.client(request) as client:
+                async for shown in followed(client, study_id):
+                    yield shown
+        except Exception as error:
+            yield problem_of(error), gr.skip()
+
+    async def start(
+        request: gr.Request,
+        name: str,
+        model: str,
+        count: float,
+        source: str,
+        equal: bool,
+        truncation: float,
+        seed: str,
+    ) -> AsyncIterator[Any]:
+        try:
+            if not (name or "").strip():
+                raise ValueError("give the study a name first; readers see it")
+            if seed and not seed.strip().isdigit():
+                raise ValueError("the seed is a whole number, or empty")
+            async with studio.client(request) as client:
+                study = await client.studies.create(
+                    name.strip(),
+                    images=int(count or 0),
+                    real_images="folder" if source == FOLDER else "uploads",
+                    model=model or None,
+                    equal_classes=equal,
+                    truncation_psi=None if truncation == 1.0 else truncation,
+                    seed=int(seed) if seed else None,
+                )
+                async for shown in followed(client, study.id):
+                    yield shown
+        except Exception as error:
+            yield problem_of(error), gr.skip()
+
+    async def act(event: gr.EventData, request: gr.Request) -> AsyncIterator[Any]:
+        message: Mapping[str, Any] = event._data if isinstance(event._data, dict) else {}
+        name, study_id = message.get("act"), str(message.get("id"))
+        try:
+            async with studio.client(request) as client:
+                if name == "delete":
+                    await client.studies.delete(study_id)
+                    done = markup.success("The study, its images and its answers are deleted.")
+                    yield (
+                        f'<div data-address="studies">{done}</div>',
+                        view.table((await client.studies.list()).data, None),
+                    )
+                    return
+                text, invited = await carried_out(client, str(name), study_id, message)
+                async for shown in followed(client, study_id, invited, text):
+                    yield shown
+        except Exception as error:
+            problem = problem_of(error)
+            try:  # what was there stays visible below the problem
+                async with studio.client(request) as client:
+                    async for shown in followed(client, study_id, None, problem):
+                        yield shown
+            except Exception:
+                yield problem, gr.skip()
+
+    blocks.load(load, None, [current, table, model, source, count], **PRIVATE)
+    following = blocks.load(reopen, None, [current, table], concurrency_limit=None, **PRIVATE)
+    fields = [name, model, count, source, equal, truncation, seed]
+    created = create.click(start, fields, [current, table], concurrency_limit=None, cancels=[following], **PRIVATE)
+    for component in (current, table):
+        component.select(act, None, [current, table], concurrency_limit=None, cancels=[following, created], **PRIVATE)
+
+
+async def carried_out(
+    client: AsyncDermisClient, name: str, study_id: str, message: Mapping[str, Any]
+) -> tuple[str, NewInvitation | None]:
+    """Carry out what a button of the page asks for.
+
+    Returns:
+        A message as HTML, and the invitation if one was created.
+    """
+    if name == "open":
+        await client.studies.open(study_id)
+    elif name == "close":
+        await client.studies.close(study_id)
+        return markup.success("The study is closed. No more answers are taken."), None
+    elif name == "invite":
+        label = str(message.get("label", "")).strip()
+        days = float(message.get("days") or 30)
+        return "", await client.studies.invite(study_id, label, expires_in_days=days)
+    elif name == "revoke":
+        invitation = await client.studies.revoke(study_id, str(message.get("name")))
+        return markup.success(f"The link of {invitation.label} does not work any more."), None
+    elif name == "uploaded":
+        done, total, problem = message.get("done"), message.get("total"), str(message.get("problem") or "")
+        if problem:
+            return _upload_problem(problem, done, total), None
+        stopped = "" if done == total else " The upload was stopped."
+        return markup.success(f"{done} of {total} images are uploaded.{stopped}"), None
+    return "", None
+
+
+def _upload_problem(problem: str, done: Any, total: Any) -> str:
+    return (
+        f'<div class="ds-problem" role="alert"><h2>Not all images were uploaded</h2><p>{escape(problem)}</p>'
+        f'<p class="ds-remedy">{escape(str(done))} of {escape(str(total))} are uploaded. Choose the files again without those '
+        "that are named here; images that are there already are not added twice.</p></div>"
+    )
+
+
+async def followed(
+    client: AsyncDermisClient, study_id: str, invited: NewInvitation | None = None, message: str = ""
+) -> AsyncIterator[Any]:
+    """Show a study, until its images are ready. Yields values of the study and of the list."""
+    while True:
+        study = await client.studies.retrieve(study_id)
+        yield (
+            await shown_study(client, study, invited, message),
+            view.table((await client.studies.list()).data, study.id),
+        )
+        if study.state != "preparing":
+            return
+        await asyncio.sleep(POLL_SECONDS)
+
+
+async def shown_study(client: AsyncDermisClient, study: Study, invited: NewInvitation | None, message: str) -> str:
+    """Return everything about one study as HTML."""
+    invitations = await client.studies.invitations(study.id)
+    results = await client.studies.results(study.id) if study.answers else None
+    return view.described(study, invitations, results, invited, message)

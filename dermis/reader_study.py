@@ -1,0 +1,149 @@
+"""Blinded reader studies: choosing the images, their order for each reader, and files that do not show what they are.
+
+Half of the images are real and half generated, with the same classes in both halves. `dermis survey` and the studies of the
+service use this module, `dermis.metrics.reader_study` has their statistics.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dermis.errors import DermisError
+
+Truth = Literal["real", "generated"]
+
+# Separate streams of random numbers, so that a change in the use of one does not change the others.
+_REAL, _MIX, _ORDER = 0, 1, 2
+
+
+class PlanError(DermisError):
+    """The images of a study cannot be chosen; the message is about their number."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One planned image of a survey."""
+
+    truth: Truth
+    label: int
+    index: int  # row of the real images, or sample of the seed
+
+
+def plan_images(
+    labels: NDArray[np.int64], class_names: Sequence[str], count: int, seed: int, *, equal_classes: bool = False
+) -> tuple[Slot, ...]:
+    """Choose images, half of them real, and shuffle them. The result depends on the arguments only.
+
+    Args:
+        labels: Classes of the real images, int64 [N], indices into `class_names`; all 0 without classes.
+        class_names: Names of the classes.
+        count: Number of images. Real ones are drawn without replacement.
+        seed: Seed of the random numbers.
+        equal_classes: Whether both halves have the same number of images of each class. Otherwise they have the proportions
+            of `labels` (largest remainders decide the last images).
+
+    Raises:
+        PlanError: `count` is odd, or there are too few real images.
+    """
+    if count < 2 or count % 2:
+        raise PlanError(f"must be even and at least 2, as half are real; got {count}")
+    half = count // 2
+    available = np.bincount(labels, minlength=len(class_names))
+    shares = (available > 0) / (available > 0).sum() if equal_classes else available / available.sum()
+    counts = apportion(shares, half)
+    if (short := np.flatnonzero(counts > available)).size:
+        k = int(short[0])
+        kind = f"real {class_names[k]} images" if class_names else "real images"
+        raise PlanError(f"{count} takes {counts[k]} {kind}, but there are {available[k]}")
+    rng = np.random.default_rng([seed, _REAL])
+    slots: list[Slot] = []
+    for label, number in enumerate(counts.tolist()):
+        rows = rng.choice(np.flatnonzero(labels == label), number, replace=False)
+        slots += [Slot("real", label, row) for row in rows.tolist()]
+    slots += [Slot("generated", label, i) for i, label in enumerate(np.repeat(np.arange(len(counts)), counts).tolist())]
+    order = np.random.default_rng([seed, _MIX]).permutation(count)
+    return tuple(slots[i] for i in order)
+
+
+def apportion(shares: NDArray[np.float64], total: int) -> NDArray[np.int64]:
+    """Whole numbers with the sum `total` that are nearest to shares * total (Hamilton's method)."""
+    exact = shares * total
+    numbers = np.floor(exact + 1e-9).astype(np.int64)
+    order = np.argsort(-(exact - numbers), kind="stable")
+    numbers[order[: total - int(numbers.sum())]] += 1
+    return numbers
+
+
+def order_for_reader(count: int, seed: int, reader: int) -> list[int]:
+    """Positions of the images in the order in which a reader sees them.
+
+    Args:
+        count: Number of images.
+        seed: Seed of the study, which readers do not know.
+        reader: Number of the reader; each has another order.
+    """
+    order: list[int] = np.random.default_rng([seed, _ORDER, reader]).permutation(count).tolist()
+    return order
+
+
+def equally_long(pngs: Sequence[bytes]) -> list[bytes]:
+    """Pad PNG files to the length of the longest one. See `padded`."""
+    longest = max(map(len, pngs))
+    return [padded(png, longest) for png in pngs]
+
+
+def padded(png: bytes, length: int) -> bytes:
+    """Pad a PNG file with a private chunk of zeros before the last chunk, IEND. Viewers ignore it.
+
+    Without it the sizes of files would show how noisy the images are, which differs between generators and cameras.
+
+    Args:
+        png: The file.
+        length: Its length without the chunk, in bytes, to which all files of a study are padded; at least that of the file.
+    """
+    end, kind = 12, b"paDd"
+    zeros = bytes(length - len(png))
+    chunk = struct.pack(">I", len(zeros)) + kind + zeros + struct.pack(">I", zlib.crc32(kind + zeros))
+    return png[:-end] + chunk + png[-end:]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share with its 95 % confidence interval; None if `total` is 0."""
+
+    count: int
+    total: int
+    share: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Accuracy and the rates that it consists of."""
+
+    accuracy: Rate
+    sensitivity: Rate
+    specificity: Rate
+    called_generated: Rate
+    """Response bias: the share of "generated" among all answers."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Agreement of the readers."""
+
+    images: int
+    """Images that all readers answered."""
+    observed: float | None
+    """Mean share of pairs of readers with the same answer."""
+    fleiss_kappa: float | None
+    pairs: tuple[tuple[str, str, float | None], ...]
+    """Cohen's kappa of every two readers, on the images that both answered."""

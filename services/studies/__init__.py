@@ -1,0 +1,1 @@
+"""Reader studies: real and generated images that people are asked to tell apart."""
