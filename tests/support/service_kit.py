@@ -271,9 +271,9 @@ def assemble(bundles: Path | str, data_dir: Path, **settings: Any) -> Parts:
 
 
 @contextmanager
-def listening(parts: Parts) -> Iterator[str]:
-    """The application on a port of this machine; its URL."""
-    server = uvicorn.Server(uvicorn.Config(parts.app, port=0, log_level="error", timeout_graceful_shutdown=5))
+def listening(parts: Parts, port: int = 0) -> Iterator[str]:
+    """The application on a port of this machine, by default a free one; its URL."""
+    server = uvicorn.Server(uvicorn.Config(parts.app, port=port, log_level="error", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -33,7 +33,7 @@ Send = Callable[[Message], Awaitable[None]]
 MAX_BODY_BYTES = 48 << 20
 
 _STATIC = re.compile(r"/theme\.css|/assets/[\w.-]+|/static/(?:fonts|js)/[\w./-]+")
-_EVENTS = re.compile(r"/gradio_api/(?:queue/data|heartbeat/[\w-]+)")
+_EVENTS = re.compile(r"/gradio_api/(?:queue/data|heartbeat/[\w-]+|app_id)")
 _CALLS = frozenset({"/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset"})
 _OWN = {"studio.css": "text/css", "studio.js": "text/javascript", "icon.svg": "image/svg+xml"}
 _IMMUTABLE = b"max-age=31536000, immutable"  # the names of these files contain their hashes
