@@ -183,7 +183,10 @@ def test_page_generates_images_and_sends_nothing_to_other_hosts(tiny_bundle: Bun
         page.keyboard.press("ArrowRight")
         page.keyboard.press("Enter")
         page.locator(".ds-detail .ds-facts").first.wait_for()
-        assert page.evaluate("[...document.querySelectorAll('.ds-tile')].findIndex(tile => tile.ariaPressed === 'true')") == 1
+        assert (
+            page.evaluate("[...document.querySelectorAll('.ds-tile')].findIndex(tile => tile.ariaPressed === 'true')")
+            == 1
+        )
         assert "Seed, index" in page.locator(".ds-detail").inner_text()
         assert violations(page) == []
         assert (browser.foreign, browser.errors) == ([], [])
@@ -333,7 +336,9 @@ def check_visit(browser: Browser, key: str) -> None:
     assert violations(page) == []
     assert page.locator(".ds-nav a").all_inner_texts() == ["Generate", "Models"]
     cookies = page.context.cookies()
-    assert [(cookie["httpOnly"], cookie["secure"], cookie["sameSite"]) for cookie in cookies] == [(True, True, "Strict")]
+    assert [(cookie["httpOnly"], cookie["secure"], cookie["sameSite"]) for cookie in cookies] == [
+        (True, True, "Strict")
+    ]
     page.goto(f"{browser.address}/studio/")
     generate(page)
     assert page.evaluate("document.cookie") == ""
