@@ -31,7 +31,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         with gr.Column(elem_classes=["ds-panel", "ds-side"]):
             model = gr.Dropdown(label="Model", choices=[], visible=False)
             source = SourceFields()
-            start = gr.Button("Check", variant="primary")
+            start = gr.Button("Check", variant="primary", interactive=False)
         with gr.Column():
             result = html(NOTHING)
 

@@ -42,7 +42,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             source = SourceFields()
             threshold = gr.Dropdown(label="Threshold", choices=[])
             method = gr.Radio(label="Heat map", choices=list(METHODS), value="none", info="Takes seconds.")
-            start = gr.Button("Classify", variant="primary")
+            start = gr.Button("Classify", variant="primary", interactive=False)
             stop = gr.Button("Stop", variant="stop", visible=False)
         with gr.Column():
             result = html(NOTHING)
