@@ -65,8 +65,8 @@ _CONTENT = {"content": content(*_IMAGE_TYPES, _GIF), "headers": headers("X-Dermi
     openapi_extra=json_body("InterpolationRequest"),
     responses={
         200: {
-            "description": "As /v1/edits: `strength` is the place between the samples, from 0 to 1. A GIF shows the images there "
-            "and back.",
+            "description": "As /v1/edits: `strength` is the place between the samples, from 0 to 1. A GIF shows the images "
+            "there and back.",
             **_CONTENT,
         },
         **_PROBLEMS,

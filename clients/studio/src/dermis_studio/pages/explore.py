@@ -28,6 +28,7 @@ from dermis_studio.studio import (
 )
 
 SLIDERS = 7  # edits of one request
+HERE_PIXELS = 256  # of the image beside the map
 MAX_STRENGTH = 4.0
 SAMPLE, PROJECTION = "sample", "projection"
 OWN, COARSE, MIDDLE, FINE, CUSTOM = "own", "coarse", "middle", "fine", "custom"
@@ -130,7 +131,9 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                         0.5, MAX_STRENGTH, value=3, step=0.5, label="Strengths up to", buttons=[], min_width=160
                     )
                     draw = gr.Button("Draw map", min_width=120)
-                area = html(js_on_load=latent_map.ON_LOAD)
+                with gr.Row(elem_classes=["ds-map-row"]):
+                    area = html(js_on_load=latent_map.ON_LOAD)
+                    here = html()
             with gr.Column(elem_classes=["ds-panel"], visible=False) as film:
                 html("<h2>Film to another sample</h2>")
                 with gr.Row(elem_classes=["ds-strip-fields"]):
@@ -212,7 +215,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 picture = shown(
                     image, "Edited." if edits else "Not edited: all strengths are 0.", f"After: {start.words}, edited"
                 )
-                yield picture, gr.skip()
+                close = enlarged(image.content, image.media_type, "The edited image", "Here.", pixels=HERE_PIXELS)
+                yield picture, gr.skip(), close
                 words = ""
                 if chosen.classifier is not None and visitor.may("classify"):
                     words = await probability_words(client, chosen, image)
@@ -224,9 +228,13 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             ) + markup.code_block(
                 "Python", snippets.python(address, "edits.create", arguments, 'result.save("edited")')
             )
-            yield gr.skip(), f'{words}<details class="ds-more"><summary>Copy as code</summary>{code}</details>'
+            yield (
+                gr.skip(),
+                f'{words}<details class="ds-more"><summary>Copy as code</summary>{code}</details>',
+                gr.skip(),
+            )
         except Exception as error:
-            yield problem_of(error), gr.skip()
+            yield problem_of(error), gr.skip(), gr.skip()
 
     @shows_problems()
     async def make_strip(request: gr.Request, *values: Any) -> str:
@@ -312,7 +320,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     edits = {"concurrency_limit": None, "trigger_mode": "always_last", **PRIVATE}
     everything = [*start_fields, *edit_fields]
     loaded.then(show_start, start_fields, [before, after], **PRIVATE).then(
-        show_edit, everything, [after, about], **edits
+        show_edit, everything, [after, about, here], **edits
     )
     chosen_names.change(
         lambda names: gr.update(choices=names, value=names[0] if names else None), chosen_names, swept, **PRIVATE
@@ -329,26 +337,28 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     )
     changed = [class_name.input, seed.input, index.input, projection.submit, projection.blur]
     gr.on(changed, show_start, start_fields, [before, after], trigger_mode="always_last", **PRIVATE).then(
-        show_edit, everything, [after, about], **edits
+        show_edit, everything, [after, about, here], **edits
     )
     model.input(choose_model, model, [class_name, chosen_names, *sliders, across, upwards, end_class], **PRIVATE).then(
         show_start, start_fields, [before, after], **PRIVATE
-    ).then(show_edit, everything, [after, about], **edits)
+    ).then(show_edit, everything, [after, about, here], **edits)
     chosen_names.input(name_sliders, [chosen_names], sliders, **PRIVATE).then(
-        show_edit, everything, [after, about], **edits
+        show_edit, everything, [after, about, here], **edits
     )
     gr.on(
         [*(slider.input for slider in sliders), layers.input, first.input, last.input],
         show_edit,
         everything,
-        [after, about],
+        [after, about, here],
         **edits,
     )
     layers.change(lambda value: gr.update(visible=value == CUSTOM), layers, ranged, **PRIVATE)
-    reset.click(lambda: [0] * SLIDERS, None, sliders, **PRIVATE).then(show_edit, everything, [after, about], **edits)
+    reset.click(lambda: [0] * SLIDERS, None, sliders, **PRIVATE).then(
+        show_edit, everything, [after, about, here], **edits
+    )
     draw.click(draw_map, [*everything, across, upwards, extent], area, concurrency_limit=None, **PRIVATE)
     area.select(go_to, [chosen_names, *sliders], [chosen_names, *sliders], **PRIVATE).then(
-        show_edit, everything, [after, about], **edits
+        show_edit, everything, [after, about, here], **edits
     )
     ends = [*start_fields, end_class, end_seed, end_index, frames]
     interpolate.click(make_film, ends, between, concurrency_limit=None, **PRIVATE)
