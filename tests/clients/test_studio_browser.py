@@ -292,7 +292,14 @@ def test_pages_work_after_a_restart_of_the_service(
 @pytest.mark.full
 def test_studio_alone_says_that_the_service_does_not_respond() -> None:
     port = free_port()
-    command = [sys.executable, "-m", "commands.main", "studio", "--url", f"http://127.0.0.1:{free_port()}"]
+    command = [
+        sys.executable,
+        "-c",
+        "from commands.main import main; main()",
+        "studio",
+        "--url",
+        f"http://127.0.0.1:{free_port()}",
+    ]
     with subprocess.Popen([*command, "--port", str(port)], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -314,7 +321,17 @@ def test_visitor_signs_in_over_https_and_is_offered_what_the_key_may(tmp_path: P
     authority = make_authority(tmp_path / "authority.pem")
     authority.issue(tmp_path / "tls.crt", tmp_path / "tls.key")
     port, data = free_port(), tmp_path / "data"
-    command = [sys.executable, "-m", "commands.main", "keys", "create", "--tenant", "ward-3", "--name", "reader"]
+    command = [
+        sys.executable,
+        "-c",
+        "from commands.main import main; main()",
+        "keys",
+        "create",
+        "--tenant",
+        "ward-3",
+        "--name",
+        "reader",
+    ]
     made = subprocess.run(
         [*command, "--scope", "images", "--scope", "models:read"],
         cwd=ROOT,

@@ -89,7 +89,7 @@ def drawn(rows: Sequence[Sequence[Image.Image]], names: tuple[str, str], reach: 
         f'{escape(names[1])}" style="width:{size}px" data-reach="{reach}" data-cells="{CELLS}" '
         f'data-x="{escape(names[0])}" data-y="{escape(names[1])}">{cells}<span class="ds-map-mark" hidden></span></div>'
         f'<figcaption class="ds-muted">To the right: {escape(names[0])} from {-reach:g} to {reach:g}. To the top: '
-        f"{escape(names[1])}, the same range. Images are reduced to {CELL_PIXELS} px (Lanczos). Click anywhere to move the edited "
+        f"{escape(names[1])}, the same range. Images are reduced to {CELL_PIXELS} px (Lanczos). Click to move the edited "
         "image there.</figcaption></figure>"
     )
 
