@@ -154,7 +154,7 @@ def datasets(page: Any) -> None:
         if field.is_visible():
             field.fill("4")
     press(page, "Create dataset")
-    page.get_by_role("link", name=re.compile("^Download")).first.wait_for()
+    page.get_by_role("link", name="Open the report").first.wait_for()
     page.once("dialog", lambda dialog: dialog.accept())
     press(page, "Delete")
     shows(page, "are deleted")

@@ -70,6 +70,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         if query_of(request).get("class_name"):
             async for shown in run(request, name, *values):
                 yield shown
+        else:  # a generator without any value would empty its outputs
+            yield gr.skip()
 
     inputs = [model, *source.inputs]
     loaded = blocks.load(load, None, [result, model, *source.outputs, start], **PRIVATE)

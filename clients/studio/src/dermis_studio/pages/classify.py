@@ -92,6 +92,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         if query_of(request).get("class_name"):
             async for shown in run(request, *values):
                 yield shown
+        else:  # a generator without any value would empty its outputs
+            yield gr.skip(), gr.skip(), gr.skip()
 
     def stopped() -> Any:
         return (

@@ -98,6 +98,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         """Show the projection that the address names."""
         projection_id = query_of(request).get("projection")
         if not projection_id:
+            yield gr.skip()  # a generator without any value would empty its output
             return
         try:
             async with studio.client(request) as client:
