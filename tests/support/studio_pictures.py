@@ -1,4 +1,4 @@
-"""The pictures of the documentation: `python tests/support/studio_pictures.py ADDRESS FOLDER`, with a service of the demo bundle."""
+"""The pictures of the documentation: `python tests/support/studio_pictures.py ADDRESS FOLDER`, for a service of the demo."""
 
 from __future__ import annotations
 
