@@ -190,6 +190,43 @@ class Synthesizer:
         ]
         return np.concatenate(parts) if parts else np.empty((0, self._config.num_ws, self._config.w_dim), np.float32)
 
+    def ws_of(
+        self,
+        z: Float,
+        labels: Sequence[int],
+        *,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+    ) -> Float:
+        """Compute the style vectors of latents.
+
+        Args:
+            z: float32 [N, z_dim].
+            labels: Class number of each latent.
+            truncation_psi: As for `images`.
+            truncation_cutoff: As for `images`.
+
+        Returns:
+            float32 [N, num_ws, w_dim].
+
+        Raises:
+            RequestError: `z` has another shape, or as `images`.
+        """
+        if z.ndim != 2 or z.shape[1] != self._config.z_dim:
+            raise RequestError("z", f"shape {z.shape} is not [N, {self._config.z_dim}]")
+        numbers = range(len(z))
+        self._check(numbers, numbers, labels, truncation_cutoff)
+        parts = [
+            self._mapped(
+                z[start : start + self.micro_batch],
+                labels[start : start + self.micro_batch],
+                truncation_psi,
+                truncation_cutoff,
+            )[: len(z) - start]
+            for start in range(0, len(z), self.micro_batch)
+        ]
+        return np.concatenate(parts) if parts else np.empty((0, self._config.num_ws, self._config.w_dim), np.float32)
+
     def _check(
         self, seeds: Sequence[int], indices: Sequence[int], labels: Sequence[int], truncation_cutoff: int | None
     ) -> None:
@@ -216,9 +253,13 @@ class Synthesizer:
     ) -> Float:
         """Compute the style vectors [micro_batch, num_ws, w_dim] of a micro-batch."""
         z = np.concatenate([z_for(seeds[i], [indices[i]], self._config.z_dim) for i in rows])
-        c = np.zeros((len(rows), self._config.c_dim), dtype=np.float32)
+        return self._mapped(z, [labels[i] for i in rows], truncation_psi, truncation_cutoff)
+
+    def _mapped(self, z: Float, labels: Sequence[int], truncation_psi: float, truncation_cutoff: int | None) -> Float:
+        """Compute the style vectors [micro_batch, num_ws, w_dim] of at most micro_batch latents."""
+        c = np.zeros((len(z), self._config.c_dim), dtype=np.float32)
         if self._config.c_dim > 0:
-            c[range(len(rows)), [labels[i] for i in rows]] = 1.0
+            c[range(len(z)), list(labels)] = 1.0
         w = self._backend.mapping(self._padded(z), self._padded(c))
         ws = np.repeat(w[:, None], self._config.num_ws, axis=1)
         if truncation_psi != 1.0:

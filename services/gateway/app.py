@@ -43,6 +43,7 @@ from services.gateway.routes import (
     images,
     index,
     keys,
+    latent_images,
     models,
     projections,
     reading,
@@ -65,6 +66,7 @@ _ROUTES = (
     reports,
     images,
     edits,
+    latent_images,
     projections,
     classifications,
     authenticity,
@@ -100,6 +102,7 @@ _DESCRIPTION = f"""Synthetic dermoscopy: generated images of skin lesions, none 
 - `POST /v1/authenticity` compares images with the training images.
 - `POST /v1/projections` finds the latents of uploaded images.
 - `POST /v1/edits` edits images along directions of the latent space.
+- `POST /v1/edits/interpolations` and `/v1/edits/neighbours` generate images between two samples and around one.
 - `GET /v1/models` lists the models.
 - `GET /v1/usage` shows the quotas of the tenant and their use.
 

@@ -56,6 +56,8 @@ ACTIONS = {
     "GET /v1/datasets/{dataset_id}/report": Action("dataset.report"),
     "POST /v1/images": Action("image.generate"),
     "POST /v1/edits": Action("image.edit"),
+    "POST /v1/edits/interpolations": Action("image.interpolate"),
+    "POST /v1/edits/neighbours": Action("image.neighbours"),
     "POST /v1/classifications": Action("upload.classify"),
     "POST /v1/authenticity": Action("authenticity.compare", stored_first=True),
     "POST /v1/projections": Action("projection.create", stored_first=True),

@@ -19,6 +19,7 @@ from services.gateway.schemas.datasets import Dataset
 from services.gateway.schemas.edits import EditsRequest
 from services.gateway.schemas.images import ImagesRequest
 from services.gateway.schemas.keys import KeyRequest
+from services.gateway.schemas.latent_images import InterpolationRequest, NeighboursRequest
 from services.gateway.schemas.studies import AnswerRequest, InvitationRequest, StudyRequest
 from services.gateway.schemas.webhooks import WebhookRequest
 from services.problems import KINDS, PROBLEM_MEDIA_TYPE
@@ -123,6 +124,8 @@ def openapi_document(app: FastAPI, settings: Settings) -> dict[str, Any]:
                 (DatasetRequest, "validation"),
                 (ImagesRequest, "validation"),
                 (EditsRequest, "validation"),
+                (InterpolationRequest, "validation"),
+                (NeighboursRequest, "validation"),
                 (KeyRequest, "validation"),
                 (WebhookRequest, "validation"),
                 (StudyRequest, "validation"),

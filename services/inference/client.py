@@ -135,13 +135,32 @@ class GeneratorClient(InferenceClient):
                 images_generated.labels(bundle.name).inc(count)
         return images
 
-    async def draw(self, bundle: Bundle, ws: NDArray[np.float32], noise_mode: str) -> list[Image]:
-        """Images of style vectors [N, num_ws, w_dim]."""
-        images = await self._connection.call("draw", bundle.digest, ws, noise_mode)
+    async def draw(
+        self, bundle: Bundle, ws: NDArray[np.float32], noise_mode: str, noise_of: tuple[int, int] | None = None
+    ) -> list[Image]:
+        """Images of style vectors [N, num_ws, w_dim]. With the noise mode "random" all have that of sample `noise_of`."""
+        images = await self._connection.call("draw", bundle.digest, ws, noise_mode, *(noise_of or ()))
         if isinstance(images, str):
             raise InferenceUnavailableError(images)
         images_generated.labels(bundle.name).inc(len(images))
         return list(images)
+
+    async def map(
+        self,
+        bundle: Bundle,
+        z: NDArray[np.float32],
+        labels: Sequence[int],
+        truncation_psi: float,
+        truncation_cutoff: int | None,
+    ) -> NDArray[np.float32]:
+        """Style vectors [N, num_ws, w_dim] of latents z [N, z_dim] of classes."""
+        cutoff = -1 if truncation_cutoff is None else truncation_cutoff
+        ws = await self._connection.call(
+            "map", bundle.digest, z, np.array(labels, np.int64), float(truncation_psi), cutoff
+        )
+        if isinstance(ws, str):
+            raise InferenceUnavailableError(ws)
+        return np.asarray(ws, np.float32)
 
     async def identity(self, bundle: Bundle) -> Mapping[str, str]:
         """The software and the device that generate the images of the bundle, for manifests."""

@@ -66,13 +66,15 @@ class GeneratorService(InferenceService["Synthesizer"]):
         return list(samples.generate_rows(self._models, samples.from_bytes(rows)))
 
     @bentoml.api
-    def draw(self, digest: str, ws: np.ndarray, noise_mode: str) -> Any:
+    def draw(self, digest: str, ws: np.ndarray, noise_mode: str, seed: int = 0, index: int = 0) -> Any:
         """Generate images from style vectors.
 
         Args:
             digest: Digest of the bundle.
             ws: float32 [N, num_ws, w_dim].
-            noise_mode: "none"; anything else means "const".
+            noise_mode: "none", "const", or "random": all images have the noise of sample (seed, index).
+            seed: Seed of that sample.
+            index: Index of that sample.
 
         Returns:
             Images uint8 [N, H, W, 3], or a text with the reason why there are none.
@@ -80,7 +82,29 @@ class GeneratorService(InferenceService["Synthesizer"]):
         synthesizer = self._models.get(digest)
         if synthesizer is None:
             return samples.missing_message(digest)
+        if noise_mode == "random":
+            return synthesizer.images_from_ws(ws, "random", seeds=[seed] * len(ws), indices=[index] * len(ws))
         return synthesizer.images_from_ws(ws, "none" if noise_mode == "none" else "const")
+
+    @bentoml.api
+    def map(self, digest: str, z: np.ndarray, labels: np.ndarray, truncation_psi: float, truncation_cutoff: int) -> Any:
+        """Compute style vectors.
+
+        Args:
+            digest: Digest of the bundle.
+            z: float32 [N, z_dim].
+            labels: Class numbers int64 [N].
+            truncation_psi: Truncation.
+            truncation_cutoff: Number of style vectors that are truncated; -1 for all.
+
+        Returns:
+            float32 [N, num_ws, w_dim], or a text with the reason why there are none.
+        """
+        synthesizer = self._models.get(digest)
+        if synthesizer is None:
+            return samples.missing_message(digest)
+        cutoff = None if truncation_cutoff < 0 else truncation_cutoff
+        return synthesizer.ws_of(z, labels.tolist(), truncation_psi=truncation_psi, truncation_cutoff=cutoff)
 
 
 def _device() -> str:

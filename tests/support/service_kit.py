@@ -88,9 +88,25 @@ class FakeGenerator(LocalClient):
             raise self.failures.pop(0)
         return draw(rows)
 
-    async def draw(self, bundle: Bundle, ws: NDArray[np.float32], _noise_mode: str) -> list[Image]:
+    async def draw(
+        self, bundle: Bundle, ws: NDArray[np.float32], noise_mode: str, noise_of: tuple[int, int] | None = None
+    ) -> list[Image]:
         with Synthesizer(bundle, device="cpu", threads=1) as synthesizer:
-            return list(synthesizer.images_from_ws(ws))
+            if noise_of is None:
+                return list(synthesizer.images_from_ws(ws))
+            seeds, indices = ([number] * len(ws) for number in noise_of)
+            return list(synthesizer.images_from_ws(ws, "random", seeds=seeds, indices=indices))
+
+    async def map(
+        self,
+        bundle: Bundle,
+        z: NDArray[np.float32],
+        labels: Sequence[int],
+        truncation_psi: float,
+        truncation_cutoff: int | None,
+    ) -> NDArray[np.float32]:
+        with Synthesizer(bundle, device="cpu", threads=1) as synthesizer:
+            return synthesizer.ws_of(z, labels, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff)
 
     async def identity(self, _bundle: Bundle) -> Mapping[str, str]:
         return IDENTITY
@@ -271,9 +287,9 @@ def assemble(bundles: Path | str, data_dir: Path, **settings: Any) -> Parts:
 
 
 @contextmanager
-def listening(parts: Parts) -> Iterator[str]:
-    """The application on a port of this machine; its URL."""
-    server = uvicorn.Server(uvicorn.Config(parts.app, port=0, log_level="error", timeout_graceful_shutdown=5))
+def listening(parts: Parts, port: int = 0) -> Iterator[str]:
+    """The application on a port of this machine, by default a free one; its URL."""
+    server = uvicorn.Server(uvicorn.Config(parts.app, port=port, log_level="error", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -37,6 +37,8 @@ SCOPES_OF: dict[str, set[str]] = {
     "post /v1/images": {"images"},
     "get /v1/directions": {"models:read"},
     "post /v1/edits": {"edits"},
+    "post /v1/edits/interpolations": {"edits"},
+    "post /v1/edits/neighbours": {"edits"},
     "post /v1/projections": {"projections"},
     "get /v1/projections/{projection_id}": {"projections"},
     "delete /v1/projections/{projection_id}": {"projections"},

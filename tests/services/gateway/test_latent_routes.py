@@ -19,6 +19,8 @@ from PIL import Image
 from dermis.authenticity.checker import Checker
 from dermis.bundle import Bundle
 from dermis.imaging import Images, decode, encode
+from dermis.latents import partner_z
+from dermis.synthesizer import Synthesizer
 from service_kit import Service, draw, service
 from services.inference.samples import Options, pack_rows
 from tiny import make_bundle
@@ -213,3 +215,79 @@ def test_gateway_does_not_import_inference_packages() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "set()", done.stdout + done.stderr
+
+
+# -- interpolations and neighbours
+
+
+def latent_images(running: Service, kind: str, accept: str = "application/json", **body: Any) -> Any:
+    return running.client.post(f"/v1/edits/{kind}", json=body, headers={"Accept": accept})
+
+
+@pytest.fixture(scope="module")
+def synthesizer(bundle: Bundle) -> Iterator[Synthesizer]:
+    with Synthesizer(bundle, device="cpu", threads=1) as made:
+        yield made
+
+
+def decoded(answer: Any) -> list[Images]:
+    assert answer.status_code == 200, answer.text
+    return [decode(base64.b64decode(row["b64"])) for row in answer.json()["data"]]
+
+
+def test_interpolation_begins_and_ends_with_its_samples(running: Service, synthesizer: Synthesizer) -> None:
+    body = {
+        "start": {"class": "benign", "seed": 5, "index": 1},
+        "end": {"class": "malignant", "seed": 6, "index": 2},
+        "images": 3,
+        "truncation_psi": 0.7,
+    }
+    answer = latent_images(running, "interpolations", **body)
+    assert [row["strength"] for row in answer.json()["data"]] == [0.0, 0.5, 1.0]
+    ws = synthesizer.ws([5, 6], [1, 2], [0, 1], truncation_psi=0.7)
+    line = np.stack([ws[0], (ws[0] + ws[1]) / 2, ws[1]])
+    expected = synthesizer.images_from_ws(line, "random", seeds=[5] * 3, indices=[1] * 3)
+    assert all(np.array_equal(image, wanted) for image, wanted in zip(decoded(answer), expected, strict=True))
+    assert np.array_equal(expected[0], synthesizer.images([5], [1], [0], truncation_psi=0.7)[0])
+    film = Image.open(io.BytesIO(latent_images(running, "interpolations", "image/gif", **body).content))
+    assert getattr(film, "n_frames", 1) == 4  # there and back
+
+
+def test_neighbours_have_the_distance_and_the_noise_of_the_sample(
+    running: Service, synthesizer: Synthesizer, bundle: Bundle
+) -> None:
+    body = {"sample": {"class": "malignant", "seed": 5, "index": 1}, "count": 2, "distance": 0.5}
+    answer = latent_images(running, "neighbours", **body)
+    ws = synthesizer.ws([5], [1], [1])[0]
+    mean = synthesizer.ws([5], [1], [1], truncation_psi=0.0)[0]
+    partners = synthesizer.ws_of(np.stack([partner_z(5, 1, n, bundle.generator.z_dim) for n in (0, 1)]), [1, 1])
+    moved = []
+    for partner in partners:
+        towards = (partner - ws) / np.linalg.norm(partner - ws)
+        moved.append(ws + 0.5 * np.linalg.norm(ws - mean) * towards)
+    expected = synthesizer.images_from_ws(np.stack(moved), "random", seeds=[5, 5], indices=[1, 1])
+    shown = decoded(answer)
+    assert all(np.abs(image.astype(int) - wanted).max() <= 1 for image, wanted in zip(shown, expected, strict=True))
+    assert [row["sample"] for row in answer.json()["data"]] == [0, 1]
+    more = decoded(latent_images(running, "neighbours", **(body | {"count": 3})))
+    assert np.array_equal(more[0], shown[0]) and not np.array_equal(more[2], shown[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "field"),
+    [
+        ("interpolations", {"images": 1}, "images"),
+        ("interpolations", {"images": 13}, "images"),
+        ("interpolations", {"end": {"class": "rare"}}, "end.class"),
+        ("neighbours", {"distance": 0.0}, "distance"),
+        ("neighbours", {"count": 13}, "count"),
+        ("neighbours", {"truncation_cutoff": 99}, "truncation_cutoff"),
+    ],
+)
+def test_latent_images_refuse_bad_requests(running: Service, kind: str, change: dict[str, Any], field: str) -> None:
+    sample = {"class": "benign"}
+    body = {"start": sample, "end": sample} if kind == "interpolations" else {"sample": sample}
+    answer = latent_images(running, kind, **(body | change))
+    assert answer.status_code in (413, 422), answer.text
+    document = answer.json()
+    assert field in json.dumps(document["errors"]) + document["detail"]

@@ -43,6 +43,8 @@ REACHES: dict[str, set[str]] = {
     "post /v1/images": {"model"},
     "get /v1/directions": {"model"},
     "post /v1/edits": {"model", "projection"},
+    "post /v1/edits/interpolations": {"model"},
+    "post /v1/edits/neighbours": {"model"},
     "post /v1/projections": {"model"},
     "get /v1/projections/{projection_id}": {"projection"},
     "delete /v1/projections/{projection_id}": {"projection"},
@@ -179,6 +181,10 @@ def variants(operation: str, model: str, ids: Mapping[str, str]) -> list[dict[st
         "post /v1/images": [{"json": {"classes": {"benign": 1}, "model": model}}],
         "get /v1/directions": [{"params": {"model": model}}],
         "post /v1/edits": [{"json": sample | {"model": model}}, {"json": projected | {"model": model}}],
+        "post /v1/edits/interpolations": [
+            {"json": {"start": sample["samples"][0], "end": {"class": "malignant"}, "images": 2, "model": model}}
+        ],
+        "post /v1/edits/neighbours": [{"json": {"sample": sample["samples"][0], "count": 2, "model": model}}],
         "post /v1/projections": [{"params": {"model": model, "steps": 2}} | files],
         "post /v1/classifications": [
             {"params": {"model": model}} | files,

@@ -140,6 +140,15 @@ def tile_image(image: GeneratedImage) -> tuple[str, int]:
     return markup.data_url(png(small), "image/png"), 128
 
 
+def reduced(image: Image.Image, pixels: int) -> Image.Image:
+    """Return an image whose sides have at most this number of pixels (Lanczos)."""
+    if max(image.size) <= pixels:
+        return image
+    small = image.copy()
+    small.thumbnail((pixels, pixels), Image.Resampling.LANCZOS)
+    return small
+
+
 def png(image: Image.Image) -> bytes:
     """Encode an image as PNG, fast rather than small: it is only shown."""
     buffer = io.BytesIO()

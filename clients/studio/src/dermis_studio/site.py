@@ -42,6 +42,7 @@ Send = Callable[[Message], Awaitable[None]]
 MAX_BODY_BYTES = 48 << 20
 
 _STATIC = re.compile(r"/theme\.css|/assets/[\w.-]+|/static/(?:fonts|js)/[\w./-]+")
+_APP_ID = "/gradio_api/app_id"  # pages ask for it after a restart
 _STREAM = "/gradio_api/queue/data"
 _JOIN = "/gradio_api/queue/join"
 _CALLS = frozenset({_JOIN, "/gradio_api/cancel", "/gradio_api/reset"})
@@ -226,6 +227,9 @@ class StudioSite:
                 content = frame.forbidden_page(self._prefix, page, visitor)
                 return HTMLResponse(content, 403, {"Cache-Control": "no-store"})
             return await self._page(request, page, visitor)
+        if path == _APP_ID and method == "GET":
+            await self._to_gradio(request, receive, send)
+            return None
         if path == _STREAM and method == "GET":
             try:
                 name = checked_session(request.query_params.get("session_hash"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from dermis_client._flow import Flow, Request, call, parse
 from dermis_client._requests import edit_options, finite, max_response_bytes, whole
@@ -11,6 +11,8 @@ from dermis_client._transport import AsyncTransport, SyncTransport
 from dermis_client.errors import InvalidRequestError
 from dermis_client.latent import Direction, EditsResult
 from dermis_client.models import ImageFormat, NoiseMode, ResponseRecord
+
+_DEFAULT_COUNT = 8  # images of the service, if the request names no number
 
 
 class _Directions(ResponseRecord):
@@ -35,6 +37,40 @@ def create_edits(body: Mapping[str, Any], max_retries: int) -> Flow[EditsResult]
     result = parse(response, EditsResult.model_validate)
     for image in result.data:
         image.check()
+    return result
+
+
+def create_latent_images(
+    kind: Literal["interpolations", "neighbours"], body: Mapping[str, Any], count: int | None, max_retries: int
+) -> Flow[EditsResult]:
+    """POST /v1/edits/interpolations or /v1/edits/neighbours. The same request gives the same images."""
+    max_bytes = max_response_bytes(count or _DEFAULT_COUNT)
+    response = yield from call(Request("POST", f"/v1/edits/{kind}", json=body, max_bytes=max_bytes), max_retries)
+    result = parse(response, EditsResult.model_validate)
+    for image in result.data:
+        image.check()
+    return result
+
+
+def latent_images_body(
+    samples: Mapping[str, tuple[str, int, int]],
+    counts: Mapping[str, int | None],
+    extra_body: Mapping[str, Any] | None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Return the body of /v1/edits/interpolations or /v1/edits/neighbours; options that are None are left out.
+
+    Raises:
+        InvalidRequestError: A number is not valid.
+    """
+    result: dict[str, Any] = {
+        field: {"class": str(name), "seed": whole(f"{field}.seed", seed), "index": whole(f"{field}.index", index)}
+        for field, (name, seed, index) in samples.items()
+    }
+    result |= {field: whole(field, count) for field, count in counts.items() if count is not None}
+    for name, value in (options | dict(extra_body or {})).items():
+        if value is not None:
+            result[name] = finite(name, value) if name == "truncation_psi" else value
     return result
 
 
@@ -147,6 +183,105 @@ class Edits:
         )
         return self._transport.run(create_edits(body, self._max_retries))
 
+    def interpolate(
+        self,
+        start: tuple[str, int, int],
+        end: tuple[str, int, int],
+        *,
+        images: int | None = None,
+        model: str | None = None,
+        truncation_psi: float | None = None,
+        noise_mode: NoiseMode | None = None,
+        image_format: ImageFormat | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+    ) -> EditsResult:
+        """Generate images on the straight line in w between two samples.
+
+        Args:
+            start: (class, seed, index) of the first image.
+            end: That of the last one.
+            images: Number of images; by default 8.
+            model: Name of the model; by default the service's.
+            truncation_psi: See `Images.generate`.
+            noise_mode: "random" (default): all images have the noise of `start`. See `Images.generate` for the others.
+            image_format: See `Images.generate`.
+            provenance: See `Images.generate`.
+            extra_body: Further fields, for a newer service.
+
+        Returns:
+            The images. `strength` is the place of each one, from 0 to 1.
+
+        Raises:
+            UnprocessableEntityError: A value is not valid; `errors` names the field.
+            NotFoundError: The service has no such model.
+            TooLargeError: More images than the service generates in one call.
+            IntegrityError: An image does not have the SHA-256 that the service sent.
+            InvalidRequestError: An argument cannot be sent; nothing was sent.
+            APIConnectionError: The service did not respond.
+        """
+        body = latent_images_body(
+            {"start": start, "end": end},
+            {"images": images},
+            extra_body,
+            model=model,
+            truncation_psi=truncation_psi,
+            noise_mode=noise_mode,
+            image_format=image_format,
+            provenance=None if provenance is None else dict(provenance),
+        )
+        return self._transport.run(create_latent_images("interpolations", body, images, self._max_retries))
+
+    def neighbours(
+        self,
+        sample: tuple[str, int, int],
+        *,
+        count: int | None = None,
+        distance: float | None = None,
+        model: str | None = None,
+        truncation_psi: float | None = None,
+        noise_mode: NoiseMode | None = None,
+        image_format: ImageFormat | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+    ) -> EditsResult:
+        """Generate images in the neighbourhood of a sample in w. Neighbour i is always the same image.
+
+        Args:
+            sample: (class, seed, index) of the sample.
+            count: Number of neighbours; by default 8.
+            distance: Their distance in w, as a share of the distance of the sample from the mean; by default 0.3.
+            model: Name of the model; by default the service's.
+            truncation_psi: See `Images.generate`.
+            noise_mode: "random" (default): all neighbours have the noise of the sample. See `Images.generate` for the others.
+            image_format: See `Images.generate`.
+            provenance: See `Images.generate`.
+            extra_body: Further fields, for a newer service.
+
+        Returns:
+            The images. `sample` is the number of each neighbour.
+
+        Raises:
+            UnprocessableEntityError: A value is not valid; `errors` names the field.
+            NotFoundError: The service has no such model.
+            TooLargeError: More images than the service generates in one call.
+            IntegrityError: An image does not have the SHA-256 that the service sent.
+            InvalidRequestError: An argument cannot be sent; nothing was sent.
+            APIConnectionError: The service did not respond.
+        """
+        body = latent_images_body(
+            {"sample": sample},
+            {"count": count},
+            extra_body,
+            distance=None if distance is None else finite("distance", distance),
+            model=model,
+            truncation_psi=truncation_psi,
+            noise_mode=noise_mode,
+            image_format=image_format,
+            provenance=None if provenance is None else dict(provenance),
+        )
+        return self._transport.run(create_latent_images("neighbours", body, count, self._max_retries))
+
 
 class AsyncEdits:
     """Edit images along directions: `client.edits` of an AsyncDermisClient."""
@@ -186,3 +321,56 @@ class AsyncEdits:
             provenance=None if provenance is None else dict(provenance),
         )
         return await self._transport.run(create_edits(body, self._max_retries))
+
+    async def interpolate(
+        self,
+        start: tuple[str, int, int],
+        end: tuple[str, int, int],
+        *,
+        images: int | None = None,
+        model: str | None = None,
+        truncation_psi: float | None = None,
+        noise_mode: NoiseMode | None = None,
+        image_format: ImageFormat | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+    ) -> EditsResult:
+        """Generate images between two samples; see `Edits.interpolate` for arguments and errors."""
+        body = latent_images_body(
+            {"start": start, "end": end},
+            {"images": images},
+            extra_body,
+            model=model,
+            truncation_psi=truncation_psi,
+            noise_mode=noise_mode,
+            image_format=image_format,
+            provenance=None if provenance is None else dict(provenance),
+        )
+        return await self._transport.run(create_latent_images("interpolations", body, images, self._max_retries))
+
+    async def neighbours(
+        self,
+        sample: tuple[str, int, int],
+        *,
+        count: int | None = None,
+        distance: float | None = None,
+        model: str | None = None,
+        truncation_psi: float | None = None,
+        noise_mode: NoiseMode | None = None,
+        image_format: ImageFormat | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+    ) -> EditsResult:
+        """Generate neighbours of a sample; see `Edits.neighbours` for arguments and errors."""
+        body = latent_images_body(
+            {"sample": sample},
+            {"count": count},
+            extra_body,
+            distance=None if distance is None else finite("distance", distance),
+            model=model,
+            truncation_psi=truncation_psi,
+            noise_mode=noise_mode,
+            image_format=image_format,
+            provenance=None if provenance is None else dict(provenance),
+        )
+        return await self._transport.run(create_latent_images("neighbours", body, count, self._max_retries))

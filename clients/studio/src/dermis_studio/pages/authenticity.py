@@ -32,7 +32,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         with gr.Column(elem_classes=["ds-panel", "ds-side"]):
             model = gr.Dropdown(label="Model", choices=[], visible=False)
             source = SourceFields()
-            start = gr.Button("Check", variant="primary")
+            start = gr.Button("Check", variant="primary", interactive=False)
         with gr.Column():
             result = html(NOTHING)
 
@@ -71,6 +71,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         if query_of(request).get("class_name"):
             async for shown in run(request, name, *values):
                 yield shown
+        else:  # a generator without any value would empty its outputs
+            yield gr.skip()
 
     inputs = [model, *source.inputs]
     loaded = blocks.load(load, None, [result, model, *source.outputs, start], **PRIVATE)

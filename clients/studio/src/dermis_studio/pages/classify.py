@@ -43,7 +43,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             source = SourceFields()
             threshold = gr.Dropdown(label="Threshold", choices=[])
             method = gr.Radio(label="Heat map", choices=list(METHODS), value="none", info="Takes seconds.")
-            start = gr.Button("Classify", variant="primary")
+            start = gr.Button("Classify", variant="primary", interactive=False)
             stop = gr.Button("Stop", variant="stop", visible=False)
         with gr.Column():
             result = html(NOTHING)
@@ -93,6 +93,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         if query_of(request).get("class_name"):
             async for shown in run(request, *values):
                 yield shown
+        else:  # a generator without any value would empty its outputs
+            yield gr.skip(), gr.skip(), gr.skip()
 
     def stopped() -> Any:
         return (

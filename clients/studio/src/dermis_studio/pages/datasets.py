@@ -95,7 +95,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                     rejected = gr.Radio(label="Rejected image", choices=list(REJECTED), value="resample", visible=False)
                     agreeing = gr.Radio(label="Classifier", choices=list(FILTERS), value="all")
                 estimate = html()
-                create = gr.Button("Create dataset", variant="primary")
+                create = gr.Button("Create dataset", variant="primary", interactive=False)
                 code = html()
         with gr.Column(elem_classes=["ds-section"]):
             current = html(NOTHING, js_on_load=_ON_LOAD)
@@ -110,7 +110,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 update, chosen = await chosen_model(client, request)
             query = query_of(request)
         except Exception as error:
-            return [gr.update(value=problem_of(error), visible=True)] + [gr.skip()] * (CLASS_FIELDS + 6)
+            return [gr.update(value=problem_of(error), visible=True)] + [gr.skip()] * (CLASS_FIELDS + 7)
         writes = visitor.may("datasets:write")
         note = (
             ""
@@ -125,6 +125,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             gr.update(value=whole(query.get("seed"))),
             gr.update(visible=chosen.authenticity is not None),
             gr.update(visible=chosen.classifier is not None),
+            gr.update(interactive=True),
         ]
 
     async def choose_model(name: str, request: gr.Request) -> Any:
@@ -195,7 +196,9 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         except Exception as error:
             yield problem_of(error), gr.skip()
 
-    loaded = blocks.load(load, None, [readonly, builder, model, *counts, listed, seed, gate, agreeing], **PRIVATE)
+    loaded = blocks.load(
+        load, None, [readonly, builder, model, *counts, listed, seed, gate, agreeing, create], **PRIVATE
+    )
     loaded.then(reckon, fields, [estimate, code], **PRIVATE)
     following = blocks.load(reopen, None, [current, table], concurrency_limit=None, **PRIVATE)
     model.input(choose_model, model, [*counts, listed, gate, agreeing], **PRIVATE)

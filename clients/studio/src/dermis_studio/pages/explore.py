@@ -13,6 +13,7 @@ from dermis_client import AsyncDermisClient, Direction, EditedImage, Model
 from PIL import Image
 
 from dermis_studio import markup, snippets
+from dermis_studio.pages import latent_map
 from dermis_studio.samples import SampleRef, enlarged, find_model, options, png
 from dermis_studio.studio import (
     PRIVATE,
@@ -27,6 +28,7 @@ from dermis_studio.studio import (
 )
 
 SLIDERS = 7  # edits of one request
+HERE_PIXELS = 256  # of the image beside the map
 MAX_STRENGTH = 4.0
 SAMPLE, PROJECTION = "sample", "projection"
 OWN, COARSE, MIDDLE, FINE, CUSTOM = "own", "coarse", "middle", "fine", "custom"
@@ -120,6 +122,27 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                     steps = gr.Slider(3, 11, value=7, step=2, label="Images", buttons=[], min_width=160)
                     make = gr.Button("Make strip", min_width=120)
                 strip = html()
+            with gr.Column(elem_classes=["ds-panel"]):
+                html("<h2>Map</h2>")
+                with gr.Row(elem_classes=["ds-strip-fields"]):
+                    across = gr.Dropdown(label="To the right", choices=[], min_width=160)
+                    upwards = gr.Dropdown(label="To the top", choices=[], min_width=160)
+                    extent = gr.Slider(
+                        0.5, MAX_STRENGTH, value=3, step=0.5, label="Strengths up to", buttons=[], min_width=160
+                    )
+                    draw = gr.Button("Draw map", min_width=120)
+                with gr.Row(elem_classes=["ds-map-row"]):
+                    area = html(js_on_load=latent_map.ON_LOAD)
+                    here = html()
+            with gr.Column(elem_classes=["ds-panel"], visible=False) as film:
+                html("<h2>Film to another sample</h2>")
+                with gr.Row(elem_classes=["ds-strip-fields"]):
+                    end_class = gr.Dropdown(label="Class of the other", choices=[], min_width=140)
+                    end_seed = gr.Number(label="Its seed", value=0, precision=0, minimum=0, min_width=80)
+                    end_index = gr.Number(label="Its index", value=1, precision=0, minimum=0, min_width=80)
+                    frames = gr.Slider(3, 24, value=9, step=1, label="Images", buttons=[], min_width=140)
+                    interpolate = gr.Button("Make film", min_width=120)
+                between = html()
 
     start_fields = [model, kind, class_name, seed, index, projection]
     edit_fields = [layers, first, last, chosen_names, *sliders]
@@ -131,7 +154,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 query = query_of(request)
                 directions = await client.edits.directions(chosen.name)
         except Exception as error:
-            return [problem_of(error), *[gr.skip()] * (9 + SLIDERS)]
+            return [problem_of(error), *[gr.skip()] * (14 + SLIDERS)]
         source = PROJECTION if query.get("projection") else SAMPLE
         asked = query.get("class_name")
         classes = chosen.classes
@@ -146,6 +169,9 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             whole(query.get("index")),
             query.get("projection", ""),
             *direction_updates(directions),
+            gr.update(visible=source == SAMPLE),
+            gr.update(choices=classes, value=classes[-1] if classes else None),
+            whole(query.get("index")) + 1,
         ]
 
     async def choose_model(name: str, request: gr.Request) -> Any:
@@ -153,7 +179,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             chosen = await find_model(client, name)
             directions = await client.edits.directions(chosen.name)
         value = chosen.classes[0] if chosen.classes else None
-        return [gr.update(choices=chosen.classes, value=value), *direction_updates(directions)]
+        ends = gr.update(choices=chosen.classes, value=chosen.classes[-1] if chosen.classes else None)
+        return [gr.update(choices=chosen.classes, value=value), *direction_updates(directions), ends]
 
     def start_of(request: gr.Request, values: Sequence[Any]) -> Start:
         name, source, class_name, seed, index, projection = values
@@ -188,7 +215,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 picture = shown(
                     image, "Edited." if edits else "Not edited: all strengths are 0.", f"After: {start.words}, edited"
                 )
-                yield picture, gr.skip()
+                close = enlarged(image.content, image.media_type, "The edited image", "Here.", pixels=HERE_PIXELS)
+                yield picture, gr.skip(), close
                 words = ""
                 if chosen.classifier is not None and visitor.may("classify"):
                     words = await probability_words(client, chosen, image)
@@ -200,9 +228,13 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             ) + markup.code_block(
                 "Python", snippets.python(address, "edits.create", arguments, 'result.save("edited")')
             )
-            yield gr.skip(), f'{words}<details class="ds-more"><summary>Copy as code</summary>{code}</details>'
+            yield (
+                gr.skip(),
+                f'{words}<details class="ds-more"><summary>Copy as code</summary>{code}</details>',
+                gr.skip(),
+            )
         except Exception as error:
-            yield problem_of(error), gr.skip()
+            yield problem_of(error), gr.skip(), gr.skip()
 
     @shows_problems()
     async def make_strip(request: gr.Request, *values: Any) -> str:
@@ -222,6 +254,50 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             images = await client.edits.create(**start.arguments, edits=others or None, sweep=sweep)
         return strip_of(list(images), direction)
 
+    async def draw_map(request: gr.Request, *values: Any) -> AsyncIterator[Any]:
+        try:
+            *names, reach = values[-3:]
+            start = start_of(request, values[:6])
+            if not all(names) or names[0] == names[1]:
+                raise ValueError("choose two different directions")
+            yield markup.progress(f"Generating {latent_map.CELLS**2} images", None)
+            async with studio.client(request) as client:
+                chosen = await find_model(client, start.model)
+                others = [edit for edit in edits_of(chosen, values[6:-3]) if edit["direction"] not in names]
+                axes = (str(names[0]), str(names[1]))
+                rows = await latent_map.pictures(client, start.arguments, others, axes, float(reach))
+            yield latent_map.drawn(rows, axes, float(reach))
+        except Exception as error:
+            yield problem_of(error)
+
+    def go_to(event: gr.EventData, names: list[str] | None, *strengths: float) -> Any:
+        message = event._data if isinstance(event._data, dict) else {}
+        order, values = latent_map.moved(message, names or [], strengths, SLIDERS)
+        return [
+            order,
+            *[gr.update(label=name, value=value, visible=True) for name, value in zip(order, values, strict=True)],
+            *[gr.update(value=0, visible=False)] * (SLIDERS - len(order)),
+        ]
+
+    async def make_film(request: gr.Request, *values: Any) -> AsyncIterator[Any]:
+        try:
+            end, count = values[6:9], int(values[9])
+            sample = start_of(request, values[:6]).sample
+            if sample is None or not end[0]:
+                raise ValueError("start from a sample, and choose the class of the other one")
+            yield markup.progress(f"Generating {count} images", None)
+            arguments = options(sample.model, sample.truncation, sample.noise)
+            async with studio.client(request) as client:
+                images = await client.edits.interpolate(
+                    (sample.class_name, sample.seed, sample.index),
+                    (str(end[0]), int(end[1] or 0), int(end[2] or 0)),
+                    images=count,
+                    **arguments,
+                )
+            yield strip_of(list(images), "interpolation")
+        except Exception as error:
+            yield problem_of(error)
+
     fields = [
         before,
         model,
@@ -234,50 +310,68 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         projection,
         chosen_names,
         *sliders,
+        across,
+        upwards,
+        film,
+        end_class,
+        end_index,
     ]
     loaded = blocks.load(load, None, fields, **PRIVATE)
     edits = {"concurrency_limit": None, "trigger_mode": "always_last", **PRIVATE}
     everything = [*start_fields, *edit_fields]
     loaded.then(show_start, start_fields, [before, after], **PRIVATE).then(
-        show_edit, everything, [after, about], **edits
+        show_edit, everything, [after, about, here], **edits
     )
     chosen_names.change(
         lambda names: gr.update(choices=names, value=names[0] if names else None), chosen_names, swept, **PRIVATE
     )
     kind.input(
-        lambda source: (gr.update(visible=source == SAMPLE), gr.update(visible=source == PROJECTION)),
+        lambda source: (
+            gr.update(visible=source == SAMPLE),
+            gr.update(visible=source == PROJECTION),
+            gr.update(visible=source == SAMPLE),
+        ),
         kind,
-        [of_sample, of_projection],
+        [of_sample, of_projection, film],
         **PRIVATE,
     )
     changed = [class_name.input, seed.input, index.input, projection.submit, projection.blur]
     gr.on(changed, show_start, start_fields, [before, after], trigger_mode="always_last", **PRIVATE).then(
-        show_edit, everything, [after, about], **edits
+        show_edit, everything, [after, about, here], **edits
     )
-    model.input(choose_model, model, [class_name, chosen_names, *sliders], **PRIVATE).then(
+    model.input(choose_model, model, [class_name, chosen_names, *sliders, across, upwards, end_class], **PRIVATE).then(
         show_start, start_fields, [before, after], **PRIVATE
-    ).then(show_edit, everything, [after, about], **edits)
+    ).then(show_edit, everything, [after, about, here], **edits)
     chosen_names.input(name_sliders, [chosen_names], sliders, **PRIVATE).then(
-        show_edit, everything, [after, about], **edits
+        show_edit, everything, [after, about, here], **edits
     )
     gr.on(
         [*(slider.input for slider in sliders), layers.input, first.input, last.input],
         show_edit,
         everything,
-        [after, about],
+        [after, about, here],
         **edits,
     )
     layers.change(lambda value: gr.update(visible=value == CUSTOM), layers, ranged, **PRIVATE)
-    reset.click(lambda: [0] * SLIDERS, None, sliders, **PRIVATE).then(show_edit, everything, [after, about], **edits)
+    reset.click(lambda: [0] * SLIDERS, None, sliders, **PRIVATE).then(
+        show_edit, everything, [after, about, here], **edits
+    )
+    draw.click(draw_map, [*everything, across, upwards, extent], area, concurrency_limit=None, **PRIVATE)
+    area.select(go_to, [chosen_names, *sliders], [chosen_names, *sliders], **PRIVATE).then(
+        show_edit, everything, [after, about, here], **edits
+    )
+    ends = [*start_fields, end_class, end_seed, end_index, frames]
+    interpolate.click(make_film, ends, between, concurrency_limit=None, **PRIVATE)
     make.click(make_strip, [*everything, swept, reach, steps], strip, **PRIVATE)
 
 
 def direction_updates(directions: Sequence[Direction]) -> list[Any]:
-    """Return updates of the choice of directions and of the sliders."""
+    """Return updates of the choice of directions, of the sliders, and of the two directions of the map."""
     ordered = sorted(directions, key=lambda each: _ORDER.get(each.method, 9))
     choices = [(words_of(each), each.name) for each in ordered]
     names = [each.name for each in ordered[: min(5, SLIDERS)]]
-    return [gr.update(choices=choices, value=names), *name_sliders(names)]
+    axes = [gr.update(choices=choices, value=next(iter(names[place:]), None)) for place in (0, 1)]
+    return [gr.update(choices=choices, value=names), *name_sliders(names), *axes]
 
 
 def name_sliders(names: Sequence[str]) -> list[Any]:
@@ -342,12 +436,12 @@ async def probability_words(client: AsyncDermisClient, model: Model, image: Edit
 
 
 def strip_of(images: Sequence[EditedImage], direction: str) -> str:
-    """Return the images of a sweep beside each other, with links to a strip and a film."""
+    """Return the images of a sweep or an interpolation beside each other, with links to a strip and a film."""
     pictures = [image.image for image in images]
     cells = "".join(
         f'<figure><img class="ds-pixels" src="{markup.data_url(image.content, image.media_type)}" width="{picture.width}" '
         f'height="{picture.height}" alt="{escape(direction)} '
-        f'{image.strength:+.2f}"><figcaption>{image.strength:+.2f}</figcaption>'
+        f'{image.strength or 0:+.2f}"><figcaption>{image.strength or 0:+.2f}</figcaption>'
         "</figure>"
         for image, picture in zip(images, pictures, strict=True)
     )

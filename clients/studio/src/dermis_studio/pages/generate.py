@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 import gradio as gr
-from dermis_client import AsyncDermisClient, GeneratedImage, Model
+from dermis_client import AsyncDermisClient, EditedImage, GeneratedImage, Model
 from dermis_client.models import NoiseMode
 
 from dermis_studio import markup, snippets
@@ -22,6 +22,8 @@ from dermis_studio.samples import (
     generate_one,
     measured,
     options,
+    png,
+    reduced,
     tile_image,
 )
 from dermis_studio.studio import PRIVATE, Studio, chosen_model, heading, html, problem_of, query_of, shows_problems
@@ -36,6 +38,19 @@ _ON_LOAD = """
 element.addEventListener('click', (event) => {
   const tile = event.target.closest('[data-sample]');
   if (tile) trigger('select', JSON.parse(tile.dataset.sample));
+});
+"""
+NEIGHBOURS = 6
+NEIGHBOUR_DISTANCE = 0.3
+_NEIGHBOURS_ON_LOAD = """
+element.addEventListener('click', (event) => {
+  const button = event.target.closest('[data-neighbours]');
+  if (!button) return;
+  const distance = Number(element.querySelector('[data-distance]').value);
+  trigger('select', { ...JSON.parse(button.dataset.neighbours), distance });
+});
+element.addEventListener('input', (event) => {
+  if (event.target.matches('[data-distance]')) event.target.nextElementSibling.textContent = event.target.value;
 });
 """
 
@@ -62,20 +77,21 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 value="random",
                 info="Fine texture that is drawn for each image.",
             )
-            start = gr.Button("Generate", variant="primary")
+            start = gr.Button("Generate", variant="primary", interactive=False)
             stop = gr.Button("Stop", variant="stop", visible=False)
         with gr.Column():
             status = html()
             grid = html(NOTHING, js_on_load=_ON_LOAD)
         with gr.Column(elem_classes=["ds-panel", "ds-detail"]):
-            detail = html(NOT_CHOSEN)
+            detail = html(NOT_CHOSEN, js_on_load=_NEIGHBOURS_ON_LOAD)
+            neighbours = html()
 
-    @shows_problems(3)
+    @shows_problems(4)
     async def load(request: gr.Request) -> Any:
         async with studio.client(request) as client:
             update, chosen = await chosen_model(client, request)
         query = query_of(request)
-        return "", update, class_update(chosen, query.get("class_name"))
+        return "", update, class_update(chosen, query.get("class_name")), gr.update(interactive=True)
 
     async def choose_model(name: str, request: gr.Request) -> Any:
         async with studio.client(request) as client:
@@ -113,19 +129,38 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     def stopped() -> Any:
         return '<p class="ds-muted" role="status">Stopped.</p>', gr.update(visible=True), gr.update(visible=False)
 
-    @shows_problems()
-    async def show(event: gr.EventData, request: gr.Request) -> str:
+    @shows_problems(2)
+    async def show(event: gr.EventData, request: gr.Request) -> tuple[str, str]:
         sample = SampleRef.parse(event._data if isinstance(event._data, dict) else {})
         if sample is None:
-            return NOT_CHOSEN
+            return NOT_CHOSEN, ""
         visitor = await studio.visitor(request)
         async with studio.client(request) as client:
             chosen = await find_model(client, sample.model)
             image = await generate_one(client, sample)
             about = await measured(client, visitor, chosen, sample, image)
-        return described(image, sample, chosen, about, visitor, studio.shown_address(request))
+        return described(image, sample, chosen, about, visitor, studio.shown_address(request)), ""
 
-    blocks.load(load, None, [status, model, class_name], **PRIVATE)
+    async def show_neighbours(event: gr.EventData, request: gr.Request) -> AsyncIterator[str]:
+        message = event._data if isinstance(event._data, dict) else {}
+        try:
+            sample = SampleRef.parse(message)
+            if sample is None:
+                raise ValueError("select an image first")
+            distance = float(message.get("distance") or NEIGHBOUR_DISTANCE)
+            yield markup.progress(f"Generating {NEIGHBOURS} neighbours", None)
+            async with studio.client(request) as client:
+                images = await client.edits.neighbours(
+                    (sample.class_name, sample.seed, sample.index),
+                    count=NEIGHBOURS,
+                    distance=distance,
+                    **options(sample.model, sample.truncation, sample.noise),
+                )
+            yield neighbourhood(list(images), distance)
+        except Exception as error:
+            yield problem_of(error)
+
+    blocks.load(load, None, [status, model, class_name, start], **PRIVATE)
     model.input(choose_model, model, class_name, **PRIVATE)
     new_seed.click(lambda: secrets.randbelow(10**6), None, seed, **PRIVATE)
     inputs = [model, class_name, count, seed, truncation, noise]
@@ -133,7 +168,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         [start.click, seed.submit], generate, inputs, [status, grid, start, stop], concurrency_limit=None, **PRIVATE
     )
     stop.click(stopped, None, [status, start, stop], cancels=[running], **PRIVATE)
-    grid.select(show, None, detail, concurrency_limit=None, trigger_mode="always_last", **PRIVATE)
+    grid.select(show, None, [detail, neighbours], concurrency_limit=None, trigger_mode="always_last", **PRIVATE)
+    detail.select(show_neighbours, None, neighbours, concurrency_limit=None, trigger_mode="always_last", **PRIVATE)
 
 
 def class_update(model: Model, chosen: str | None) -> Any:
@@ -216,9 +252,30 @@ def described(
     code = markup.code_block(
         "curl", snippets.curl(address, "/v1/images", sample.body, with_key=visitor.key is not None)
     ) + markup.code_block("Python", snippets.python(address, "images.generate", arguments, 'result.save("lesions")'))
+    around = (
+        f'<h3>Latent neighbours</h3><label class="ds-opacity">Distance <input type="range" min="0.1" max="1" step="0.1" '
+        f'value="{NEIGHBOUR_DISTANCE}" data-distance><output>{NEIGHBOUR_DISTANCE}</output></label><div class="ds-actions">'
+        f'<button type="button" class="ds-button" data-neighbours="{markup.attribute(asdict(sample))}">Show neighbours'
+        "</button></div>"
+    )
     return (
         f"<h2>{escape(sample.class_name)}, index {sample.index}</h2>{picture}{markup.facts(rows)}{about}"
         f'<h3>Use as start</h3><div class="ds-actions">{starts}'
         f'<a class="ds-button" download="{escape(image.file_name)}" href="{markup.data_url(image.content, image.media_type)}">'
         f'Save PNG</a></div><details class="ds-more"><summary>Copy as code</summary>{code}</details>'
+        + (around if visitor.may("edits") else "")
+    )
+
+
+def neighbourhood(images: list[EditedImage], distance: float) -> str:
+    """Return the neighbours of a sample."""
+    tiles = "".join(
+        f'<img class="ds-pixels" src="{markup.data_url(png(picture), "image/png")}" width="{picture.width}" '
+        f'height="{picture.height}" alt="Neighbour {image.sample}">'
+        for image in images
+        for picture in (reduced(image.image, 120),)
+    )
+    return (
+        f'<div class="ds-grid">{tiles}</div><p class="ds-muted">{len(images)} images whose w is {distance:g} of its length '
+        "away, each in another direction, with the noise of this image. At most 120 px (Lanczos).</p>"
     )

@@ -59,7 +59,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 label="Schedule", choices=[("Fast", "fast"), ("Official, slower", "official")], value="fast"
             )
             video = gr.Checkbox(label="Film of the optimisation", value=True)
-            start = gr.Button("Project", variant="primary")
+            start = gr.Button("Project", variant="primary", interactive=False)
         with gr.Column():
             result = html(NOTHING, js_on_load=_ON_LOAD)
 
@@ -67,9 +67,9 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         try:
             async with studio.client(request) as client:
                 update, chosen = await chosen_model(client, request)
-            return gr.skip(), update, class_update(chosen)
+            return gr.skip(), update, class_update(chosen), gr.update(interactive=True)
         except Exception as error:
-            return problem_of(error), gr.skip(), gr.skip()
+            return problem_of(error), gr.skip(), gr.skip(), gr.skip()
 
     async def choose_model(name: str, request: gr.Request) -> Any:
         async with studio.client(request) as client:
@@ -98,6 +98,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         """Show the projection that the address names."""
         projection_id = query_of(request).get("projection")
         if not projection_id:
+            yield gr.skip()  # a generator without any value would empty its output
             return
         try:
             async with studio.client(request) as client:
@@ -117,7 +118,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         except Exception as error:
             return problem_of(error), gr.skip()
 
-    blocks.load(load, None, [result, model, class_name], **PRIVATE)
+    blocks.load(load, None, [result, model, class_name, start], **PRIVATE)
     reopened = blocks.load(reopen, None, result, concurrency_limit=None, **PRIVATE)
     model.input(choose_model, model, class_name, **PRIVATE)
     inputs = [file, model, class_name, schedule, video]

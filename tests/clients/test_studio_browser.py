@@ -1,0 +1,381 @@
+"""Tests of the studio in a browser: every page in normal use, with an error, after a restart of the service; accessibility."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+if importlib.util.find_spec("gradio") is None:  # importing it takes seconds
+    pytest.skip("gradio is not installed", allow_module_level=True)
+
+from benchmarks.components import free_port
+from dermis.bundle import Bundle
+from launched_service import ROOT, Launched, launching
+from service_kit import assemble, listening
+from studio_browser import WAIT_SECONDS, Browser, browsing, violations
+
+DEMO = ROOT / "bundles" / "demo"
+NO_SUCH = f"pr_{'0' * 32}"
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a test does on a page.
+
+    Attributes:
+        path: Path and query of the page.
+        use: Uses the page, and returns once the result is shown.
+        fail: Causes an error, and returns a text of the message that has to be shown; None if nothing can be wrong.
+    """
+
+    path: str
+    use: Callable[[Any], None]
+    fail: Callable[[Any], str] | None = None
+
+
+def press(page: Any, name: str) -> None:
+    page.get_by_role("button", name=name, exact=True).click()
+
+
+def shows(page: Any, text: str) -> None:
+    page.get_by_text(text).first.wait_for()
+
+
+def picture(size: int = 160) -> dict[str, Any]:
+    """A file for the field of an upload: a reddish disc on skin-like colour."""
+    image = Image.new("RGB", (size, size), (224, 172, 150))
+    image.paste((122, 62, 44), (size // 3, size // 3, 2 * size // 3, 2 * size // 3))
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return {"name": "lesion.png", "mimeType": "image/png", "buffer": content.getvalue()}
+
+
+BROKEN = {"name": "lesion.png", "mimeType": "image/png", "buffer": b"\x89PNG\r\n\x1a\nnothing"}
+
+
+def generate(page: Any) -> None:
+    press(page, "Generate")
+    shows(page, "16 images of")
+    page.locator(".ds-tile").nth(9).click()
+    page.locator(".ds-detail .ds-facts").first.wait_for()
+    if page.get_by_role("button", name="Show neighbours").count():  # the key may edit
+        press(page, "Show neighbours")
+        page.get_by_alt_text("Neighbour 5").wait_for()
+
+
+def generate_with_huge_seed(page: Any) -> str:
+    page.get_by_label("Seed").fill("99999999999999999999")
+    press(page, "Generate")
+    return "seed"
+
+
+def explore(page: Any) -> None:
+    shows(page, "Not edited")
+    number = page.get_by_label("number input for").first
+    number.fill("2")
+    number.press("Enter")
+    shows(page, "Edited.")
+    press(page, "Make strip")
+    page.get_by_text("Save strip").wait_for()
+    press(page, "Draw map")
+    page.locator(".ds-map").wait_for()
+    page.locator(".ds-map [data-cell]").last.press("Enter")  # the corner at the bottom right
+    page.wait_for_function(
+        "[...document.querySelectorAll('input[type=range]')].slice(0, 2).map(e => e.value).join() === '3,-3'"
+    )
+    press(page, "Make film")
+    page.get_by_text("Save film").nth(1).wait_for()
+
+
+def explore_unknown_projection(page: Any) -> str:
+    shows(page, "Not edited")
+    page.get_by_label("Projection", exact=True).check()
+    field = page.get_by_label("Id of the projection")
+    field.fill(NO_SUCH)
+    field.press("Enter")
+    return "there is no projection"
+
+
+def project(page: Any) -> None:
+    page.locator("input[type=file]").set_input_files(picture())
+    page.get_by_alt_text("The chosen image").wait_for()
+    press(page, "Project")
+    shows(page, "Reconstruction.")
+    page.once("dialog", lambda dialog: dialog.accept())
+    press(page, "Delete")
+    shows(page, "are deleted")
+
+
+def project_broken(page: Any) -> str:
+    page.locator("input[type=file]").set_input_files(BROKEN)
+    press(page, "Project")
+    return "image"
+
+
+def authenticity(page: Any) -> None:
+    press(page, "Check")
+    shows(page, "Limits of this answer")
+
+
+def authenticity_with_huge_seed(page: Any) -> str:
+    page.get_by_label("Seed").fill("99999999999999999999")
+    press(page, "Check")
+    return "seed"
+
+
+def classify(page: Any) -> None:
+    page.get_by_label("Integrated gradients").check()
+    press(page, "Classify")
+    shows(page, "Counted as")
+    page.get_by_label("Heat map").last.fill("30")
+    shows(page, "30 %")
+
+
+def classify_broken(page: Any) -> str:
+    page.get_by_label("Your own", exact=True).check()
+    page.locator("input[type=file]").set_input_files(BROKEN)
+    press(page, "Classify")
+    return "image"
+
+
+def datasets(page: Any) -> None:
+    for field in page.get_by_label("Images of").all():
+        if field.is_visible():
+            field.fill("4")
+    press(page, "Create dataset")
+    page.get_by_role("link", name="Open the report").first.wait_for()
+    page.once("dialog", lambda dialog: dialog.accept())
+    press(page, "Delete")
+    shows(page, "are deleted")
+
+
+def datasets_without_images(page: Any) -> str:
+    page.get_by_label("Images of").first.wait_for()
+    for field in page.get_by_label("Images of").all():
+        if field.is_visible():
+            field.fill("0")
+    press(page, "Create dataset")
+    return "at least one image"
+
+
+def models(page: Any) -> None:
+    shows(page, "held-out images of other")
+
+
+PAGES = {
+    "generate": Steps("", generate, generate_with_huge_seed),
+    "explore": Steps("explore", explore, explore_unknown_projection),
+    "project": Steps("project", project, project_broken),
+    "authenticity": Steps("authenticity", authenticity, authenticity_with_huge_seed),
+    "classify": Steps("classify", classify, classify_broken),
+    "datasets": Steps("datasets", datasets, datasets_without_images),
+    "models": Steps("models", models),
+}
+
+
+def test_page_generates_images_and_sends_nothing_to_other_hosts(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    port = free_port()
+    parts = assemble(tiny_bundle.location, tmp_path, port=port)
+    with listening(parts, port) as address, browsing(address) as browser:
+        page = browser.open("")
+        press(page, "Generate")
+        shows(page, "16 images of")
+        tiles = page.locator(".ds-tile")
+        tiles.first.focus()
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("Enter")
+        page.locator(".ds-detail .ds-facts").first.wait_for()
+        assert (
+            page.evaluate("[...document.querySelectorAll('.ds-tile')].findIndex(tile => tile.ariaPressed === 'true')")
+            == 1
+        )
+        assert "Seed, index" in page.locator(".ds-detail").inner_text()
+        assert violations(page) == []
+        assert (browser.foreign, browser.errors) == ([], [])
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Launched]]:
+    yield from launching(tmp_path_factory.mktemp("service"))
+
+
+@pytest.fixture(scope="module")
+def port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def demo(start: Callable[..., Launched], port: int) -> Launched:
+    """A service with the demo bundle."""
+    service = start(str(DEMO), port)
+    service.wait_until(service.ready)
+    return service
+
+
+@pytest.fixture
+def browser(demo: Launched, port: int) -> Iterator[Browser]:
+    with browsing(f"http://127.0.0.1:{port}") as browser:
+        yield browser
+        assert (browser.foreign, browser.errors) == ([], [])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", PAGES)
+def test_page_does_its_work_and_is_accessible(browser: Browser, name: str) -> None:
+    page = browser.open(PAGES[name].path)
+    PAGES[name].use(page)
+    page.wait_for_function("document.querySelectorAll('.ds-bar').length === 0")
+    assert violations(page) == []
+    page.locator("[data-ds-theme]").click()
+    assert page.locator("html").get_attribute("data-theme") == "dark"
+    page.wait_for_function("document.getAnimations().length === 0")
+    assert violations(page) == []
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", [name for name, steps in PAGES.items() if steps.fail])
+def test_page_shows_an_error_and_what_to_do(browser: Browser, name: str) -> None:
+    fail = PAGES[name].fail
+    assert fail is not None
+    page = browser.open(PAGES[name].path)
+    text = fail(page)
+    problem = page.locator(".ds-problem").first
+    problem.wait_for()
+    assert text in problem.inner_text()
+    assert problem.locator(".ds-remedy").inner_text()
+    assert violations(page) == []
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", PAGES)
+def test_page_fits_a_tablet(browser: Browser, name: str) -> None:
+    page = browser.open(PAGES[name].path, width=820, height=1180)
+    page.wait_for_load_state("networkidle")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 820
+
+
+@pytest.mark.full
+def test_pages_work_after_a_restart_of_the_service(
+    start: Callable[..., Launched], demo: Launched, port: int, browser: Browser
+) -> None:
+    pages = {name: browser.open(steps.path) for name, steps in PAGES.items()}
+    for page in pages.values():
+        page.wait_for_load_state("networkidle")
+    demo.process.terminate()
+    demo.process.wait(WAIT_SECONDS)
+    buttons = {"generate": "Generate", "authenticity": "Check", "classify": "Classify", "datasets": "Create dataset"}
+    for name, button in buttons.items():
+        press(pages[name], button)
+        shows(pages[name], "Connection to the server was lost")
+    service = start(str(DEMO), port)
+    service.wait_until(service.ready)
+    for name, page in pages.items():
+        if name in buttons:  # such a page loads itself again
+            page.get_by_text("Connection to the server was lost").wait_for(state="detached")
+        page.locator(".ds-title h1").wait_for()
+        if name == "models":
+            page.reload()
+        PAGES[name].use(page)
+
+
+@pytest.mark.full
+def test_studio_alone_says_that_the_service_does_not_respond() -> None:
+    port = free_port()
+    command = [
+        sys.executable,
+        "-c",
+        "from commands.main import main; main()",
+        "studio",
+        "--url",
+        f"http://127.0.0.1:{free_port()}",
+    ]
+    with subprocess.Popen([*command, "--port", str(port)], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert "The studio for" in process.stdout.readline()
+            with browsing(f"http://127.0.0.1:{port}") as browser:
+                page = browser.page()
+                page.goto(f"{browser.address}/studio/")
+                shows(page, "The service does not respond")
+                assert violations(page) == []
+        finally:
+            process.terminate()
+
+
+@pytest.mark.full
+def test_visitor_signs_in_over_https_and_is_offered_what_the_key_may(tmp_path: Path) -> None:
+    pytest.importorskip("cryptography", reason="cryptography is not installed")
+    from certificates import make_authority
+
+    authority = make_authority(tmp_path / "authority.pem")
+    authority.issue(tmp_path / "tls.crt", tmp_path / "tls.key")
+    port, data = free_port(), tmp_path / "data"
+    command = [
+        sys.executable,
+        "-c",
+        "from commands.main import main; main()",
+        "keys",
+        "create",
+        "--tenant",
+        "ward-3",
+        "--name",
+        "reader",
+    ]
+    made = subprocess.run(
+        [*command, "--scope", "images", "--scope", "models:read"],
+        cwd=ROOT,
+        env=os.environ | {"DERMIS_DATA_DIR": str(data)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = re.search(r"dermis_sk_\S+", made.stdout)
+    assert found is not None
+    for service in launching(tmp_path):
+        files = {"tls_certificate": str(tmp_path / "tls.crt"), "tls_key": str(tmp_path / "tls.key")}
+        launched = service(str(DEMO), port, auth="keys", **files)
+        launched.client = launched.client.__class__(base_url=f"https://127.0.0.1:{port}", verify=False, trust_env=False)
+        launched.wait_until(launched.ready)
+        with browsing(f"https://127.0.0.1:{port}") as browser:
+            check_visit(browser, found[0])
+        break
+
+
+def check_visit(browser: Browser, key: str) -> None:
+    """Sign in with a key for images and models, use the pages, and sign out."""
+    page = browser.page()
+    page.goto(f"{browser.address}/studio/datasets")
+    field = page.get_by_label("API key or access token")
+    field.fill("dermis_sk_wrong")
+    press(page, "Sign in")
+    shows(page, "does not accept this key")
+    assert violations(page) == []
+    page.get_by_label("API key or access token").fill(key)
+    press(page, "Sign in")
+    shows(page, "Datasets is not available with this key")
+    assert violations(page) == []
+    assert page.locator(".ds-nav a").all_inner_texts() == ["Generate", "Models"]
+    cookies = page.context.cookies()
+    assert [(cookie["httpOnly"], cookie["secure"], cookie["sameSite"]) for cookie in cookies] == [
+        (True, True, "Strict")
+    ]
+    page.goto(f"{browser.address}/studio/")
+    generate(page)
+    assert page.evaluate("document.cookie") == ""
+    assert key not in page.content()
+    assert page.locator(".ds-detail a.ds-button").all_inner_texts() == ["Save PNG"]
+    press(page, "Sign out")
+    page.get_by_label("API key or access token").wait_for()
+    assert page.context.cookies() == []
+    assert (browser.foreign, browser.errors) == ([], [])

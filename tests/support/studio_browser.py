@@ -1,0 +1,89 @@
+"""A browser that opens pages of the studio and records requests to other hosts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+WAIT_SECONDS = 240.0  # detects a page that hangs; long enough for a busy machine
+_OPTIONS = ("--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync")
+_WCAG = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
+
+
+@dataclass
+class Browser:
+    """A browser and the address of a service.
+
+    Attributes:
+        browser: Playwright's browser.
+        address: Address of the service.
+        foreign: Addresses of requests to other hosts.
+        errors: Errors of scripts.
+    """
+
+    browser: Any
+    address: str
+    foreign: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def page(self, *, dark: bool = False, width: int = 1280, height: int = 800) -> Any:
+        """A page of a new session, without cookies of the others."""
+        context = self.browser.new_context(
+            viewport={"width": width, "height": height},
+            color_scheme="dark" if dark else "light",
+            reduced_motion="reduce",
+            ignore_https_errors=True,  # certificates of an authority that a test made
+        )
+        context.set_default_timeout(WAIT_SECONDS * 1000)
+        page = context.new_page()
+        own = urlsplit(self.address).netloc
+        page.on("request", lambda request: self._record(request.url, own))
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        return page
+
+    def open(self, path: str, **options: Any) -> Any:
+        """A page of the studio, once its title is shown."""
+        page = self.page(**options)
+        page.goto(f"{self.address}/studio/{path}")
+        page.locator(".ds-title h1").wait_for()
+        return page
+
+    def _record(self, url: str, own: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in {"data", "blob"} and parts.netloc != own:
+            self.foreign.append(url)
+
+
+@contextmanager
+def browsing(address: str) -> Iterator[Browser]:
+    """A browser for the studio of the service at an address; skips the test if no browser is installed."""
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("no Chromium is installed (Debian: apt install chromium)")
+    options = [*_OPTIONS, "--no-sandbox"] if os.geteuid() == 0 else list(_OPTIONS)
+    with playwright_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=options)
+        try:
+            yield Browser(browser, address)
+        finally:
+            browser.close()
+
+
+def violations(page: Any) -> list[str]:
+    """Violations of WCAG 2.2 A and AA that axe finds on a page, one line for each."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    result = axe.Axe().run(page, options={"runOnly": _WCAG})
+    return [
+        f"{violation['id']}: {violation['help']}: {node['target']} {node['html'][:160]}"
+        for violation in result.response["violations"]
+        for node in violation["nodes"]
+    ]
