@@ -32,6 +32,7 @@ REFUSALS = (429, 503)
 _FORMATS = ("imagefolder", "webdataset", "parquet")
 _PHOTOGRAPHS = 12
 _STOP_SECONDS = 180
+_SPAWN_RATE = 100.0  # callers that begin in a second
 
 
 class Recorder:
@@ -302,6 +303,7 @@ class PreparingCaller(Caller):
 
 def run(rate: float | None, callers: int, seconds: float) -> None:
     """Make calls for a time, and let the operations end that were begun."""
+    Caller.host = inputs.url
     environment = Environment(user_classes=[], host=inputs.url, stop_timeout=_STOP_SECONDS, events=events)
     PreparingCaller(environment).prepare()
     if rate is None:
@@ -317,7 +319,7 @@ def run(rate: float | None, callers: int, seconds: float) -> None:
     environment.user_classes = list(counts)
     runner = environment.create_local_runner()
     recorder.add("began", time.time())
-    runner.start(sum(counts.values()), spawn_rate=sum(counts.values()))
+    runner.start(sum(counts.values()), spawn_rate=_SPAWN_RATE)
     gevent.sleep(seconds)
     recorder.add("ended", time.time())
     runner.quit()

@@ -2,8 +2,9 @@
 
 One real service (all processes, access control, SQLite, or PostgreSQL with `--postgresql`) serves the demo bundle. The load is
 that of `benchmarks.load`: single images, four images, classifications, comparisons of generated images, edits, lists, small
-datasets that are followed, downloaded and deleted, and a few projections, of three tenants. First the capacity is measured: the
-most completed operations/s of 4, 8 and 16 callers that never pause. Then follow 80 % of it for the given time, and 200 %.
+datasets that are followed, downloaded and deleted, and a few projections, of three tenants. First the capacity is measured, after
+a warm-up: the most completed operations/s of 4, 8 and 16 callers that never pause. Then follow 80 % of it for the given time, and
+200 %.
 
 Required: no error; no process that was restarted; no growth of memory after the first fifth of the time at 80 %, in any
 process; every call that is refused is answered 429 or 503 with Retry-After. The load runs on the same machine, in a process of
@@ -220,8 +221,13 @@ class Service:
 
 
 @contextmanager
-def running_service(bundle: Path, postgresql: bool) -> Iterator[Service]:
+def running_service(bundle: Path, settings: Mapping[str, str], postgresql: bool) -> Iterator[Service]:
     """A real service with the bundle and a key for each tenant.
+
+    Args:
+        bundle: The bundle to serve.
+        settings: Further settings, without the prefix `DERMIS_`.
+        postgresql: Whether jobs are in a real PostgreSQL instead of SQLite.
 
     Raises:
         MissingComponentError: PostgreSQL or locust is not installed.
@@ -231,20 +237,21 @@ def running_service(bundle: Path, postgresql: bool) -> Iterator[Service]:
         raise MissingComponentError("locust (the extra `soak`) is not installed")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dermis-soak-")))
-        settings = {
+        values = {
             "BUNDLES": str(bundle),
             "AUTH": "keys",
             "LOG_LEVEL": "WARNING",
             "MAX_ACTIVE_DATASETS": _DATASETS_AT_ONCE,
+            **settings,
         }
         if postgresql:
-            settings["DATABASE_URL"] = stack.enter_context(running_postgres()).url
-        replica = Replica("soak", folder / "data", free_port(), settings, {})
+            values["DATABASE_URL"] = stack.enter_context(running_postgres()).url
+        replica = Replica("soak", folder / "data", free_port(), values, {})
         stack.callback(replica.stop)
         replica.start()
         replica.wait_until_ready()
         keys = folder / "keys"
-        url = settings.get("DATABASE_URL") or f"sqlite:///{replica.folder}/jobs.sqlite"
+        url = values.get("DATABASE_URL") or f"sqlite:///{replica.folder}/jobs.sqlite"
         keys.write_text("\n".join(_new_keys(url)))
         yield Service(replica, keys)
 
@@ -254,7 +261,7 @@ def _new_keys(url: str) -> list[str]:
     from services.gateway.auth.principal import DEFAULT_SCOPES
 
     with closing(KeyTable(url)) as table:
-        return [table.create(each, "soak", DEFAULT_SCOPES, created_by="soak")[1] for each in _TENANTS]
+        return [table.create(tenant=each, name="soak", scopes=DEFAULT_SCOPES, created_by="soak")[1] for each in _TENANTS]
 
 
 def make_load(service: Service, name: str, seconds: float, *, rate: float = 0.0, callers: int = 0) -> Phase:
@@ -278,6 +285,7 @@ def make_load(service: Service, name: str, seconds: float, *, rate: float = 0.0,
 class Result:
     """All phases, and what became of the processes."""
 
+    warm_up: Phase
     steps: list[Phase]
     soak: Phase
     overload: Phase
@@ -293,7 +301,8 @@ class Result:
 
     def failures(self) -> list[str]:
         """What was required and is not met."""
-        failures = [f"{phase.name}: {text}" for phase in (*self.steps, self.soak, self.overload) for text in phase.wrong]
+        phases = (self.warm_up, *self.steps, self.soak, self.overload)
+        failures = [f"{phase.name}: {text}" for phase in phases for text in phase.wrong]
         failures += [f"{each.name} grows by {each.slope:.1f} MB/h" for each in self.growth if each.grows]
         failures += [f"{name} was restarted" for name in self.restarted]
         return failures
@@ -315,6 +324,7 @@ def run(
     overload_seconds: float,
     callers: Sequence[int] = CALLERS,
     overload_share: float = OVERLOAD_SHARE,
+    settings: Mapping[str, str] | None = None,
     postgresql: bool = False,
 ) -> Result:
     """Run all phases.
@@ -326,6 +336,7 @@ def run(
         overload_seconds: Time of too much load.
         callers: Numbers of callers.
         overload_share: Load of the last phase, in times the capacity.
+        settings: Further settings of the service, without the prefix `DERMIS_`.
         postgresql: Whether jobs are in a real PostgreSQL instead of SQLite.
 
     Raises:
@@ -333,11 +344,12 @@ def run(
         ServiceNotReadyError: The service did not start.
         RuntimeError: The load has ended with an error of its own.
     """
-    with running_service(bundle, postgresql) as service:
+    with running_service(bundle, settings or {}, postgresql) as service:
         replica = service.replica
         before = {process.pid: name_of(process) for process in replica.processes()}
         sampler = MemorySampler(replica, max(1.0, 60 * minutes / _SAMPLES))
         sampler.start()
+        warm_up = make_load(service, "warm-up", step_seconds, callers=min(callers))
         steps = [make_load(service, f"{count} callers", step_seconds, callers=count) for count in callers]
         capacity = max(step.completed for step in steps)
         began = time.time()
@@ -352,7 +364,7 @@ def run(
     warm = began + 0.2 * 60 * minutes
     growth = [each for process in processes if (each := process.growth(warm, ended)) is not None]
     restarted = [name for pid, name in before.items() if pid not in present]
-    return Result(steps, soak, overload, overload_share, growth, restarted, log)
+    return Result(warm_up, steps, soak, overload, overload_share, growth, restarted, log)
 
 
 def report(result: Result) -> str:
@@ -392,10 +404,16 @@ def main() -> int:
     parser.add_argument("--callers", type=int, nargs="+", default=list(CALLERS), help="to measure the capacity")
     parser.add_argument("--overload-seconds", type=float, default=300.0)
     parser.add_argument("--bundle", type=Path, default=DEMO)
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the service, such as max_waiting_image_calls=8"
+    )
     parser.add_argument("--postgresql", action="store_true", help="a real PostgreSQL instead of SQLite")
     parser.add_argument("--json", type=Path, help="file for all numbers")
     parser.add_argument("--markdown", type=Path, help="file for the tables")
     options = parser.parse_args()
+    pairs = [each.partition("=") for each in options.set]
+    if wrong := [name for name, equals, _ in pairs if not equals]:
+        parser.error(f"--set {wrong[0]}: write NAME=VALUE")
     try:
         result = run(
             options.bundle,
@@ -403,6 +421,7 @@ def main() -> int:
             step_seconds=options.step_seconds,
             overload_seconds=options.overload_seconds,
             callers=options.callers,
+            settings={name.upper(): value for name, _, value in pairs},
             postgresql=options.postgresql,
         )
     except (MissingComponentError, ServiceNotReadyError) as error:
