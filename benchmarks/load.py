@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import gevent
-from locust import constant, constant_pacing, events
+from locust import constant, constant_pacing, events, task
 from locust.contrib.fasthttp import FastHttpUser
 from locust.env import Environment
 from PIL import Image
@@ -168,7 +168,9 @@ def classify(caller: Caller) -> None:
         "POST /v1/classifications",
         data=inputs.photographs[number],
         headers={"Content-Type": "image/jpeg"},
-        check=lambda data: inputs.is_repeatable(f"classification {number}", json.dumps(json.loads(data)["data"]).encode()),
+        check=lambda data: inputs.is_repeatable(
+            f"classification {number}", json.dumps(json.loads(data)["data"]).encode()
+        ),
     )
 
 
@@ -264,7 +266,11 @@ class CallingCaller(Caller):
 
     period = CALL_PERIOD
     wait_time = constant_pacing(CALL_PERIOD)
-    tasks = [lambda caller: caller.run_one(CALLS)]
+
+    @task
+    def work(self) -> None:
+        """Do one operation."""
+        self.run_one(CALLS)
 
 
 class JobCaller(Caller):
@@ -272,14 +278,22 @@ class JobCaller(Caller):
 
     period = JOB_PERIOD
     wait_time = constant_pacing(JOB_PERIOD)
-    tasks = [lambda caller: caller.run_one(JOBS)]
+
+    @task
+    def work(self) -> None:
+        """Do one operation."""
+        self.run_one(JOBS)
 
 
 class BusyCaller(Caller):
     """Begins each operation as soon as the last one has ended."""
 
     wait_time = constant(0)
-    tasks = [lambda caller: caller.run_one(tuple(OPERATIONS))]
+
+    @task
+    def work(self) -> None:
+        """Do one operation."""
+        self.run_one(tuple(OPERATIONS))
 
 
 class PreparingCaller(Caller):

@@ -1,9 +1,9 @@
 """Restarts of one replica after another under load: `python -m benchmarks.rolling_restart [--rounds 3] [--json FILE]`.
 
 Two replicas that do everything (gateway, models and jobs) run on a real PostgreSQL and a real S3 server, behind a load balancer
-that sends new connections to those whose /readyz answers 200. Clients with the SDK generate images, and request, await, download
-and verify datasets, without a pause. Each replica gets SIGTERM, ends, and is started again; when it is ready, the next one
-follows. Required: no call of a client fails, as the SDK repeats requests; and the same request always has the same bytes.
+that sends new connections to those whose /readyz answers 200. Clients with the SDK generate images, and request, await,
+download and verify datasets, without a pause. Each replica gets SIGTERM, ends, and is started again; when it is ready, the next
+one follows. Required: no call of a client fails, as the SDK repeats requests; and the same request always has the same bytes.
 
 Needs PostgreSQL's server, and the extras `cluster` and `cpu`.
 """
@@ -170,7 +170,9 @@ def two_replicas(bundle: Path, folder: Path) -> Iterator[list[Replica]]:
             "LOG_LEVEL": "WARNING",
         }
         environment = bucket.environment | {"OMP_NUM_THREADS": "1"}
-        replicas = [Replica(f"replica-{n}", folder / f"replica-{n}", free_port(), settings, environment) for n in (1, 2)]
+        replicas = [
+            Replica(f"replica-{n}", folder / f"replica-{n}", free_port(), settings, environment) for n in (1, 2)
+        ]
         stack.callback(lambda: [replica.stop() for replica in replicas])
         for replica in replicas:
             replica.start()
@@ -235,7 +237,9 @@ def run(bundle: Path, folder: Path, rounds: int, clients: int, images: int) -> R
 def show(result: Result) -> None:
     """Print the table."""
     for each in result.restarts:
-        print(f"{each.replica}: ended after {each.stopping:.1f} s with status {each.status}, ready after {each.starting:.1f} s")
+        print(
+            f"{each.replica}: ended after {each.stopping:.1f} s with status {each.status}, ready after {each.starting:.1f} s"
+        )
     print(f"connections of the replicas: {result.connections}; requests repeated by the SDK: {result.repetitions}")
     print(f"\n{'call':<22}{'calls':>8}{'failed':>8}{'median s':>10}{'longest s':>11}")
     for kind in ("image", "dataset"):

@@ -1,10 +1,10 @@
-"""Mixed load for a long time, and then too much load: `python -m benchmarks.soak [--minutes 60] [--json FILE] [--markdown FILE]`.
+"""Mixed load for a long time, then too much load: `python -m benchmarks.soak [--minutes 60] [--json FILE] [--markdown FILE]`.
 
 One real service (all processes, access control, SQLite, or PostgreSQL with `--postgresql`) serves the demo bundle. The load is
 that of `benchmarks.load`: single images, four images, classifications, comparisons of generated images, edits, lists, small
-datasets that are followed, downloaded and deleted, and a few projections, of three tenants. First the capacity is measured, after
-a warm-up: the most completed operations/s of 4, 8 and 16 callers that never pause. Then follow 80 % of it for the given time, and
-200 %.
+datasets that are followed, downloaded and deleted, and a few projections, of three tenants. After a warm-up, the capacity is
+measured: the most completed operations/s of 4, 8 and 16 callers that never pause. Then follow 80 % of it for the given time,
+and 200 %.
 
 Required: no error; no process that was restarted; no growth of memory after the first fifth of the time at 80 %, in any
 process; every call that is refused is answered 429 or 503 with Retry-After. The load runs on the same machine, in a process of
@@ -49,7 +49,7 @@ MAX_GROWTH = 0.02
 _TENANTS = ("radiology", "derma", "research")
 _SAMPLES = 360  # of memory, at most one a second
 _BLOCKS = 12
-_DATASETS_AT_ONCE = "8"
+_DATASETS_AT_ONCE, _PROJECTIONS_AT_ONCE = "8", "4"
 
 
 @dataclass
@@ -206,10 +206,9 @@ def name_of(process: psutil.Process) -> str:
         return str(line[line.index("--service-name") + 1])
     if "services.serve" in line:
         return "supervisor"
-    text = " ".join(line)
-    if "spawn_main" in text:
+    if "services.gateway.decoding" in line:
         return "upload decoder"
-    return "resource tracker" if "resource_tracker" in text else " ".join(line[-2:])[-40:]
+    return " ".join(line[-2:])[-40:]
 
 
 @dataclass
@@ -242,6 +241,7 @@ def running_service(bundle: Path, settings: Mapping[str, str], postgresql: bool)
             "AUTH": "keys",
             "LOG_LEVEL": "WARNING",
             "MAX_ACTIVE_DATASETS": _DATASETS_AT_ONCE,
+            "MAX_ACTIVE_PROJECTIONS": _PROJECTIONS_AT_ONCE,
             **settings,
         }
         if postgresql:
@@ -261,7 +261,9 @@ def _new_keys(url: str) -> list[str]:
     from services.gateway.auth.principal import DEFAULT_SCOPES
 
     with closing(KeyTable(url)) as table:
-        return [table.create(tenant=each, name="soak", scopes=DEFAULT_SCOPES, created_by="soak")[1] for each in _TENANTS]
+        return [
+            table.create(tenant=each, name="soak", scopes=DEFAULT_SCOPES, created_by="soak")[1] for each in _TENANTS
+        ]
 
 
 def make_load(service: Service, name: str, seconds: float, *, rate: float = 0.0, callers: int = 0) -> Phase:
@@ -275,7 +277,7 @@ def make_load(service: Service, name: str, seconds: float, *, rate: float = 0.0,
     options += ["--callers", str(callers)] if callers else ["--rate", str(rate)]
     command = [sys.executable, "-m", "benchmarks.load", *options]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"benchmarks.load failed: {done.stderr[-3000:]}")
     return phase_of(name, out)
@@ -355,9 +357,7 @@ def run(
         began = time.time()
         soak = make_load(service, "80 %", 60 * minutes, rate=SOAK_SHARE * capacity)
         ended = began + 60 * minutes
-        overload = make_load(
-            service, f"{100 * overload_share:.0f} %", overload_seconds, rate=overload_share * capacity
-        )
+        overload = make_load(service, f"{100 * overload_share:.0f} %", overload_seconds, rate=overload_share * capacity)
         processes = sampler.stop()
         present = {process.pid for process in replica.processes()}
         log = [line for line in (replica.folder / "log").read_text(errors="replace").splitlines() if line.strip()]
@@ -405,7 +405,11 @@ def main() -> int:
     parser.add_argument("--overload-seconds", type=float, default=300.0)
     parser.add_argument("--bundle", type=Path, default=DEMO)
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the service, such as max_waiting_image_calls=8"
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="settings of the service, such as max_waiting_image_calls=8",
     )
     parser.add_argument("--postgresql", action="store_true", help="a real PostgreSQL instead of SQLite")
     parser.add_argument("--json", type=Path, help="file for all numbers")

@@ -22,7 +22,9 @@ ROUTES = {
     "GET /v1/datasets/ID/files/NAME",
     "DELETE /v1/datasets/ID",
 }
-PROCESSES = {"supervisor", "Gateway", "Generator", "Classifier", "Authenticity", "Explainer", "Projector"}
+PROCESSES = {"supervisor", "gateway", "Generator", "Classifier", "Authenticity", "Explainer", "Projector"} | {
+    "upload decoder"
+}
 
 
 @pytest.mark.full
@@ -35,12 +37,12 @@ def test_mixed_load_has_no_errors_and_too_much_load_is_refused_with_a_time() -> 
     # Few calls may wait and the load is far too large, so that there are refusals on a machine of any speed.
     result = run(
         DEMO,
-        minutes=1.0,
-        step_seconds=15.0,
-        overload_seconds=20.0,
+        minutes=0.75,
+        step_seconds=10.0,
+        overload_seconds=15.0,
         callers=(4,),
         overload_share=4.0,
-        settings={"MAX_WAITING_IMAGE_CALLS": "4", "MAX_ACTIVE_DATASETS": "2"},
+        settings={"MAX_WAITING_IMAGE_CALLS": "4", "MAX_ACTIVE_DATASETS": "2", "MAX_ACTIVE_PROJECTIONS": "1"},
     )
     for phase in (result.warm_up, *result.steps, result.soak, result.overload):
         assert phase.wrong == [], "an error, a wrong content, or a refusal without Retry-After"
