@@ -25,6 +25,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.chaos import small_bundle
 from benchmarks.cluster import Replica, ServiceNotReadyError, wait_for
 from benchmarks.components import MissingComponentError, free_port
@@ -74,11 +76,17 @@ class Result:
     different: list[str] = field(default_factory=list)
     connections: list[int] = field(default_factory=list)
 
+    def failures(self) -> list[str]:
+        """What was required and is not met."""
+        failures = sorted({f"{call.kind}: {call.error}" for call in self.calls if call.error})
+        failures += [f"other bytes than before: {name}" for name in self.different]
+        failures += [f"{each.replica} ended with status {each.status}" for each in self.restarts if each.status]
+        return failures if self.calls and self.restarts else [*failures, "nothing was called or restarted"]
+
     @property
     def met(self) -> bool:
-        """Whether no call failed, and no answer differed."""
-        failed = [call for call in self.calls if call.error]
-        return bool(self.calls and self.restarts) and not failed and not self.different
+        """Whether no call failed, no answer differed, and each replica ended in order."""
+        return not self.failures()
 
     def is_disturbed(self, call: Call) -> bool:
         """Whether a replica was stopping or starting during a call."""
@@ -234,25 +242,27 @@ def run(bundle: Path, folder: Path, rounds: int, clients: int, images: int) -> R
     return result
 
 
-def show(result: Result) -> None:
-    """Print the table."""
-    for each in result.restarts:
-        print(
-            f"{each.replica}: ended after {each.stopping:.1f} s with status {each.status}, ready after {each.starting:.1f} s"
-        )
-    print(f"connections of the replicas: {result.connections}; requests repeated by the SDK: {result.repetitions}")
-    print(f"\n{'call':<22}{'calls':>8}{'failed':>8}{'median s':>10}{'longest s':>11}")
+def report(result: Result) -> str:
+    """The results as Markdown, for docs/benchmarks.md."""
+    stopping, starting = [each.stopping for each in result.restarts], [each.starting for each in result.restarts]
+    lines = [
+        f"{len(result.restarts)} restarts: a replica ended {statistics.median(stopping):.1f} s after SIGTERM (most: "
+        f"{max(stopping):.1f} s) and got connections {statistics.median(starting):.1f} s after its start (most: {max(starting):.1f} s). "
+        f"Requests that the SDK repeated: {result.repetitions}.",
+        "",
+        "| call | calls | failed | median, s | p95, s | longest, s |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
     for kind in ("image", "dataset"):
         for disturbed in (False, True):
             calls = [call for call in result.calls if call.kind == kind and result.is_disturbed(call) == disturbed]
             if calls:
                 seconds = [call.seconds for call in calls]
+                times = (statistics.median(seconds), float(np.percentile(seconds, 95)), max(seconds))
+                name = f"{kind}{', during a restart' if disturbed else ''}"
                 failed = sum(bool(call.error) for call in calls)
-                name = f"{kind}{', during restarts' if disturbed else ''}"
-                print(f"{name:<22}{len(calls):>8}{failed:>8}{statistics.median(seconds):>10.2f}{max(seconds):>11.2f}")
-    for text in [*sorted({call.error for call in result.calls if call.error}), *result.different]:
-        print(f"NOT MET: {text}")
-    print(f"met (no failed call, the same bytes): {'yes' if result.met else 'NO'}")
+                lines.append(f"| {name} | {len(calls):,} | {failed} | {' | '.join(f'{each:.2f}' for each in times)} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:
@@ -262,7 +272,8 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=3, help="for images, and as many for datasets")
     parser.add_argument("--images", type=int, default=100, help="of a dataset")
     parser.add_argument("--bundle", type=Path, default=DEMO, help="a folder, or `small` for a bundle of 16 px")
-    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--json", type=Path, help="file for all calls and restarts")
+    parser.add_argument("--markdown", type=Path, help="file for the table")
     options = parser.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dermis-rolling-")))
@@ -273,9 +284,14 @@ def main() -> int:
             result = run(bundle, folder, options.rounds, options.clients, options.images)
         except (MissingComponentError, ServiceNotReadyError) as error:
             raise SystemExit(str(error)) from None
-    show(result)
+    print(report(result))
+    for text in result.failures():
+        print(f"NOT MET: {text}")
+    print(f"met (no failed call, the same bytes, each replica ended in order): {'yes' if result.met else 'NO'}")
     if options.json:
-        options.json.write_text(json.dumps(asdict(result), indent=1))
+        options.json.write_text(json.dumps(asdict(result) | {"failures": result.failures()}, indent=1))
+    if options.markdown:
+        options.markdown.write_text(report(result))
     return 0 if result.met else 1
 
 
