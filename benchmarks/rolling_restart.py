@@ -242,13 +242,17 @@ def run(bundle: Path, folder: Path, rounds: int, clients: int, images: int) -> R
     return result
 
 
+def _median_and_most(seconds: Sequence[float]) -> str:
+    return f"{statistics.median(seconds):.1f} s (most: {max(seconds):.1f} s)"
+
+
 def report(result: Result) -> str:
     """The results as Markdown, for docs/benchmarks.md."""
-    stopping, starting = [each.stopping for each in result.restarts], [each.starting for each in result.restarts]
+    stopping = _median_and_most([each.stopping for each in result.restarts])
+    starting = _median_and_most([each.starting for each in result.restarts])
     lines = [
-        f"{len(result.restarts)} restarts: a replica ended {statistics.median(stopping):.1f} s after SIGTERM (most: "
-        f"{max(stopping):.1f} s) and got connections {statistics.median(starting):.1f} s after its start (most: {max(starting):.1f} s). "
-        f"Requests that the SDK repeated: {result.repetitions}.",
+        f"{len(result.restarts)} restarts: a replica ended {stopping} after SIGTERM, and got connections {starting} after its "
+        f"start. Requests that the SDK repeated: {result.repetitions}.",
         "",
         "| call | calls | failed | median, s | p95, s | longest, s |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
