@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import gevent
+from gevent.event import Event
 from locust import constant, constant_pacing, events, task
 from locust.contrib.fasthttp import FastHttpUser
 from locust.env import Environment
+from locust.exception import StopUser
 from PIL import Image
 
 CALL_PERIOD, JOB_PERIOD = 2.0, 60.0
@@ -70,6 +72,7 @@ class Inputs:
 
 inputs: Inputs
 recorder: Recorder
+ended = Event()
 
 
 class Caller(FastHttpUser):
@@ -81,10 +84,11 @@ class Caller(FastHttpUser):
     period = 0.0
 
     def on_start(self) -> None:
-        """Choose a tenant, and begin at a random moment."""
+        """Choose a tenant, and begin at a random moment, unless the time has ended before."""
         self.key = inputs.random.choice(inputs.keys)
         self.completed = True
-        gevent.sleep(inputs.random.uniform(0, self.period))
+        if ended.wait(inputs.random.uniform(0, self.period)):
+            raise StopUser
 
     def ask(
         self,
@@ -336,6 +340,7 @@ def run(rate: float | None, callers: int, seconds: float) -> None:
     runner.start(sum(counts.values()), spawn_rate=_SPAWN_RATE)
     gevent.sleep(seconds)
     recorder.add("ended", time.time())
+    ended.set()
     runner.quit()
     runner.greenlet.join()
 
