@@ -35,10 +35,10 @@ import numpy as np
 import psutil  # type: ignore[import-untyped]
 from scipy import stats
 
+from benchmarks import DEMO
 from benchmarks.cluster import Replica, ServiceNotReadyError
 from benchmarks.components import MissingComponentError, free_port
 from benchmarks.components.postgres import running_postgres
-from benchmarks.generation import DEMO
 
 ROOT = Path(__file__).resolve().parents[1]
 REFUSALS = (429, 503)
