@@ -154,7 +154,7 @@ class Clients:
 
     def _image(self, client: DermisClient, seed: int, _folder: Path) -> str:
         images = client.images.generate({self._classes[0]: 2}, seed=seed, model=self._model)
-        return hashlib.sha256(b"".join(image.data for image in images)).hexdigest()
+        return hashlib.sha256(b"".join(image.content for image in images)).hexdigest()
 
     def _dataset(self, client: DermisClient, seed: int, folder: Path) -> str:
         counts = {name: self._images // len(self._classes) for name in self._classes}
