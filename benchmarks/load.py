@@ -17,6 +17,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,10 @@ def read_lists(caller: Caller) -> None:
         caller.ask(route)
 
 
+def _has_digest(digest: str, data: bytes) -> bool:
+    return hashlib.sha256(data).hexdigest() == digest
+
+
 def dataset(caller: Caller) -> None:
     """Request a dataset, follow its events, download all files, compare their hashes, and delete it."""
     body = _sample(12, inputs.random.randrange(1 << 40)) | {"format": inputs.random.choice(_FORMATS), "shard_size": 6}
@@ -216,7 +221,7 @@ def dataset(caller: Caller) -> None:
             "GET /v1/datasets/ID/files/NAME",
             file["url"],
             persist=True,
-            check=lambda data, file=file: hashlib.sha256(data).hexdigest() == file["sha256"],
+            check=partial(_has_digest, file["sha256"]),
         )
     caller.ask("DELETE /v1/datasets/ID", links["self"], persist=True, expect=204)
 

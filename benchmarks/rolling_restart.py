@@ -181,8 +181,8 @@ def two_replicas(bundle: Path, folder: Path) -> Iterator[list[Replica]]:
         replicas = [
             Replica(f"replica-{n}", folder / f"replica-{n}", free_port(), settings, environment) for n in (1, 2)
         ]
-        stack.callback(lambda: [replica.stop() for replica in replicas])
         for replica in replicas:
+            stack.callback(replica.stop)
             replica.start()
         for replica in replicas:
             replica.wait_until_ready()

@@ -32,7 +32,8 @@ def test_mixed_load_has_no_errors_and_too_much_load_is_refused_with_a_time() -> 
     if find_spec("locust") is None:
         pytest.skip("locust (the extra `soak`) is not installed")
     pytest.importorskip("faiss", reason="FAISS is not installed")
-    from benchmarks.soak import DEMO, report, run
+    from benchmarks import DEMO
+    from benchmarks.soak import report, run
 
     # Few calls may wait and the load is far too large, so that there are refusals on a machine of any speed.
     result = run(
