@@ -29,7 +29,7 @@ import numpy as np
 
 from benchmarks import DEMO
 from benchmarks.chaos import small_bundle
-from benchmarks.cluster import Replica, ServiceNotReadyError, wait_for
+from benchmarks.cluster import Replica, ServiceNotReadyError, stop_everything_on_sigterm, wait_for
 from benchmarks.components import MissingComponentError, free_port
 from benchmarks.components.postgres import running_postgres
 from benchmarks.components.proxies import LoadBalancer, load_balancer
@@ -279,6 +279,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="file for all calls and restarts")
     parser.add_argument("--markdown", type=Path, help="file for the table")
     options = parser.parse_args()
+    stop_everything_on_sigterm()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dermis-rolling-")))
         bundle = options.bundle

@@ -30,7 +30,7 @@ import psutil  # type: ignore[import-untyped]
 import psycopg
 
 from benchmarks import DEMO
-from benchmarks.cluster import Caller, Replica, wait_for
+from benchmarks.cluster import Caller, Replica, stop_everything_on_sigterm, wait_for
 from benchmarks.components import MissingComponentError, free_port
 from benchmarks.components.postgres import Postgres, running_postgres
 from benchmarks.components.s3 import running_s3
@@ -276,9 +276,11 @@ def simulate(count: int, images: int, seconds_per_shard: float) -> dict[str, Any
         stack.callback(gateway.stop)
         table = JobTable(server.url)
         stack.callback(table.close)
+        launched = time.monotonic()
         parent = stack.enter_context(_simulated_workers(server.url, folder, count, seconds_per_shard))
-        if not wait_for(lambda: len(table.live_executors()) == count + 1, 300, pause=0.5):
-            raise RuntimeError(f"{count} workers did not start in 300 s: {(folder / 'log').read_text()[-2000:]}")
+        if not wait_for(lambda: len(table.live_executors()) == count + 1, 900, pause=0.5):
+            raise RuntimeError(f"{count} workers did not start in 900 s: {(folder / 'log').read_text()[-2000:]}")
+        start_seconds = time.monotonic() - launched
         time.sleep(3)  # the queues are registered
         connections = _Connections(server.url)
         connections.start()
@@ -311,6 +313,7 @@ def simulate(count: int, images: int, seconds_per_shard: float) -> dict[str, Any
             "images": images,
             "shards": shards,
             "seconds_per_shard": seconds_per_shard,
+            "start_seconds": start_seconds,
             "seconds": elapsed,
             "shards_per_second": rate,
             "ideal_shards_per_second": ideal,
@@ -429,6 +432,7 @@ def main() -> None:
         url, folder, count, seconds = options.workers_command
         simulated_workers(url, Path(folder), int(count), float(seconds))
         return
+    stop_everything_on_sigterm()
     result: dict[str, Any] = {"cpus": os.cpu_count(), "real": [], "simulated": []}
     try:
         if options.workers:

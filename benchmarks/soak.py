@@ -36,7 +36,7 @@ import psutil  # type: ignore[import-untyped]
 from scipy import stats
 
 from benchmarks import DEMO
-from benchmarks.cluster import Replica, ServiceNotReadyError
+from benchmarks.cluster import Replica, ServiceNotReadyError, stop_everything_on_sigterm
 from benchmarks.components import MissingComponentError, free_port
 from benchmarks.components.postgres import running_postgres
 
@@ -415,6 +415,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="file for all numbers")
     parser.add_argument("--markdown", type=Path, help="file for the tables")
     options = parser.parse_args()
+    stop_everything_on_sigterm()
     pairs = [each.partition("=") for each in options.set]
     if wrong := [name for name, equals, _ in pairs if not equals]:
         parser.error(f"--set {wrong[0]}: write NAME=VALUE")
