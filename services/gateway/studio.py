@@ -21,6 +21,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from services.gateway.audit import leave_out
 from services.gateway.problems import problem_response
 from services.settings import Settings
 
@@ -133,6 +134,8 @@ class StudioMiddleware:
             return
         # Streams of events last as long as a page is open, so they have a series of their own.
         scope["route"] = _Route(f"{PREFIX}/events" if path.endswith(_STREAM) else PREFIX)
+        # The pages change nothing themselves: the trail has their calls of the API. Signing out needs no key.
+        leave_out(Request(scope))
         if not self._studio.enabled:
             await self._app(scope, receive, send)
             return
