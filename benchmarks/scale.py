@@ -96,6 +96,7 @@ def real_rates(bundle: Bundle, workers: Sequence[int], seconds: float) -> list[d
             images = max(600, round(_rate(caller, bundle, 300, 1) * seconds / 100) * 100)
             rates: list[float] = [_rate(caller, bundle, images, seed) for seed in (2, 3)]
             results.append({"workers": count, "cores": min(count, len(cores)), "images": images, "rates": rates})
+            print(results[-1], file=sys.stderr, flush=True)
     best = [max(row["rates"]) for row in results]
     for row, rate in zip(results, best, strict=True):
         row["efficiency"] = rate / best[0] / row["cores"]
