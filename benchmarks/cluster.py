@@ -127,6 +127,11 @@ class Replica:
         return (self.folder / "log").read_text(errors="replace")[-1500:]
 
 
+def stop_everything_on_sigterm() -> None:
+    """Make SIGTERM an exception in the main thread, so that `with` blocks stop the servers that they have started."""
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+
+
 def wait_for(condition: Callable[[], bool], seconds: float, pause: float = 0.1) -> bool:
     """Wait until a condition is true. False if it is not within the time."""
     deadline = time.monotonic() + seconds

@@ -22,9 +22,10 @@ from typing import Any
 
 import httpx
 
+from benchmarks import DEMO
 from benchmarks.cluster import Replica, ServiceNotReadyError
 from benchmarks.components import free_port
-from benchmarks.generation import DEMO, automatic_config, random_bundle
+from benchmarks.generation import automatic_config, random_bundle
 from dermis.bundle import Bundle, open_bundle
 from dermis.dataset.plan import BATCH
 from dermis.dataset.request import classes_of

@@ -18,9 +18,9 @@ from typing import Any
 
 import httpx
 
+from benchmarks import DEMO
 from benchmarks.dataset_job import launched
 from benchmarks.gateway import new_key
-from benchmarks.generation import DEMO
 from dermis.bundle import Bundle, open_bundle
 from dermis.dataset.request import classes_of
 

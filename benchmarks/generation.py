@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import DEMO
 from dermis.bundle import Bundle, load_generator, open_bundle, write_bundle
 from dermis.devices import fast_dtype, resolve_device
 from dermis.latents import z_for
@@ -31,7 +32,6 @@ from dermis.networks import Generator, GeneratorConfig, one_hot
 from dermis.synthesizer import Synthesizer
 from dermis.synthesizer.network import to_uint8
 
-DEMO = Path("bundles/demo")
 EAGER_BATCHES = (1, 2, 4, 8)
 PRODUCT_SIZE = {"cpu": 2048, "cuda": 8192}
 REQUIRED_RATIO, ALLOWED_DIFFERENCE = 8.0, 2.0

@@ -1,4 +1,4 @@
-"""Scale-out: `python -m benchmarks.scale [--json] [--workers 1 2 4] [--simulated 8 16 32 64] [--images 1000000]`.
+"""Scale-out: `python -m benchmarks.scale [--json] [--workers 1 2 4] [--simulated 16 32 64] [--images 1000000]`.
 
 Two parts, both on a real PostgreSQL:
 
@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -20,18 +21,19 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import psutil  # type: ignore[import-untyped]
+import psycopg
 
-from benchmarks.cluster import Caller, Replica, wait_for
+from benchmarks import DEMO
+from benchmarks.cluster import Caller, Replica, stop_everything_on_sigterm, wait_for
 from benchmarks.components import MissingComponentError, free_port
 from benchmarks.components.postgres import Postgres, running_postgres
 from benchmarks.components.s3 import running_s3
-from benchmarks.generation import DEMO
 from dermis.bundle import Bundle, open_bundle
 from dermis.dataset.request import classes_of
 from services.jobs import execution, workflow
@@ -94,6 +96,7 @@ def real_rates(bundle: Bundle, workers: Sequence[int], seconds: float) -> list[d
             images = max(600, round(_rate(caller, bundle, 300, 1) * seconds / 100) * 100)
             rates: list[float] = [_rate(caller, bundle, images, seed) for seed in (2, 3)]
             results.append({"workers": count, "cores": min(count, len(cores)), "images": images, "rates": rates})
+            print(results[-1], file=sys.stderr, flush=True)
     best = [max(row["rates"]) for row in results]
     for row, rate in zip(results, best, strict=True):
         row["efficiency"] = rate / best[0] / row["cores"]
@@ -187,35 +190,72 @@ def simulated_jobs(
     return JobService(settings, ctx)
 
 
-def simulated_worker(url: str, folder: Path, name: str, seconds: float) -> None:
-    """Run one worker with sleeping shards until stdin is closed."""
-    jobs = simulated_jobs(url, folder, name, seconds, role="worker")
-    jobs.start()
+def simulated_workers(url: str, folder: Path, count: int, seconds: float) -> None:
+    """Run workers with sleeping shards, each a process of its own, until stdin is closed.
+
+    The processes are copies of this one, so that modules are imported once and not by each of them.
+    """
+    assert threading.active_count() == 1, "a copy of a process has only the thread that made it"
+    parent, children = os.getpid(), []
+    for number in range(count):
+        child = os.fork()
+        if child == 0:
+            jobs = simulated_jobs(url, folder, f"w{number}", seconds, role="worker")
+            jobs.start()
+            while os.getppid() == parent:
+                time.sleep(1)
+            os._exit(0)
+        children.append(child)
     sys.stdin.read()
-    jobs.stop()
+    for child in children:
+        os.kill(child, signal.SIGKILL)
 
 
 @contextmanager
-def _simulated_workers(url: str, folder: Path, count: int, seconds: float) -> Iterator[list[psutil.Process]]:
-    processes = []
+def _simulated_workers(url: str, folder: Path, count: int, seconds: float) -> Iterator[psutil.Process]:
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.scale",
+        "--simulated-workers",
+        url,
+        str(folder),
+        str(count),
+        str(seconds),
+    ]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
     try:
-        for number in range(count):
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.scale",
-                "--simulated-worker",
-                url,
-                str(folder),
-                f"w{number}",
-                str(seconds),
-            ]
-            processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL))
-        yield [psutil.Process(process.pid) for process in processes]
+        yield psutil.Process(process.pid)
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+        if process.stdin is not None:
+            process.stdin.close()
+        process.wait(60)
+
+
+class _Connections(threading.Thread):
+    """Counts the connections of the database, once a second."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(daemon=True)
+        self._url = url.replace("+psycopg", "")
+        self._ended = threading.Event()
+        self.most = 0
+
+    def run(self) -> None:
+        """Count until `stop`."""
+        with psycopg.connect(self._url, autocommit=True) as connection:
+            while not self._ended.wait(1):
+                row = connection.execute(
+                    "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
+                ).fetchone()
+                self.most = max(self.most, row[0] - 1 if row else 0)
+
+    def stop(self) -> int:
+        """End, and return the most connections at one time."""
+        self._ended.set()
+        self.join()
+        return self.most
 
 
 def simulate(count: int, images: int, seconds_per_shard: float) -> dict[str, Any]:
@@ -225,51 +265,79 @@ def simulate(count: int, images: int, seconds_per_shard: float) -> dict[str, Any
         count: Number of workers. Each does one shard at a time.
         images: Number of images of all jobs together.
         seconds_per_shard: Time that a shard of 500 images sleeps.
+
+    Raises:
+        RuntimeError: The workers do not start, or a job fails.
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        server: Postgres = stack.enter_context(running_postgres())
+        server: Postgres = stack.enter_context(running_postgres(max_connections=60 * (count + 1)))
         gateway = simulated_jobs(server.url, folder, "gateway", seconds_per_shard, role="gateway")
         gateway.start()
         stack.callback(gateway.stop)
         table = JobTable(server.url)
         stack.callback(table.close)
-        workers = stack.enter_context(_simulated_workers(server.url, folder, count, seconds_per_shard))
-        wait_for(lambda: len(table.live_executors()) == count + 1, 300)
+        launched = time.monotonic()
+        parent = stack.enter_context(_simulated_workers(server.url, folder, count, seconds_per_shard))
+        if not wait_for(lambda: len(table.live_executors()) == count + 1, 900, pause=0.5):
+            raise RuntimeError(f"{count} workers did not start in 900 s: {(folder / 'log').read_text()[-2000:]}")
+        start_seconds = time.monotonic() - launched
         time.sleep(3)  # the queues are registered
+        connections = _Connections(server.url)
+        connections.start()
         main = psutil.Process(int((server.folder / "data" / "postmaster.pid").read_text().splitlines()[0]))
-        before = _cpu_seconds(main), sum(_cpu_seconds(each) for each in workers)
+        before = _cpu_seconds(main), _cpu_seconds(parent)
         started = time.monotonic()
         shards = images // _SHARD_IMAGES
-        large = [_create(table, "large", part) for part in _parts(shards, 10)]
+        large = [_create(table, "large", part) for part in _parts(shards, min(10, shards))]
         waits, done = [], threading.Event()
 
         def probe() -> None:
             while not done.wait(_PROBE_SECONDS):
                 asked = time.monotonic()
                 job_id = _create(table, "small", 1, images=5)
-                wait_for(lambda: table.get(job_id).state == "succeeded", 120, pause=0.05)  # type: ignore[union-attr]  # noqa: B023
+                wait_for(lambda: _is_made(table, job_id), 120, pause=0.05)  # noqa: B023
                 waits.append(time.monotonic() - asked)
 
         prober = threading.Thread(target=probe)
         prober.start()
-        wait_for(lambda: all(table.get(each).state == "succeeded" for each in large), 3600, pause=0.5)  # type: ignore[union-attr]
-        elapsed = time.monotonic() - started
-        after = _cpu_seconds(main), sum(_cpu_seconds(each) for each in workers)
-        done.set()
-        prober.join()
+        try:
+            wait_for(lambda: all(_is_made(table, each) for each in large), 3600, pause=0.5)
+            elapsed = time.monotonic() - started
+            after = _cpu_seconds(main), _cpu_seconds(parent)
+        finally:
+            done.set()
+            prober.join()
+        rate, ideal = shards / elapsed, count / seconds_per_shard
         return {
             "workers": count,
             "images": images,
             "shards": shards,
+            "seconds_per_shard": seconds_per_shard,
+            "start_seconds": start_seconds,
             "seconds": elapsed,
-            "shards_per_second": shards / elapsed,
-            "ideal_shards_per_second": count / seconds_per_shard,
+            "shards_per_second": rate,
+            "ideal_shards_per_second": ideal,
+            "efficiency": rate / ideal,
             "database_cores": (after[0] - before[0]) / elapsed,
             "worker_cores": (after[1] - before[1]) / elapsed,
+            "database_connections_most": connections.stop(),
+            "small_jobs": len(waits),
             "small_job_seconds_median": statistics.median(waits) if waits else None,
             "small_job_seconds_max": max(waits) if waits else None,
         }
+
+
+def _is_made(table: JobTable, job_id: str) -> bool:
+    """Whether a job has succeeded.
+
+    Raises:
+        RuntimeError: It has failed.
+    """
+    job = table.get(job_id)
+    if job is None or job.state in ("failed", "cancelled"):
+        raise RuntimeError(f"job {job_id} did not succeed: {job}")
+    return job.state == "succeeded"
 
 
 def _parts(total: int, count: int) -> list[int]:
@@ -306,6 +374,40 @@ def _cpu_seconds(process: psutil.Process) -> float:
     return total
 
 
+def report(result: Mapping[str, Any]) -> str:
+    """The results as Markdown, for docs/benchmarks.md."""
+    lines = []
+    if result["real"]:
+        lines += [
+            f"Real workers, {result['cpus']} cores:",
+            "",
+            "| workers | images of a dataset | images/s | of the rate of one worker, for each core |",
+            "| ---: | ---: | ---: | ---: |",
+            *(
+                f"| {row['workers']} | {row['images']:,} | {max(row['rates']):.1f} | {row['efficiency']:.0%} |"
+                for row in result["real"]
+            ),
+            "",
+        ]
+    if result["simulated"]:
+        lines += [
+            f"Simulated workers, {result['cpus']} cores for all of them and PostgreSQL:",
+            "",
+            "| workers | s for a shard | images | shards/s | of the ideal | cores of PostgreSQL | cores of the workers "
+            "| connections | small job, median / most |",
+            "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for row in result["simulated"]:
+            times = (row["small_job_seconds_median"], row["small_job_seconds_max"])
+            waits = " / ".join("-" if value is None else f"{value:.1f}" for value in times)
+            lines.append(
+                f"| {row['workers']} | {row['seconds_per_shard']:g} | {row['images']:,} | {row['shards_per_second']:.1f} "
+                f"| {row['efficiency']:.0%} | {row['database_cores']:.2f} | {row['worker_cores']:.2f} "
+                f"| {row['database_connections_most']} | {waits} s |"
+            )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Run the program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -313,41 +415,42 @@ def main() -> None:
     parser.add_argument("--bundle", default=str(DEMO))
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2, 4], help="numbers of real workers")
     parser.add_argument("--seconds", type=float, default=60.0, help="length of a dataset of the real workers")
+    parser.add_argument("--simulated", type=int, nargs="*", default=[16, 32, 64], help="numbers of simulated workers")
+    parser.add_argument("--images", type=int, default=1_000_000, help="the most images of a simulation")
     parser.add_argument(
-        "--simulated", type=int, nargs="*", default=[8, 16, 32, 64], help="numbers of simulated workers"
+        "--simulated-seconds",
+        type=float,
+        default=60.0,
+        help="time of ideal workers; the largest number of workers makes --images",
     )
-    parser.add_argument("--images", type=int, default=1_000_000, help="of the simulation")
-    parser.add_argument("--shard-seconds", type=float, default=5.0, help="time of 500 images on the simulated GPU")
-    parser.add_argument("--simulated-worker", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--shard-seconds", type=float, nargs="+", default=[5.0], help="times of 500 images on the simulated GPU"
+    )
+    parser.add_argument("--markdown", type=Path, help="file for the tables")
+    parser.add_argument("--simulated-workers", nargs=4, dest="workers_command", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.simulated_worker:
-        url, folder, name, seconds = options.simulated_worker
-        simulated_worker(url, Path(folder), name, float(seconds))
+    if options.workers_command:
+        url, folder, count, seconds = options.workers_command
+        simulated_workers(url, Path(folder), int(count), float(seconds))
         return
+    stop_everything_on_sigterm()
     result: dict[str, Any] = {"cpus": os.cpu_count(), "real": [], "simulated": []}
     try:
         if options.workers:
             result["real"] = real_rates(open_bundle(options.bundle), options.workers, options.seconds)
-        for row in result["real"] if not options.json else []:
-            print(
-                f"{row['workers']} workers: {max(row['rates']):.1f} images/s, {row['efficiency']:.0%} for each core",
-                flush=True,
-            )
-        for count in options.simulated:
-            row = simulate(count, options.images, options.shard_seconds)
-            result["simulated"].append(row)
-            if not options.json:
-                print(
-                    ", ".join(
-                        f"{name} {value:.2f}" if isinstance(value, float) else f"{name} {value}"
-                        for name, value in row.items()
-                    ),
-                    flush=True,
-                )
+        for seconds_per_shard in options.shard_seconds:
+            for count in options.simulated:
+                images = options.images
+                if count < max(options.simulated):
+                    shards = max(1, round(count * options.simulated_seconds / seconds_per_shard))
+                    images = min(images, shards * _SHARD_IMAGES)
+                result["simulated"].append(simulate(count, images, seconds_per_shard))
+                print(result["simulated"][-1], file=sys.stderr, flush=True)
     except MissingComponentError as error:
         raise SystemExit(str(error)) from None
-    if options.json:
-        print(json.dumps(result))
+    if options.markdown:
+        options.markdown.write_text(report(result))
+    print(json.dumps(result) if options.json else report(result))
 
 
 if __name__ == "__main__":

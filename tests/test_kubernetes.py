@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import jsonschema
 import kubernetes_validate
@@ -21,6 +22,7 @@ import yaml
 
 from services.jobs.table import JobTable
 from services.settings import Settings
+from services.tracing import exporter_names
 
 ROOT = Path(__file__).resolve().parents[1]
 OVERLAYS = ("cpu", "gpu", "scaled", "scaled-gpu")
@@ -390,6 +392,53 @@ def test_network_policies_allow_what_is_needed_and_nothing_else(overlay: str) ->
     assert not allows(documents, stranger, DNS, 53, "UDP")
 
 
+COLLECTOR = ("observability", {"app.kubernetes.io/name": "opentelemetry-collector"})
+
+
+def _rendered_with_traces(folder: Path, overlay: str) -> str:
+    """An overlay of a site with the component `traces`."""
+    folder.mkdir()
+    (folder / "dermis").symlink_to(ROOT)
+    (folder / "kustomization.yaml").write_text(
+        "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n"
+        f"resources: [dermis/k8s/overlays/{overlay}]\ncomponents: [dermis/k8s/components/traces]\n"
+    )
+    return _render(folder)
+
+
+@pytest.mark.parametrize("overlay", ["cpu", "scaled-gpu"])
+def test_component_for_traces_adds_the_variable_and_the_connection_and_nothing_else(
+    overlay: str, tmp_path: Path
+) -> None:
+    documents, before = list(yaml.safe_load_all(_rendered_with_traces(tmp_path / "site", overlay))), rendered(overlay)
+    changed = [each for each in documents if each not in before]
+    assert {(each["kind"], each["metadata"]["namespace"]) for each in changed} == {
+        ("Deployment", "dermis"),
+        ("NetworkPolicy", "dermis"),
+    }
+    for document in changed:
+        kubernetes_validate.validate(document, "1.37", strict=True)
+    earlier = dict(pods(before))
+    for name, template in pods(documents):
+        (container,) = containers(template)
+        (container_before,) = containers(earlier[name])
+        added = [each for each in container["env"] if each not in container_before["env"]]
+        assert [each["name"] for each in added] == ["OTEL_EXPORTER_OTLP_ENDPOINT"]
+        address = urlsplit(added[0]["value"])
+        assert (address.scheme, address.hostname) == ("http", "opentelemetry-collector.observability")
+        assert (
+            exporter_names(environment(container)) == ["otlp"] and exporter_names(environment(container_before)) == []
+        )
+        pod = ("dermis", template["metadata"]["labels"])
+        assert allows(documents, pod, COLLECTOR, address.port) and not allows(before, pod, COLLECTOR, address.port)
+        assert allows(documents, pod, DNS, 53, "UDP")
+        assert not allows(documents, pod, COLLECTOR, 22)
+        assert not allows(documents, pod, ("default", COLLECTOR[1]), address.port)
+        assert not allows(documents, pod, ("observability", {}), address.port)
+        assert not allows(documents, COLLECTOR, pod, 3000)
+    assert not allows(documents, ("dermis", {"app.kubernetes.io/name": "other"}), COLLECTOR, 4318)
+
+
 def test_network_policies_cover_the_pods_that_scripts_do_not_know() -> None:
     """A pod without labels of dermis is denied everything, in every overlay."""
     for overlay in OVERLAYS:
@@ -489,6 +538,7 @@ def test_checkov_finds_nothing_but_what_is_accepted(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
     for overlay in OVERLAYS:
         (tmp_path / "overlays" / f"{overlay}.yaml").write_text(_render(f"k8s/overlays/{overlay}"))
+    (tmp_path / "overlays" / "traces.yaml").write_text(_rendered_with_traces(tmp_path / "site", "scaled"))
     for name in ("server", "hospital"):
         shutil.copy(ROOT / f"k8s/federation/{name}.yaml", tmp_path / "federation")
     shutil.copy(ROOT / "Dockerfile", tmp_path / "image")

@@ -94,8 +94,11 @@ class Postgres:
 
 
 @contextmanager
-def running_postgres() -> Iterator[Postgres]:
+def running_postgres(max_connections: int = 200) -> Iterator[Postgres]:
     """A new server, running.
+
+    Args:
+        max_connections: How many connections it accepts.
 
     Raises:
         MissingComponentError: There is none to run here.
@@ -114,7 +117,7 @@ def running_postgres() -> Iterator[Postgres]:
         server._run("initdb", "-D", str(data), "-U", "dermis", "-A", "trust", "-E", "UTF8", "--no-sync")
         with (data / "postgresql.conf").open("a") as file:
             file.write(f"port = {port}\nlisten_addresses = '127.0.0.1'\nunix_socket_directories = ''\n")
-            file.write("fsync = off\nmax_connections = 200\n")
+            file.write(f"fsync = off\nmax_connections = {max_connections}\n")
         server.start()
         try:
             yield server

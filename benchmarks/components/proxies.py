@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Literal
 
@@ -14,6 +14,7 @@ from aiohttp import web
 from yarl import URL
 
 _CHUNK = 1 << 16
+_PROBE_SECONDS = 0.5
 _HOP_HEADERS = {"connection", "keep-alive", "transfer-encoding", "host", "content-length"}
 
 
@@ -185,3 +186,70 @@ def s3_proxy(target: str, seed: int) -> Iterator[S3Proxy]:
             yield proxy
         finally:
             asyncio.run_coroutine_threadsafe(proxy.close(), loop).result(30)
+
+
+class LoadBalancer:
+    """Forwards each new connection to the next of several services that are ready, as a Service of Kubernetes does.
+
+    A service is ready while its /readyz answers 200; it is asked twice a second. Connections that are open stay where they are.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, targets: Sequence[int]) -> None:
+        self._loop, self._targets = loop, list(targets)
+        self.ready: set[int] = set()
+        self.connections: dict[int, int] = dict.fromkeys(targets, 0)
+        self.port: int = asyncio.run_coroutine_threadsafe(self._start(), loop).result(30)
+
+    async def _start(self) -> int:
+        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5))
+        self._probes = [asyncio.ensure_future(self._probe(target)) for target in self._targets]
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        port: int = self._server.sockets[0].getsockname()[1]
+        return port
+
+    async def close(self) -> None:
+        """End the probes and refuse new connections."""
+        for probe in self._probes:
+            probe.cancel()
+        self._server.close()
+        await self._session.close()
+
+    async def _probe(self, target: int) -> None:
+        while True:
+            try:
+                async with self._session.get(f"http://127.0.0.1:{target}/readyz") as response:
+                    is_ready = response.status == 200
+            except (aiohttp.ClientError, TimeoutError):
+                is_ready = False
+            (self.ready.add if is_ready else self.ready.discard)(target)
+            await asyncio.sleep(_PROBE_SECONDS)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for target in sorted(self.ready, key=lambda each: self.connections[each]):
+            try:
+                there_reader, there_writer = await asyncio.open_connection("127.0.0.1", target)
+            except OSError:
+                continue
+            self.connections[target] += 1
+            await asyncio.gather(self._forward(reader, there_writer), self._forward(there_reader, writer))
+            return
+        writer.transport.abort()
+
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Copy until the end of the data, and then end the other side after everything has been sent."""
+        with suppress(OSError):
+            while data := await reader.read(_CHUNK):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+
+@contextmanager
+def load_balancer(targets: Sequence[int]) -> Iterator[LoadBalancer]:
+    """A load balancer for services on ports of the loopback address."""
+    with _loop_in_thread() as loop:
+        balancer = LoadBalancer(loop, targets)
+        try:
+            yield balancer
+        finally:
+            asyncio.run_coroutine_threadsafe(balancer.close(), loop).result(30)

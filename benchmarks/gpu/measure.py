@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.generation import DEMO, automatic_config, gflop_per_image, mean_difference, random_bundle, seconds
+from benchmarks import DEMO
+from benchmarks.generation import automatic_config, gflop_per_image, mean_difference, random_bundle, seconds
 from benchmarks.gpu.results import PROJECTED_IMAGES, TARGETS, Results
 from benchmarks.gpu.speed import matrix_rates, training_speed, transfers
 from dermis.bundle import Bundle, load_generator, open_bundle

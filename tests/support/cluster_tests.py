@@ -24,7 +24,7 @@ from benchmarks.components.postgres import binaries  # noqa: E402
 from benchmarks.components.s3 import weed_binary  # noqa: E402
 
 # Files of tests that use one of the programs, directly or through `real_servers`.
-_USES = re.compile(r"real_servers|\bkubectl\b|\bpromtool\b")
+_USES = re.compile(r"real_servers|\bkubectl\b|\bpromtool\b|\blocust\b")
 
 
 @dataclass(frozen=True)

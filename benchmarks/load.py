@@ -1,0 +1,374 @@
+"""The calls of many clients on one service, made with locust. `benchmarks.soak` runs it as a process of its own.
+
+`python -m benchmarks.load --url URL --keys FILE --rate N --seconds N --out FILE`; with `--callers N` instead of `--rate`, that
+many callers begin each operation as soon as the last one has ended. Each call is a line of JSON in the output: time, route,
+status, milliseconds, and what was wrong. Importing locust replaces parts of Python by those of gevent, so nothing else may
+import this module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import math
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gevent
+from gevent.event import Event
+from locust import constant, constant_pacing, events, task
+from locust.contrib.fasthttp import FastHttpUser
+from locust.env import Environment
+from locust.exception import StopUser
+from PIL import Image
+
+CALL_PERIOD, JOB_PERIOD = 2.0, 60.0
+"""Seconds from one operation of a caller to its next one, if the rate is given."""
+REFUSALS = (429, 503)
+_FORMATS = ("imagefolder", "webdataset", "parquet")
+_PHOTOGRAPHS = 12
+_STOP_SECONDS = 180
+_SPAWN_RATE = 100.0  # callers that begin in a second
+
+
+class Recorder:
+    """Writes one line for each call, and one for each operation that has ended and whether it was completed."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w", encoding="utf-8")
+        self._lock = threading.Lock()
+
+    def add(self, *values: Any) -> None:
+        """Write a line."""
+        with self._lock:
+            self._file.write(json.dumps(values) + "\n")
+
+    def close(self) -> None:
+        """Complete the file."""
+        self._file.close()
+
+
+class Inputs:
+    """What the calls send: classes and directions of the model, photographs, and the digests of known answers."""
+
+    def __init__(self, url: str, keys: Sequence[str], seed: int) -> None:
+        self.url, self.keys, self.random = url, keys, random.Random(seed)
+        self.classes: list[str] = []
+        self.directions: list[str] = []
+        self.photographs: list[bytes] = []
+        self.known: dict[str, str] = {}
+
+    def is_repeatable(self, request: str, answer: bytes) -> bool:
+        """Whether an answer equals the first one on the same request."""
+        digest = hashlib.sha256(answer).hexdigest()
+        return self.known.setdefault(request, digest) == digest
+
+
+inputs: Inputs
+recorder: Recorder
+ended = Event()
+
+
+class Caller(FastHttpUser):
+    """One client with the key of a tenant. It records every call."""
+
+    abstract = True
+    network_timeout = 300.0
+    connection_timeout = 30.0
+    period = 0.0
+
+    def on_start(self) -> None:
+        """Choose a tenant, and begin at a random moment, unless the time has ended before."""
+        self.key = inputs.random.choice(inputs.keys)
+        self.completed = True
+        if ended.wait(inputs.random.uniform(0, self.period)):
+            raise StopUser
+
+    def ask(
+        self,
+        route: str,
+        path: str | None = None,
+        *,
+        expect: int = 200,
+        check: Callable[[bytes], bool] | None = None,
+        persist: bool = False,
+        **options: Any,
+    ) -> bytes | None:
+        """Send a request and record it.
+
+        Args:
+            route: Method and route, for the record.
+            path: The path; default: that of the route.
+            expect: The status of an answer without error.
+            check: Whether the content is right.
+            persist: Repeat a request that was refused.
+            options: Body and headers.
+
+        Returns:
+            The content; None if it was refused or wrong.
+        """
+        method, _, template = route.partition(" ")
+        headers = {"Authorization": f"Bearer {self.key}", **options.pop("headers", {})}
+        while True:
+            began = time.perf_counter()
+            response = self.client.request(
+                method, path or template.partition("#")[0], name=route, headers=headers, **options
+            )
+            content = response.content or b""
+            milliseconds = 1000 * (time.perf_counter() - began)
+            status, wrong = response.status_code, ""
+            refused = status in REFUSALS
+            if refused and not response.headers.get("Retry-After"):
+                wrong = f"{status} without Retry-After"
+            elif not refused and status != expect:
+                wrong = str(getattr(response, "error", None) or content[:300].decode(errors="replace") or status)
+            elif not refused and check is not None and not check(content):
+                wrong = "the content is not what it has to be"
+            recorder.add(time.time(), route, status, round(milliseconds, 2), wrong)
+            if refused and persist and not wrong:
+                gevent.sleep(min(float(response.headers["Retry-After"]), 10))
+                continue
+            if refused or wrong:
+                self.completed = False
+                return None
+            return content
+
+    def run_one(self, names: Sequence[str]) -> None:
+        """Do one operation, chosen by weight."""
+        name = inputs.random.choices(names, [OPERATIONS[each][0] for each in names])[0]
+        began, self.completed = time.time(), True
+        OPERATIONS[name][1](self)
+        recorder.add("operation", name, began, time.time(), self.completed)
+
+
+def _sample(count: int, seed: int) -> dict[str, Any]:
+    return {"classes": {inputs.random.choice(inputs.classes): count}, "seed": seed}
+
+
+def one_image(caller: Caller) -> None:
+    """Generate one image as a PNG; every repetition of a seed has the same bytes."""
+    body = {"classes": {inputs.classes[0]: 1}, "seed": inputs.random.randrange(200)}
+    key = json.dumps(body)
+    headers = {"Accept": "image/png"}
+    caller.ask("POST /v1/images#one", json=body, headers=headers, check=lambda data: inputs.is_repeatable(key, data))
+
+
+def four_images(caller: Caller) -> None:
+    """Generate four images in one call."""
+    body = _sample(4, inputs.random.randrange(1 << 40))
+    caller.ask("POST /v1/images#four", json=body, check=lambda data: len(json.loads(data)["data"]) == 4)
+
+
+def classify(caller: Caller) -> None:
+    """Classify a photograph; every repetition has the same answer."""
+    number = inputs.random.randrange(len(inputs.photographs))
+    caller.ask(
+        "POST /v1/classifications",
+        data=inputs.photographs[number],
+        headers={"Content-Type": "image/jpeg"},
+        check=lambda data: inputs.is_repeatable(
+            f"classification {number}", json.dumps(json.loads(data)["data"]).encode()
+        ),
+    )
+
+
+def compare(caller: Caller) -> None:
+    """Compare a generated image with the training images."""
+    body = _sample(1, inputs.random.randrange(1 << 40))
+    caller.ask("POST /v1/authenticity", json=body, check=lambda data: len(json.loads(data)["data"]) == 1)
+
+
+def edit(caller: Caller) -> None:
+    """Edit a generated image along a direction."""
+    sample = {"class": inputs.classes[0], "seed": inputs.random.randrange(1 << 40), "index": 0}
+    body = {"samples": [sample], "edits": [{"direction": inputs.random.choice(inputs.directions), "strength": 1.0}]}
+    caller.ask("POST /v1/edits", json=body, headers={"Accept": "image/png"}, check=lambda data: data[:4] == b"\x89PNG")
+
+
+def read_lists(caller: Caller) -> None:
+    """Read the models, the datasets and the use of quotas."""
+    for route in ("GET /v1/models", "GET /v1/datasets", "GET /v1/usage"):
+        caller.ask(route)
+
+
+def _has_digest(digest: str, data: bytes) -> bool:
+    return hashlib.sha256(data).hexdigest() == digest
+
+
+def dataset(caller: Caller) -> None:
+    """Request a dataset, follow its events, download all files, compare their hashes, and delete it."""
+    body = _sample(12, inputs.random.randrange(1 << 40)) | {"format": inputs.random.choice(_FORMATS), "shard_size": 6}
+    if inputs.random.random() < 0.3:
+        body["privacy"] = {"gate": "authentic"}
+    created = caller.ask("POST /v1/datasets", json=body, expect=202)
+    if created is None:
+        return
+    links = json.loads(created)["links"]
+    caller.ask("GET /v1/datasets/ID/events", links["events"], persist=True)
+    caller.ask(
+        "GET /v1/datasets/ID", links["self"], persist=True, check=lambda data: json.loads(data)["state"] == "succeeded"
+    )
+    listed = caller.ask("GET /v1/datasets/ID/files", links["files"], persist=True)
+    for file in json.loads(listed)["data"] if listed else []:
+        caller.ask(
+            "GET /v1/datasets/ID/files/NAME",
+            file["url"],
+            persist=True,
+            check=partial(_has_digest, file["sha256"]),
+        )
+    caller.ask("DELETE /v1/datasets/ID", links["self"], persist=True, expect=204)
+
+
+def projection(caller: Caller) -> None:
+    """Project a photograph with few steps, read its latents and delete it."""
+    data = inputs.random.choice(inputs.photographs)
+    headers = {"Content-Type": "image/jpeg"}
+    route = "POST /v1/projections"
+    created = caller.ask(route, "/v1/projections?steps=10", data=data, headers=headers, expect=202)
+    if created is None:
+        return
+    path = f"/v1/projections/{json.loads(created)['id']}"
+    job: dict[str, Any] = {"state": "queued"}
+    while job["state"] in ("queued", "running"):
+        gevent.sleep(1)
+        content = caller.ask("GET /v1/projections/ID", path, persist=True)
+        if content is None:
+            return
+        job = json.loads(content)
+    if job["state"] != "succeeded":
+        recorder.add(time.time(), "GET /v1/projections/ID", 200, 0.0, f"the projection has failed: {job['error']}")
+        return
+    caller.ask("GET /v1/projections/ID/files/NAME", job["data"][0]["files"]["latents"], persist=True)
+    caller.ask("DELETE /v1/projections/ID", path, persist=True, expect=204)
+
+
+# Weight of each operation. The last two are jobs, which take longer than calls.
+OPERATIONS: Mapping[str, tuple[float, Callable[[Caller], None]]] = {
+    "image": (30, one_image),
+    "four images": (10, four_images),
+    "classification": (20, classify),
+    "authenticity": (10, compare),
+    "edit": (10, edit),
+    "lists": (10, read_lists),
+    "dataset": (2.5, dataset),
+    "projection": (0.3, projection),
+}
+JOBS = ("dataset", "projection")
+CALLS = tuple(name for name in OPERATIONS if name not in JOBS)
+
+
+def job_share() -> float:
+    """The share of jobs in all operations."""
+    total = sum(weight for weight, _ in OPERATIONS.values())
+    return sum(OPERATIONS[name][0] for name in JOBS) / total
+
+
+class CallingCaller(Caller):
+    """Makes calls that are answered at once, at a fixed rate."""
+
+    period = CALL_PERIOD
+    wait_time = constant_pacing(CALL_PERIOD)
+
+    @task
+    def work(self) -> None:
+        """Do one operation."""
+        self.run_one(CALLS)
+
+
+class JobCaller(Caller):
+    """Makes datasets and projections, at a fixed rate."""
+
+    period = JOB_PERIOD
+    wait_time = constant_pacing(JOB_PERIOD)
+
+    @task
+    def work(self) -> None:
+        """Do one operation."""
+        self.run_one(JOBS)
+
+
+class BusyCaller(Caller):
+    """Begins each operation as soon as the last one has ended."""
+
+    wait_time = constant(0)
+
+    @task
+    def work(self) -> None:
+        """Do one operation."""
+        self.run_one(tuple(OPERATIONS))
+
+
+class PreparingCaller(Caller):
+    """Reads what the others need."""
+
+    def prepare(self) -> None:
+        """Fill `inputs`."""
+        self.key = inputs.keys[0]
+        model = json.loads(self.ask("GET /v1/models") or b"{}")["data"][0]
+        inputs.classes = model["classes"]
+        directions = json.loads(self.ask("GET /v1/directions") or b"{}")["data"]
+        inputs.directions = [each["name"] for each in directions]
+        for seed in range(_PHOTOGRAPHS):
+            body = {"classes": {inputs.classes[seed % len(inputs.classes)]: 1}, "seed": seed}
+            png = self.ask("POST /v1/images#one", json=body, headers={"Accept": "image/png"}, persist=True)
+            out = io.BytesIO()
+            with Image.open(io.BytesIO(png or b"")) as image:
+                image.convert("RGB").resize((600, 450)).save(out, "JPEG", quality=92)
+            inputs.photographs.append(out.getvalue())
+
+
+def run(rate: float | None, callers: int, seconds: float) -> None:
+    """Make calls for a time, and let the operations end that were begun."""
+    Caller.host = inputs.url
+    environment = Environment(user_classes=[], host=inputs.url, stop_timeout=_STOP_SECONDS, events=events)
+    PreparingCaller(environment).prepare()
+    if rate is None:
+        counts = {BusyCaller: callers}
+    else:
+        share = job_share()
+        counts = {
+            CallingCaller: math.ceil(rate * (1 - share) * CALL_PERIOD),
+            JobCaller: math.ceil(rate * share * JOB_PERIOD),
+        }
+    for user_class, count in counts.items():
+        user_class.fixed_count = count
+    environment.user_classes = list(counts)
+    runner = environment.create_local_runner()
+    recorder.add("began", time.time())
+    runner.start(sum(counts.values()), spawn_rate=_SPAWN_RATE)
+    gevent.sleep(seconds)
+    recorder.add("ended", time.time())
+    ended.set()
+    runner.quit()
+    runner.greenlet.join()
+
+
+def main() -> None:
+    """Run the program."""
+    global inputs, recorder  # noqa: PLW0603
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", required=True)
+    parser.add_argument("--keys", required=True, type=Path, help="file with an API key of each tenant, one a line")
+    parser.add_argument("--rate", type=float, help="operations begun in a second")
+    parser.add_argument("--callers", type=int, default=8, help="callers without a pause, if there is no rate")
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", required=True, type=Path)
+    options = parser.parse_args()
+    inputs = Inputs(options.url, options.keys.read_text().split(), options.seed)
+    recorder = Recorder(options.out)
+    try:
+        run(options.rate, options.callers, options.seconds)
+    finally:
+        recorder.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""The benchmark with restarts of replicas under load, in a short form. It asserts no time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from real_servers import skipped_if_missing
+
+
+@pytest.mark.full
+def test_clients_with_retries_notice_no_restart(tmp_path: Path) -> None:
+    pytest.importorskip("faiss", reason="FAISS is not installed")
+    from benchmarks.chaos import small_bundle
+    from benchmarks.rolling_restart import report, run
+
+    with skipped_if_missing(), small_bundle() as bundle:
+        result = run(bundle, tmp_path, rounds=1, clients=1, images=40)
+    assert result.failures() == []
+    assert [(each.replica, each.status) for each in result.restarts] == [("replica-1", 0), ("replica-2", 0)]
+    assert all(result.connections), "each replica got connections"
+    for kind in ("image", "dataset"):
+        assert [call for call in result.calls if call.kind == kind and result.is_disturbed(call)]
+        assert f"| {kind}, during a restart |" in report(result)
