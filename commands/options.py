@@ -121,7 +121,13 @@ SettingsOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="OPTION=VALUE of the training, such as batch=16; may be repeated."),
 ]
-TensorboardOption = Annotated[bool, typer.Option(help="Also write TensorBoard files into the run folder.")]
+LogOption = Annotated[
+    list[Literal["tensorboard", "mlflow", "wandb"]] | None,
+    typer.Option(
+        "--log", help="Also log curves and pictures to TensorBoard, MLflow or Weights & Biases; can be repeated."
+    ),
+]
+TensorboardOption = Annotated[bool, typer.Option(help="The same as --log tensorboard.")]
 ExtractorOption = Annotated[
     str,
     typer.Option(
