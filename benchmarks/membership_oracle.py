@@ -7,7 +7,7 @@ uploads of an image and at each rounding of distances, with and without repeatin
 copies vary the answer as little as possible; evading copies are turned, cropped, squeezed or distorted just so much that few of
 them are recognised as copies.
 
-The answers are computed as in the service (`services.gateway.compared`), each image with a new service.
+The answers are computed as in the service (`services.gateway.compared`), each image by a tenant of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,9 @@ from dermis.metrics.classification import auc
 from dermis.perceptual_hash import Hashes, fingerprints, turned_and_mirrored
 from dermis.privacy.attacks import cross_validated
 from services.gateway.compared import SAME_BITS, ComparedImages
+from services.jobs.table import JobTable
 
+_DAY = 86_400.0
 STEPS = (0.01, 0.05, 0.1, 0.25)
 COUNTS = (1, 10, 60, 100)
 _BICUBIC = Image.Resampling.BICUBIC
@@ -137,12 +140,19 @@ def ask(checker: Checker, images: Sequence[Images], change: Change | None, uploa
 
 
 def repeated(answers: Answers) -> Answers:
-    """Return the answers of a service that repeats its answer on similar images, each image with a new service."""
+    """Return the answers of a service that repeats its answer on similar images, each image by a tenant of its own."""
     distances, radii = np.empty_like(answers.distances), np.empty_like(answers.radii)
     rows = zip(answers.marks, answers.distances.astype(np.float32), answers.radii.astype(np.float32), strict=True)
-    for number, row in enumerate(rows):
-        given = ComparedImages(60.0, len(row[1])).answer(("tenant", "index"), *row)
-        distances[number], radii[number] = given.distances, given.radii
+    with tempfile.TemporaryDirectory() as folder:
+        url = f"sqlite:///{folder}/jobs.db"
+        table = JobTable(url)
+        table.open()
+        kept = ComparedImages(url, _DAY, answers.marks.shape[1])
+        for number, row in enumerate(rows):
+            given = kept.answer((f"tenant-{number}", "index"), *row)
+            distances[number], radii[number] = given.distances, given.radii
+        kept.close()
+        table.close()
     return Answers(distances, radii, answers.marks)
 
 

@@ -34,6 +34,12 @@ def studio(
     A service on this machine has them already, at /studio. The pages use the API key that each visitor enters.
     """
     try:
+        from dermis_client import DermisClient, InvalidRequestError
+
+        try:
+            DermisClient(url, api_key="").close()
+        except InvalidRequestError as error:
+            raise DermisError(f"--url: {error}") from None
         from dermis_studio.serve import run
     except ImportError as error:
         raise DermisError(f"the studio is not installed ({error}): pip install 'dermis[studio]'") from None

@@ -59,6 +59,7 @@ class Composition:
             await self.deliverer.stop()
             await self.context.audit.close()
             self.context.uploads.close()
+            self.context.compared.close()
             await asyncio.to_thread(self.jobs.stop)
 
     async def _warn_of_unsigned_entries(self) -> None:

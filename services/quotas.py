@@ -43,6 +43,9 @@ class Quota(BaseModel):
     upload_megapixels_per_minute: _Whole | None = Field(
         default=None, description="Megapixels of uploaded images in a minute."
     )
+    requests_per_minute: _Whole | None = Field(
+        default=None, description="Requests with valid credentials in a minute, except those for usage and with admin."
+    )
     active_jobs: _Whole | None = Field(default=None, description="Queued and running datasets and projections.")
     stored_bytes: Annotated[ByteSize, Field(ge=0, lt=1 << 62)] | None = Field(
         default=None,
@@ -93,10 +96,12 @@ QUOTAS: Mapping[str, QuotaKind] = {
     "authenticity_per_minute": QuotaKind("images", MINUTE),
     "authenticity_per_day": QuotaKind("images", DAY),
     "upload_megapixels_per_minute": QuotaKind("megapixels", MINUTE, 1_000_000),
+    "requests_per_minute": QuotaKind("requests", MINUTE),
     "active_jobs": QuotaKind("jobs", None),
     "stored_bytes": QuotaKind("bytes", None),
 }
 _WHAT = {
+    "requests_per_minute": "requests",
     "images_per_day": "generated images",
     "projections_per_day": "projected images",
     "authenticity_per_minute": "images compared with the training images",

@@ -75,6 +75,12 @@ def serve(options: Mapping[str, str | None]) -> int:
     except DermisError as error:
         print(f"dermis: {error}", file=sys.stderr)
         return 2
+    if supervisor.credentials_unencrypted(settings):
+        logger.warning(
+            "credentials cross the network unencrypted: set DERMIS_TLS_CERTIFICATE and DERMIS_TLS_KEY, or put a proxy that "
+            "ends TLS in front and set DERMIS_TRUSTED_PROXIES",
+            extra={"host": settings.host},
+        )
     threading.Thread(target=_print_address_when_ready, args=(settings,), daemon=True).start()
     try:
         supervisor.serve(settings)
@@ -159,13 +165,16 @@ def _print_address_when_ready(settings: Settings) -> None:
     if settings.role == "worker":
         print(f"dermis worker is ready; {url} answers /livez, /readyz and /metrics (Ctrl-C stops it)", flush=True)
         return
+    from services.gateway.studio import studio_installed
+
     models = _get(f"{url}/v1/models")[1].get("data", []) if settings.auth == "none" else []  # it needs credentials
     for model in models:
         shown = f"{model['resolution']} px; {', '.join(model['classes'])}"
         classifier = f"; classifier {model['classifier']['architecture']}" if model["classifier"] else ""
         print(f"  model    {model['name']} ({shown}{classifier})", flush=True)
+    studio = f"  studio   {url}/studio\n" if studio_installed(settings) else ""
     print(
-        f"  API      {url}/v1\n  docs     {url}/docs\n  health   {url}/readyz\n{_access(settings)}"
+        f"{studio}  API      {url}/v1\n  docs     {url}/docs\n  health   {url}/readyz\n{_access(settings)}"
         f"dermis is ready at {url} (Ctrl-C stops it; unfinished datasets continue at the next start)",
         flush=True,
     )

@@ -154,6 +154,12 @@ def check_access(settings: Settings) -> None:
         )
 
 
+def credentials_unencrypted(settings: Settings) -> bool:
+    """Whether credentials would cross a network unencrypted, as far as the settings show: a proxy may be in front."""
+    encrypted = settings.tls_certificate is not None or bool(settings.trusted_proxies)
+    return settings.auth != "none" and not encrypted and not is_loopback(_numeric(settings.host))
+
+
 def raise_open_files() -> int:
     """Raise the limit of open files as far as this account is allowed to, and return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dermis.imaging import Images, encode
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 1.5rem auto; padding: 0 1rem; color: #1c2430; }
-h1 { font-size: 1.5rem; margin: 0 0 .4rem; }
-.warning { background: #fdeaea; border-left: .4rem solid #b3261e; padding: .5rem .9rem; }
-.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(22rem, 1fr)); gap: .8rem; }
-article { border: 1px solid #d5dae1; border-radius: .4rem; padding: .6rem .8rem; }
-figure { display: inline-block; margin: 0 .5rem 0 0; width: 48%; vertical-align: top; }
-figcaption { font-size: .85rem; overflow-wrap: anywhere; }
-img { width: 100%; image-rendering: pixelated; }
-.copy { border-color: #b3261e; }
-p { margin: .3rem 0; } .note { color: #55606e; font-size: .87rem; max-width: 56rem; }
-"""
+from dermis.html_page import Section, html_page, picture
+from dermis.imaging import Images
 
 
 @dataclass(frozen=True)
@@ -56,7 +43,7 @@ class Pair:
 
 
 def pairs_page(pairs: Sequence[Pair], *, checked: int, source: str, bundle: str) -> str:
-    """Make the page. It has no scripts and loads nothing.
+    """Make the page.
 
     Args:
         pairs: What is shown, in order.
@@ -64,21 +51,20 @@ def pairs_page(pairs: Sequence[Pair], *, checked: int, source: str, bundle: str)
         source: Name of the collection of training images.
         bundle: Name of the bundle.
     """
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>Nearest training images</title><style>{_STYLE}</style></head><body>
-<h1>Nearest training images</h1>
-<p class="warning"><strong>This page contains training images.</strong> Handle it like the data of the patients; do not
-pass it on.</p>
-<p>{len(pairs):,} of {checked:,} images, those that are nearest to a training image of {html.escape(bundle)} first. Left the
-image, right the nearest image of {html.escape(source)}.</p>
+    introduction = f"""<p>{len(pairs):,} of {checked:,} images, those that are nearest to a training image of
+{html.escape(bundle)} first. Left the image, right the nearest image of {html.escape(source)}.</p>
 <p class="note">The percentile is the share of the training images whose own nearest neighbour is nearer than this distance. An
 image is authentic if it is farther from its nearest training image than that one is from its own nearest neighbour. Images
-have the size at which they were compared.</p>
-<div class="pairs">{"".join(map(_article, pairs))}</div>
-</body></html>
-"""
+have the size at which they were compared.</p>"""
+    return html_page(
+        "Nearest training images",
+        [Section("pairs", "Pairs", f'<div class="cards wide">{"".join(map(_article, pairs))}</div>')],
+        introduction=introduction,
+        warnings=[
+            "<strong>This page contains training images.</strong> Handle it like the data of the patients; do not pass it on."
+        ],
+        interactive=True,
+    )
 
 
 def _article(pair: Pair) -> str:
@@ -93,15 +79,12 @@ def _article(pair: Pair) -> str:
     )
     suspicious = pair.changed_copy or not pair.authentic
     return (
-        f"<article{' class=copy' if suspicious else ''}>{_figure(pair.image, pair.name, 'checked image')}"
-        f"{_figure(pair.training_image, pair.training_name, 'training image')}"
+        f'<article class="card{" alert" if suspicious else ""}"><div class="pair">'
+        f"{_figure(pair.image, pair.name, 'checked image')}"
+        f"{_figure(pair.training_image, pair.training_name, 'training image')}</div>"
         f"<p>{verdict}: distance {pair.distance:.3f}, percentile {pair.percentile:.1f}</p>{elsewhere}</article>"
     )
 
 
 def _figure(image: Images, name: str, kind: str) -> str:
-    data = base64.b64encode(encode(image)).decode()
-    text = html.escape(name)
-    return (
-        f'<figure><img src="data:image/png;base64,{data}" alt="{kind} {text}"><figcaption>{text}</figcaption></figure>'
-    )
+    return f"<figure>{picture(image, f'{kind} {name}')}<figcaption>{html.escape(name)}</figcaption></figure>"

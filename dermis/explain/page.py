@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,22 +18,10 @@ from dermis.explain.rendering import (
     salient_view,
     to_png,
 )
+from dermis.html_page import Section, facts_table, html_page, png_picture
 from dermis.imaging import Images
 
 _WIDTH = 192  # width of a picture on the page, px
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .8rem; text-align: left; border-bottom: 1px solid #d5dae1; }
-img { display: block; }
-.warning { background: #fdeaea; border-left: .4rem solid #b3261e; padding: .6rem 1rem; }
-.note { color: #55606e; max-width: 48rem; }
-.legend { display: flex; gap: .6rem; align-items: center; color: #55606e; font-size: .85rem; }
-figure { margin: 0 0 1rem; display: flex; flex-wrap: wrap; gap: .6rem; align-items: flex-start; }
-figcaption { font-size: .9rem; min-width: 14rem; flex: 1; overflow-wrap: anywhere; }
-figcaption .note { font-size: .85rem; }
-.wrong { color: #b3261e; font-weight: 600; }
-"""
 _METHODS = {
     "xrai": "XRAI (Kapishnikov et al., arXiv 1906.02825): each region has the mean attribution of its pixels. Regions are "
     "selected by how much they raise the probability of the positive class; the last ones can be narrow strips, which mean "
@@ -87,32 +74,34 @@ def heat_map_page(
     gap = max((abs(entry.attribution.gap) for entry in entries), default=0.0)
     named = f"{value:.4g}" if name == f"{value:g}" else f"{html.escape(name)}, {value:.4g}"
     bar = _picture(legend(), 256, f"colours from lower to higher probability of {description.positive_class}")
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Heat maps</title><style>{_STYLE}</style>
-<h1>Heat maps</h1>
-<p class="warning"><strong>{html.escape(NOTICE)}</strong></p>
-<p class="warning"><strong>This page shows the images.</strong> Show it only to people who are allowed to see the images; do not
-publish it.</p>
-<p>{len(entries):,} of {total:,} images. {order}{mistake_count}</p>
-<table>
-<tr><th>classifier</th><td>{html.escape(description.architecture)}, {description.input.size} px,
-<code>{description.digest[:12]}</code></td></tr>
-<tr><th>threshold</th><td>{named}, on the calibrated probability of {positive}</td></tr>
-<tr><th>method</th><td>{_METHODS[method]}</td></tr>
-<tr><th>baselines</th><td>a black and a white image, averaged; {STEPS} steps each. The attributions of an image sum up to its
-logit less that of the baselines, here within {gap:.2g}</td></tr>
-</table>
-<h2>How to read it</h2>
-<p class="legend">lowers the probability of {positive} {bar} raises it</p>
+    reading = f"""<p class="legend">lowers the probability of {positive} {bar} raises it</p>
 <p class="note">Left: the input of the classifier. Middle: what its parts add to the logit of {positive}. Right: the
 {SALIENT_PERCENT:g} % of the area that raise its probability most, or more so that regions are complete. Each picture has its
 own scale: 95 % of the area are below full colour, whose value is beside the picture, in logits for each 1 % of the area. A heat
 map shows what this network computes. It is no evidence about the lesion, and it does not show that the network is right.</p>
-<h2>Images</h2>
-{"".join(_figure(entry, description) for entry in entries)}
-</html>
 """
+    facts = {
+        "classifier": f"{html.escape(description.architecture)}, {description.input.size} px, "
+        f"<code>{description.digest[:12]}</code>",
+        "threshold": f"{named}, on the calibrated probability of {positive}",
+        "method": _METHODS[method],
+        "baselines": f"a black and a white image, averaged; {STEPS} steps each. The attributions of an image sum up to its "
+        f"logit less that of the baselines, here within {gap:.2g}",
+    }
+    return html_page(
+        "Heat maps",
+        [
+            Section("reading", "How to read it", reading),
+            Section("images", "Images", "".join(_figure(entry, description) for entry in entries)),
+        ],
+        introduction=f"<p>{len(entries):,} of {total:,} images. {order}{mistake_count}</p>\n{facts_table(facts.items())}",
+        warnings=[
+            f"<strong>{html.escape(NOTICE)}</strong>",
+            "<strong>This page shows the images.</strong> Show it only to people who are allowed to see the images; do not "
+            "publish it.",
+        ],
+        interactive=True,
+    )
 
 
 def _figure(entry: Entry, description: ClassifierDescription) -> str:
@@ -135,5 +124,4 @@ full colour: &plusmn;{scale:.2g} logits for each 1 % of the area<br>right:
 
 
 def _picture(image: Images, width: int, alt: str) -> str:
-    data = base64.b64encode(to_png(image)).decode()
-    return f'<img alt="{html.escape(alt)}" width="{width}" src="data:image/png;base64,{data}">'
+    return png_picture(to_png(image), alt, (width, round(width * image.shape[0] / image.shape[1])))

@@ -28,6 +28,7 @@ from services.problems import KINDS
 logger = logging.getLogger("dermis.audit")
 
 _DENIED = frozenset({401, 403})
+_TOO_MANY = 429  # clients repeat such requests, so not each of them is recorded
 _OBJECT_ID = re.compile(r"[a-z]{2}_[0-9a-f]{32}|[a-z0-9]{12}")  # of a job, a webhook or an API key
 _LOCATION = re.compile(rb"/v1/(?:[a-z]+/)+([a-z0-9_]{1,100})")
 _LEFT_OUT = "dermis.audit.left_out"
@@ -145,7 +146,7 @@ class DeniedRequests:
 
 
 class RepeatedDenials:
-    """Limits the entries of requests that one sender with valid credentials repeats although they are denied.
+    """Limits the entries of requests that one sender with valid credentials repeats although they are denied or are too many.
 
     Of each minute, the first ones of a sender to a route are recorded. One entry for each sender and route says how many more
     there were.
@@ -223,7 +224,7 @@ class AuditTrail:
         if not denied and (action is None or scope.get(_LEFT_OUT)):
             return
         event = _event(scope, status, location, action, route)
-        if denied:
+        if denied or status == _TOO_MANY:
             await self._record_denied(event, known="dermis.principal" in scope)
         elif action is not None and action.stored_first:
             await self.writer.write(event)

@@ -5,8 +5,9 @@ answers on many copies of an image say more than one answer. Therefore an image 
 the answer on that one. Images resemble each other if their fingerprints differ little, in any position: mirrored, turned by
 quarters, or both.
 
-Of an image 256 bits and two numbers are kept, in the memory of this process only. At most a rough pattern of light and dark
-could be made from the bits.
+The answers are in the jobs database (`services.compared_answers`), so the answer does not depend on the replica, and a restart
+changes nothing. Each process has a copy of those of the tenants that it serves, in which it searches. Of an image 256 bits and
+two numbers are kept. At most a rough pattern of light and dark could be made from the bits.
 """
 
 from __future__ import annotations
@@ -14,13 +15,18 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from dermis.perceptual_hash import FINGERPRINT_WORDS, Hashes, turned_and_mirrored
+from services.compared_answers import Answer, add_answers, answers_after
+from services.jobs.counters import lock_tenant
+from services.jobs.database import close_engine, open_engine, reading, writing
 from services.problems import ProblemError
 from services.settings import Settings
 
@@ -51,15 +57,17 @@ class Answers:
 
 
 class ComparedImages:
-    """Answers of the last `seconds`, of each tenant by itself. Safe to call from several threads.
+    """Answers of the last `seconds`, of each tenant by itself. Safe to call from several threads, processes and replicas.
 
     Args:
+        url: SQLAlchemy URL of the jobs database; `JobTable.open` creates the tables.
         seconds: Time for which an answer is repeated; 0 for never.
         capacity: Largest number of answers that are kept for one tenant. If there are more, its images are refused.
-        clock: Seconds that never decrease.
+        clock: Seconds since 1970.
     """
 
-    def __init__(self, seconds: float, capacity: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, url: str, seconds: float, capacity: int, clock: Callable[[], float] = time.time) -> None:
+        self._engine = open_engine(url)
         self._seconds, self._capacity, self._clock = seconds, capacity, clock
         self._lock = threading.Lock()
         self._of_tenant: dict[str, _TenantAnswers] = {}
@@ -68,7 +76,12 @@ class ComparedImages:
     def of(cls, settings: Settings) -> ComparedImages:
         """The answers that the settings allow in the time for which they are repeated."""
         seconds = settings.authenticity_repeat_seconds
-        return cls(seconds, min(MAX_ANSWERS, settings.max_compared_per_minute * (math.ceil(seconds / 60) + 1)))
+        capacity = min(MAX_ANSWERS, settings.max_compared_per_minute * (math.ceil(seconds / 60) + 1))
+        return cls(settings.jobs_url, seconds, capacity)
+
+    def close(self) -> None:
+        """Close the connections, unless another table of this process uses them."""
+        close_engine(self._engine)
 
     def answer(self, group: tuple[str, str], marks: Hashes, distances: Floats, radii: Floats) -> Answers:
         """Replace the answers on images that resemble earlier ones, also in the same call, and keep the others.
@@ -81,6 +94,7 @@ class ComparedImages:
 
         Raises:
             ProblemError: So many answers are kept for the tenant that no further one can be.
+            DatabaseUnavailableError: The database cannot be reached; no answer may be given.
         """
         answers = Answers(distances.copy(), radii.copy(), np.zeros(len(marks), bool))
         if self._seconds <= 0:
@@ -89,27 +103,44 @@ class ComparedImages:
         with self._lock:
             kept = self._of_tenant.setdefault(tenant, _TenantAnswers())
             others = [each for each in self._of_tenant.values() if each is not kept]
-        now = self._clock()
+        until = self._clock() - self._seconds
         for each in others:
             if each.lock.acquire(blocking=False):  # a call that has the lock removes them itself
                 try:
-                    each.forget(now - self._seconds)
+                    each.forget(until)
                 finally:
                     each.lock.release()
         with kept.lock:
+            self._answer(kept, tenant, index, marks, answers)
+        return answers
+
+    def _answer(self, kept: _TenantAnswers, tenant: str, index: str, marks: Hashes, answers: Answers) -> None:
+        kept.forget(self._clock() - self._seconds)
+        # Reading and searching many answers comes first: the transaction makes other requests of the tenant wait.
+        with reading(self._engine) as connection:
+            kept.read(connection, tenant, self._clock() - self._seconds)
+        table = kept.of_index.setdefault(index, _Table())
+        positions = list(turned_and_mirrored(marks))
+        first_new = len(table)
+        known = [table.find(each) for each in positions]
+        with kept.undone_on_error(), writing(self._engine) as connection:
+            lock_tenant(connection, tenant)
             now = self._clock()
-            kept.forget(now - self._seconds)
-            table = kept.of_index.setdefault(index, _Table())
-            for image, positions in enumerate(turned_and_mirrored(marks)):
-                known = table.find(positions)
-                if known is not None:
-                    answers.distances[image], answers.radii[image] = known
+            kept.read(connection, tenant, now - self._seconds)
+            new = []
+            for image, (mark, each, match) in enumerate(zip(marks, positions, known, strict=True)):
+                best = min(match, table.find(each, first_new))
+                if best.bits <= SAME_BITS:
+                    answers.distances[image], answers.radii[image] = table.answer(best.row)
                     answers.repeated[image] = True
                     continue
                 if len(kept) >= self._capacity:
                     raise self._full(kept, now)
-                table.add(now, marks[image], distances[image], radii[image])
-        return answers
+                added = Answer(index, now, mark, float(answers.distances[image]), float(answers.radii[image]))
+                table.add(added)
+                new.append(added)
+            if new:
+                kept.last_number = add_answers(connection, tenant, new)
 
     def _full(self, kept: _TenantAnswers, now: float) -> ProblemError:
         oldest = min(table.oldest for table in kept.of_index.values() if len(table))
@@ -127,6 +158,7 @@ class _TenantAnswers:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.of_index: dict[str, _Table] = {}
+        self.last_number = 0
 
     def __len__(self) -> int:
         return sum(map(len, self.of_index.values()))
@@ -135,6 +167,33 @@ class _TenantAnswers:
         """Remove the answers up to this time."""
         for table in self.of_index.values():
             table.forget(until)
+
+    def read(self, connection: sa.Connection, tenant: str, since: float) -> None:
+        """Add the answers that other processes have stored after the last call."""
+        for number, answer in answers_after(connection, tenant, self.last_number, since):
+            self.of_index.setdefault(answer.index, _Table()).add(answer)
+            self.last_number = number
+
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """Remove the answers that a failed transaction added. Those that it read are read again."""
+        counts = {name: len(table) for name, table in self.of_index.items()}
+        number = self.last_number
+        try:
+            yield
+        except BaseException:
+            for name, table in self.of_index.items():
+                table.truncate(counts.get(name, 0))
+            self.last_number = number
+            raise
+
+
+@dataclass(frozen=True, order=True)
+class _Match:
+    """A row, and the number of bits in which its fingerprint differs. The smallest one is the most similar."""
+
+    bits: int
+    row: int
 
 
 class _Table:
@@ -160,10 +219,14 @@ class _Table:
         if expired:
             self._keep(slice(expired, self._count), max(_FIRST_ROWS, 2 * (self._count - expired)))
 
-    def find(self, positions: Hashes) -> NDArray[np.float32] | None:
-        """Return the answer on the most similar image, if one is similar enough to any of the positions [8, 4]."""
-        best, fewest = 0, SAME_BITS + 1
-        for start in range(0, self._count, _BLOCK):
+    def truncate(self, count: int) -> None:
+        """Remove the last answers, so that `count` remain."""
+        self._count = count
+
+    def find(self, positions: Hashes, first: int = 0) -> _Match:
+        """The row from `first` on that is the most similar to any of the positions [8, 4]."""
+        best, fewest = 0, 64 * FINGERPRINT_WORDS + 1
+        for start in range(first, self._count, _BLOCK):
             words = self._marks[:, start : min(start + _BLOCK, self._count)]
             for position in positions:
                 differing = np.zeros(words.shape[1], np.uint16)
@@ -171,14 +234,21 @@ class _Table:
                     differing += np.bitwise_count(word ^ other)
                 if differing.min() < fewest:
                     best, fewest = start + int(differing.argmin()), int(differing.min())
-        return self._answers[:, best].copy() if fewest <= SAME_BITS else None
+        return _Match(fewest, best)
 
-    def add(self, now: float, mark: Hashes, distance: np.float32, radius: np.float32) -> None:
+    def answer(self, row: int) -> NDArray[np.float32]:
+        """Distance and radius of a row."""
+        return self._answers[:, row].copy()
+
+    def add(self, answer: Answer) -> None:
         """Append an answer."""
         if self._count == len(self._times):
             self._keep(slice(0, self._count), 2 * self._count)
-        self._times[self._count] = now
-        self._marks[:, self._count], self._answers[:, self._count] = mark, (distance, radius)
+        # The clocks of replicas differ a little, and `forget` needs increasing times.
+        time_before = self._times[self._count - 1] if self._count else -math.inf
+        self._times[self._count] = max(answer.created_at, time_before)
+        self._marks[:, self._count] = answer.mark
+        self._answers[:, self._count] = answer.distance, answer.radius
         self._count += 1
 
     def _keep(self, rows: slice, size: int) -> None:

@@ -21,6 +21,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from services.gateway.audit import leave_out
 from services.gateway.problems import problem_response
 from services.settings import Settings
 
@@ -43,23 +44,25 @@ class _Route:
     path: str
 
 
+def studio_installed(settings: Settings) -> bool:
+    """Whether the service has the studio: the settings allow it, and its package and Gradio are installed."""
+    enabled = settings.studio and settings.role != "worker"
+    return enabled and all(importlib.util.find_spec(name) is not None for name in ("dermis_studio", "gradio"))
+
+
 class Studio:
     """The studio of a gateway, which is built once.
 
     Attributes:
         enabled: Whether the settings allow it.
+        settings: The settings of the service.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.enabled = settings.studio and settings.role != "worker"
-        self._settings = settings
+        self.settings = settings
         self._building: asyncio.Task[StudioSite] | None = None
         self._preparing: asyncio.Task[None] | None = None
-
-    @property
-    def installed(self) -> bool:
-        """Whether its package and Gradio are installed."""
-        return all(importlib.util.find_spec(name) is not None for name in ("dermis_studio", "gradio"))
 
     def prepare(self, not_ready: Callable[[], Awaitable[str | None]]) -> None:
         """Build the studio once the service is ready, so that nobody waits for it.
@@ -67,7 +70,7 @@ class Studio:
         Args:
             not_ready: Returns None if the service is ready.
         """
-        if self.enabled and self.installed:
+        if studio_installed(self.settings):
             self._preparing = asyncio.create_task(self._build_when_ready(not_ready))
 
     async def _build_when_ready(self, not_ready: Callable[[], Awaitable[str | None]]) -> None:
@@ -85,7 +88,7 @@ class Studio:
     async def _build(self) -> StudioSite:
         started = time.perf_counter()
         try:
-            site = await asyncio.to_thread(_create, self._settings)
+            site = await asyncio.to_thread(_create, self.settings)
             await site.start()
         except Exception:
             logger.exception("the studio cannot be built")
@@ -131,10 +134,12 @@ class StudioMiddleware:
             return
         # Streams of events last as long as a page is open, so they have a series of their own.
         scope["route"] = _Route(f"{PREFIX}/events" if path.endswith(_STREAM) else PREFIX)
+        # The pages change nothing themselves: the trail has their calls of the API. Signing out needs no key.
+        leave_out(Request(scope))
         if not self._studio.enabled:
             await self._app(scope, receive, send)
             return
-        if not self._studio.installed:
+        if not studio_installed(self._studio.settings):
             await _missing(Request(scope))(scope, receive, send)
             return
         try:

@@ -1,7 +1,8 @@
 """Counters of what tenants have used in the current minute or day, in the jobs database.
 
 There is one row for each tenant and quota, with the window that it counts. Windows are minutes and days of UTC. All functions
-work inside a transaction of the caller, so that a job is inserted and counted at once, or neither.
+work inside a transaction of the caller, so that a job is inserted and counted at once, or neither. The library `limits` cannot
+do this: it keeps counters in Redis, Memcached, MongoDB or memory, not in SQL, and counts one quota at a time.
 """
 
 from __future__ import annotations

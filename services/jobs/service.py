@@ -79,6 +79,7 @@ class JobService:
                 workflow.sweep(leases_reliable)
             self.datasets.remove_expired()
             self.projections.remove_expired(settings.projection_keep_seconds)
+            table.remove_compared(time.time() - settings.authenticity_repeat_seconds)
             execution.measure_files(self._ctx)
 
         lease = Lease(table, executor_id, settings.lease_seconds, works=works, sweep=sweep)

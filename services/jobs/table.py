@@ -20,6 +20,7 @@ from sqlalchemy.exc import IntegrityError
 
 from dermis.errors import DermisError
 from services import metrics, tracing
+from services.compared_answers import remove_answers
 from services.jobs import counters, schema
 from services.jobs.database import close_engine, open_engine, reading, schema_lock, writing
 from services.jobs.statistics import ACTIVE, STATES, Kind, Statistics, read_statistics
@@ -509,6 +510,11 @@ class JobTable:
         """What is waiting, running and stored, of all tenants."""
         with reading(self._engine) as connection:
             return read_statistics(connection)
+
+    def remove_compared(self, until: float) -> None:
+        """Remove the answers on uploaded images that were given until this time."""
+        with writing(self._engine) as connection:
+            remove_answers(connection, until)
 
     # Leases
 

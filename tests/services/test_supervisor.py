@@ -218,6 +218,22 @@ def test_address_may_be_open_with_access_control_or_explicitly_without(tmp_path:
             check(**{name: value})
 
 
+@pytest.mark.parametrize(
+    ("values", "unencrypted"),
+    [
+        ({"host": "0.0.0.0", "auth": "keys"}, True),
+        ({"host": "127.0.0.1", "auth": "keys"}, False),
+        ({"host": "0.0.0.0", "auth": "none"}, False),
+        ({"host": "0.0.0.0", "auth": "keys", "trusted_proxies": "10.0.0.0/8"}, False),
+        ({"host": "0.0.0.0", "auth": "keys", "tls_certificate": "a.pem", "tls_key": "a.key"}, False),
+    ],
+    ids=str,
+)
+def test_credentials_over_plain_http_are_noticed(values: dict[str, str], unencrypted: bool, tmp_path: Path) -> None:
+    settings = Settings(_env_file=None, data_dir=tmp_path, **values)
+    assert supervisor.credentials_unencrypted(settings) is unencrypted
+
+
 def test_requests_leave_no_callbacks_behind(caplog: pytest.LogCaptureFixture) -> None:
     from services.service import Gateway
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hashlib
-import hmac
 import http.server
 import json
 import logging
@@ -23,6 +21,7 @@ from typing import Any
 import httpx
 import psycopg
 import pytest
+import standardwebhooks
 from dermis_client import (
     AsyncDermisClient,
     DermisClient,
@@ -172,10 +171,10 @@ def test_message_is_for_the_tenant_and_event_and_is_signed(table: WebhookTable, 
     assert (path, json.loads(body)["type"]) == ("/hook", "dataset.succeeded")
     assert json.loads(body)["data"] == {"object": "dataset", "id": JOB, "state": "succeeded"}
     assert abs(int(headers["webhook-timestamp"]) - time.time()) < 60
-    signed = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + body
-    key = base64.b64decode(wanted.secret.removeprefix("whsec_"))
-    expected = base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode()
-    assert headers["webhook-signature"] == f"v1,{expected}"
+    reference = standardwebhooks.Webhook(wanted.secret)
+    assert reference.verify(body, headers) == json.loads(body)
+    with pytest.raises(standardwebhooks.WebhookVerificationError):
+        reference.verify(body.replace(b"succeeded", b"failed"), headers)
     (message,) = table.messages(wanted.id)
     assert (message.id, message.state, message.attempts) == (headers["webhook-id"], "delivered", 1)
 

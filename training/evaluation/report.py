@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,22 +11,12 @@ import numpy as np
 
 from dermis.errors import DermisError
 from dermis.files import atomic_write
-from dermis.imaging import Images, as_rgb, contact_sheet, encode
+from dermis.html_page import Section, html_page, picture, table
+from dermis.imaging import Images, as_rgb, contact_sheet
 from training.evaluation.pictures import STEPS, Match
 from training.evaluation.table import copies, held_out_text, path_length_text, space_tables
 
 COLUMNS = 8
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #d5dae1; }
-th:first-child, td:first-child { text-align: left; }
-img { image-rendering: pixelated; max-width: 100%; display: block; margin: .3rem 0 1rem; }
-.warning { background: #fdeaea; border-left: .4rem solid #b3261e; padding: .6rem 1rem; }
-.note { color: #55606e; max-width: 48rem; }
-figure { margin: 0 0 .8rem; display: flex; gap: 1rem; align-items: center; }
-figcaption { color: #55606e; font-size: .85rem; }
-"""
 _OTHERS = "real images, which are <strong>not</strong> the set that the generator was trained on"
 _LEGEND = """<p class="note">FD, KID and MMD measure how far the generated images are from the real ones as a whole: lower is
 better. Precision, density and alpha-precision measure whether each generated image looks real; recall, coverage and
@@ -91,53 +80,69 @@ def report_page(
     scale = max(1, 128 // side)  # small images are enlarged without interpolation
     kind = "training" if metrics["real_is_training_set"] else "real"
     spaces = "".join(
-        f'<h3>Feature space {html.escape(table.space)}</h3><p class="note">{html.escape(table.remark)}</p>'
-        + _table(table.rows)
-        + (f"<h4>By class</h4>{_table(table.class_rows)}" if table.class_rows else "")
-        for table in space_tables(metrics)
+        f'<h3>Feature space {html.escape(each.space)}</h3><p class="note">{html.escape(each.remark)}</p>'
+        + _table(each.rows)
+        + (f"<h4>By class</h4>{_table(each.class_rows)}" if each.class_rows else "")
+        for each in space_tables(metrics)
     )
-    texts = "".join(f'<p class="note">{html.escape(text)}</p>' for text in copies(metrics))
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Evaluation of {html.escape(name)}</title><style>{_STYLE}</style>
-<h1>Evaluation of {html.escape(name)}</h1>
-<p class="warning"><strong>This page shows training images.</strong> Only people who are allowed to see the training data are
-allowed to see this page; do not put it into a bundle or publish it.</p>
-<h2>Numbers</h2>
-<p class="note">{metrics["images"]:,} generated images (seed {metrics["seed"]}, truncation_psi
+    numbers = f"""<p class="note">{metrics["images"]:,} generated images (seed {metrics["seed"]}, truncation_psi
 {metrics["truncation_psi"]:g}, {metrics["noise_mode"]} noise) and {metrics["real_images"]:,}
 {"training images" if kind == "training" else _OTHERS}. Numbers of different spaces cannot be compared. In brackets: 95%
 intervals. {html.escape(held_out_text(metrics))}</p>
 {spaces}
 {_LEGEND}
 <p class="note">{html.escape(path_length_text(metrics))}</p>
-<h2>Copies of training images</h2>
-{texts}
-<h2>Samples</h2>
-<p class="note">The first samples of the seed, not selected.</p>
-{"".join(_sheet(caption, images, COLUMNS, scale) for caption, images in samples.items())}
-<h2>Most like a copy</h2>
-<p class="note">The generated images (left) that are nearer to one {kind} image than to others, and their
+"""
+    like_copies = f"""<p class="note">The generated images (left) that are nearer to one {kind} image than to others, and their
 {len(closest[0].distances)} nearest {kind} images. The distance ratio is the distance to the first of them divided by that
 to the last: 0 for a copy, near 1 if no {kind} image is much nearer than the others. Check
 whether the first one shows the same lesion.</p>
-{"".join(_match(match, class_names, scale, kind) for match in closest)}
-<h2>Nearest {kind} images of other samples</h2>
-<p class="note">Samples at equal intervals among all generated ones, not selected.</p>
-{"".join(_match(match, class_names, scale, kind) for match in unselected)}
-<h2>Interpolations</h2>
-<p class="note">Straight lines in w between two samples. The images of a generator that has learnt the distribution change
-smoothly; those of one that memorises jump from one training image to the next.</p>
-{"".join(_sheet(caption, images, STEPS, scale) for caption, images in interpolations.items())}
-</html>
 """
+    return html_page(
+        f"Evaluation of {name}",
+        [
+            Section("numbers", "Numbers", numbers),
+            Section(
+                "copies",
+                "Copies of training images",
+                "".join(f'<p class="note">{html.escape(text)}</p>' for text in copies(metrics)),
+            ),
+            Section(
+                "samples",
+                "Samples",
+                '<p class="note">The first samples of the seed, not selected.</p>\n'
+                + "".join(_sheet(caption, images, COLUMNS, scale) for caption, images in samples.items()),
+            ),
+            Section(
+                "like-copies",
+                "Most like a copy",
+                like_copies + "".join(_match(match, class_names, scale, kind) for match in closest),
+            ),
+            Section(
+                "others",
+                f"Nearest {kind} images of other samples",
+                '<p class="note">Samples at equal intervals among all generated ones, not selected.</p>\n'
+                + "".join(_match(match, class_names, scale, kind) for match in unselected),
+            ),
+            Section(
+                "interpolations",
+                "Interpolations",
+                '<p class="note">Straight lines in w between two samples. The images of a generator that has learnt the '
+                "distribution change smoothly; those of one that memorises jump from one training image to the next.</p>\n"
+                + "".join(_sheet(caption, images, STEPS, scale) for caption, images in interpolations.items()),
+            ),
+        ],
+        warnings=[
+            "<strong>This page shows training images.</strong> Only people who are allowed to see the training data are "
+            "allowed to see this page; do not put it into a bundle or publish it."
+        ],
+        interactive=True,
+    )
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = rows
-    header = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    lines = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in body)
-    return f"<table><tr>{header}</tr>{lines}</table>"
+    head, *body = [[html.escape(cell) for cell in row] for row in rows]
+    return table([head[0] or "measure", *head[1:]], body, classes="sortable numbers")
 
 
 def _match(match: Match, class_names: Sequence[str], scale: int, kind: str) -> str:
@@ -146,14 +151,10 @@ def _match(match: Match, class_names: Sequence[str], scale: int, kind: str) -> s
     distances = ", ".join(f"{d:.2f}" for d in match.distances)
     of_class = f" of {html.escape(class_names[match.label])}" if class_names else ""
     alt = f"sample {match.sample} and its nearest {kind} images"
-    return f"""<figure>{_picture(row, scale, alt)}<figcaption>sample {match.sample}{of_class}, distance
+    return f"""<figure>{picture(row, alt, width=row.shape[1] * scale)}<figcaption>sample {match.sample}{of_class}, distance
 ratio {match.distance_ratio:.2f}<br>distances {distances}</figcaption></figure>"""
 
 
 def _sheet(caption: str, images: Images, columns: int, scale: int) -> str:
-    return f"<h3>{html.escape(caption)}</h3>{_picture(contact_sheet(as_rgb(images), columns), scale, caption)}"
-
-
-def _picture(image: Images, scale: int, alt: str) -> str:
-    data = base64.b64encode(encode(image)).decode()
-    return f'<img alt="{html.escape(alt)}" width="{image.shape[1] * scale}" src="data:image/png;base64,{data}">'
+    sheet = contact_sheet(as_rgb(images), columns)
+    return f"<h3>{html.escape(caption)}</h3>{picture(sheet, caption, width=sheet.shape[1] * scale)}"

@@ -18,6 +18,7 @@ DOCUMENT = (
     '<body><gradio-app control_page_title="true"></gradio-app></body></html>'
 )
 SCOPES = {"right": ["images", "datasets:read"], "other": ["models:read"]}
+EVENT = {"fn_index": 0, "data": ["a", 1], "session_hash": "a"}
 DATASET = f"ds_{'0' * 32}"
 
 
@@ -49,6 +50,16 @@ def make_world(*, open_service: bool = False, check_origin: bool = False) -> Wor
     def answer(request: httpx.Request) -> httpx.Response:
         world.to_service.append(request)
         key = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if request.url.host == "storage.test":
+            return httpx.Response(200, stream=httpx.ByteStream(b"png"))
+        if request.url.path.endswith("/files/preview.png"):
+            return httpx.Response(
+                307, headers={"Location": "http://storage.test/preview.png?signature=1"}, stream=httpx.ByteStream(b"")
+            )
+        if request.url.path.endswith("/files/report.html"):
+            return httpx.Response(
+                307, headers={"Location": "http://storage.test/report.html?signature=1"}, stream=httpx.ByteStream(b"")
+            )
         if request.url.path.endswith("/files/images.zip"):
             headers = {"ETag": '"1"', "Set-Cookie": "a=b"}
             return httpx.Response(200 if key == "right" else 401, stream=httpx.ByteStream(b"zip"), headers=headers)
@@ -113,11 +124,16 @@ def test_only_what_the_pages_need_reaches_gradio(world: World) -> None:
         "/studio/",
         "/studio/theme.css",
         "/studio/assets/index-DphvyggB.js",
-        "/studio/gradio_api/queue/data?session_hash=a",
     ]
     for path in reached:
         assert world.client.get(path).status_code == 200
-    assert world.client.post("/studio/gradio_api/queue/join", json={}).status_code == 200
+    stream = "/studio/gradio_api/queue/data?session_hash=a"
+    count = len(world.to_gradio)
+    assert '"session_not_found": true' in world.client.get(stream).text
+    assert len(world.to_gradio) == count
+    assert world.client.post("/studio/gradio_api/queue/join", json=EVENT).status_code == 200
+    assert world.client.get(stream).status_code == 200
+    assert world.gradio_paths[count:] == ["/studio/gradio_api/queue/join", "/studio/gradio_api/queue/data"]
     count = len(world.to_gradio)
     for path in (
         "gradio_api/file=/etc/passwd",
@@ -138,6 +154,10 @@ def test_only_what_the_pages_need_reaches_gradio(world: World) -> None:
     assert world.client.get("/studio/static/js/../../../routes.py").status_code == 401
     for path in ("upload", "run/generate", "api/generate", "call/generate", "component_server", "process_recording"):
         assert world.client.post(f"/studio/gradio_api/{path}", json={}).status_code == 404, path
+    file = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
+    refused = world.client.post("/studio/gradio_api/queue/join", json={**EVENT, "data": [file]})
+    assert (refused.status_code, "/etc" in refused.text) == (422, False)
+    assert world.client.get("/studio/gradio_api/heartbeat/a").status_code == 404
     assert world.client.put("/studio/gradio_api/queue/join").status_code == 405
     assert len(world.to_gradio) == count
 
@@ -167,6 +187,8 @@ def test_large_bodies_are_refused(world: World) -> None:
     sign_in(world)
     answer = world.client.post("/studio/gradio_api/queue/join", content=b"x" * (MAX_BODY_BYTES + 1))
     assert answer.status_code == 413
+    pieces = (b"x" * (1 << 20) for _ in range((MAX_BODY_BYTES >> 20) + 1))  # without Content-Length
+    assert world.client.post("/studio/gradio_api/queue/join", content=pieces).status_code == 413
     assert world.to_gradio == []
 
 
@@ -186,6 +208,19 @@ def test_files_are_fetched_with_the_key_of_the_visitor_alone(world: World, monke
         assert world.client.get(f"/studio/files/{bad}").status_code == 404
 
 
+def test_files_at_signed_addresses_of_the_storage(world: World) -> None:
+    """The browser follows the address of a download. An image of a page comes through the studio, which sends no key there."""
+    sign_in(world)
+    redirect = world.client.get(f"/studio/files/{DATASET}/report.html")
+    assert (redirect.status_code, redirect.headers["cache-control"]) == (307, "no-store")
+    assert redirect.headers["location"].startswith("http://storage.test/")
+    preview = world.client.get(f"/studio/files/{DATASET}/preview.png")
+    assert (preview.status_code, preview.content) == (200, b"png")
+    assert "location" not in preview.headers
+    assert world.to_service[-1].url.host == "storage.test"
+    assert {"authorization", "cookie"}.isdisjoint(world.to_service[-1].headers)
+
+
 def test_service_without_access_control_needs_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DERMIS_API_KEY", "right")
     world = make_world(open_service=True)
@@ -201,7 +236,7 @@ def test_alone_it_refuses_other_hosts_and_origins() -> None:
         answer = world.client.post("/studio/gradio_api/queue/join", json={}, headers=headers)
         assert answer.status_code == 403, headers
     assert world.client.post(
-        "/studio/gradio_api/queue/join", json={}, headers={"Origin": "http://localhost"}
+        "/studio/gradio_api/queue/join", json=EVENT, headers={"Origin": "http://localhost"}
     ).is_success
     assert world.gradio_paths == ["/studio/gradio_api/queue/join"]
 

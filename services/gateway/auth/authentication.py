@@ -139,6 +139,8 @@ class Access:
 
         Raises:
             ProblemError: The sender is not known (401) or lacks the scope (403).
+            QuotaExceededError: The tenant has sent too many requests in this minute (429).
+            DatabaseUnavailableError: The requests of the tenant are limited and cannot be counted.
         """
         context = request.app.state.context
         if self.opened_by is not None and getattr(context.settings, self.opened_by):
@@ -147,6 +149,9 @@ class Access:
         request.scope["dermis.principal"] = principal
         if self.any_of:
             check_scope(principal, *self.any_of)
+            # What shows the use, and what ends it, stays possible when the quota is used up.
+            if self.any_of != ("admin",):
+                await context.quotas.count(request, principal, {"requests_per_minute": 1})
         return principal
 
 

@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from dermis.dataset.manifest import REPORT, REPORT_PAGE
+from dermis.html_page import CONTENT_SECURITY_POLICY
 from dermis.report.content import DatasetReport
-from dermis.report.page import CONTENT_SECURITY_POLICY
 from services.gateway.auth.authentication import requires
 from services.gateway.auth.principal import Principal
 from services.gateway.dependencies import ContextDep, choose_media_type

@@ -256,6 +256,13 @@ def test_embeddings_page_works_in_browser(tmp_path: Path) -> None:
     kind.hidden.add(kind.labels.indexOf("real")); refilter(); report.visible = visible.reduce((a, b) => a + b, 0);
     search(data.ids[2]); report.found = state.chosen;
     colourBy("probability"); report.colours = new Set(data.ids.map((_, i) => colourOf(i))).size;
+    report.box = (() => { kind.hidden.clear(); refilter(); reset(); projected(space.clientWidth, space.clientHeight);
+      return Math.max((Math.max(...screenX) - Math.min(...screenX)) / space.clientWidth,
+        (Math.max(...screenY) - Math.min(...screenY)) / space.clientHeight); })();
+    select((i) => within(screenX[i], screenY[i], [[-1e6, -1e6], [1e6, -1e6], [1e6, 1e6], [-1e6, 1e6]])); report.all = state.count;
+    const [x, y] = [screenX[3], screenY[3]], near = 0.01;
+    select((i) => within(screenX[i], screenY[i], [[x - near, y - near], [x + near, y - near], [x, y + near]]));
+    report.saved = table().split("\\n");
     draw(); document.title = JSON.stringify(report);
     </script></body>"""
     page = tmp_path / "page.html"
@@ -271,3 +278,7 @@ def test_embeddings_page_works_in_browser(tmp_path: Path) -> None:
     assert report["visible"] == 15
     assert report["found"] == 2
     assert report["colours"] > 5
+    assert 0.85 < report["box"] < 1.1  # the first view fills the canvas
+    assert report["all"] == 30
+    assert report["saved"][0].startswith("id,") and report["saved"][1].startswith(f"{embedded.items[3].id},")
+    assert len(report["saved"]) == 3  # with the end of the last line

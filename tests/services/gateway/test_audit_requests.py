@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from starlette.responses import Response
 
 from dermis.bundle import Bundle
 from service_kit import Service, service
@@ -19,6 +20,7 @@ from services.audit.verification import verify
 from services.gateway import audit as audit_module
 from services.gateway.audit import ACTIONS, NOT_RECORDED, DeniedRequests, RepeatedDenials
 from services.gateway.auth.principal import SCOPES
+from services.gateway.studio import Studio
 
 NAME = "patient-jane-doe.png"
 
@@ -229,3 +231,22 @@ def test_nothing_is_shown_or_answered_without_its_entry(
     assert sent(served, "GET /v1/models", key).status_code == 200
     monkeypatch.undo()
     assert [entry.action for entry in entries_of(served)[before:]] == ["test.flush"]
+
+
+def test_requests_to_the_studio_are_recorded_only_if_they_are_denied(
+    served: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trail has the calls that the pages make. Signing out needs no key, so its entries would have no limit."""
+    statuses = iter([303, 200, 401])
+
+    async def site(_: Studio) -> Any:
+        return Response(status_code=next(statuses))
+
+    monkeypatch.setattr(Studio, "site", site)
+    monkeypatch.setattr("services.gateway.studio.studio_installed", lambda _: True)
+    monkeypatch.setattr(served.client.app.state.studio, "enabled", True)  # type: ignore[attr-defined]
+    before = entries_of(served)
+    for path in ("sign-out", "gradio_api/queue/join", "session"):
+        sent(served, f"POST /studio/{path}", None)
+    new = entries_of(served)[len(before) :]
+    assert [(entry.route, entry.outcome) for entry in new if entry.action != "test.flush"] == [("POST /studio", 401)]

@@ -27,6 +27,8 @@ from dermis.errors import StorageError
 from dermis.imaging import ImageFormat, encode
 from real_servers import running_postgres
 from service_kit import Service, service, wait_for
+from services.audit.trail import Event
+from services.gateway.audit import RepeatedDenials
 from services.gateway.auth.principal import SCOPES
 from services.gateway.routes import authenticity
 from services.jobs import counters
@@ -52,6 +54,7 @@ QUOTAS_OF_TENANTS = {
         "projections_per_day": 1,
     },
     "bytes": {"active_jobs": None},
+    "requests": {"requests_per_minute": 3},
     "both": {"images_per_day": 7, "authenticity_per_day": 9},
     "unlimited": dict.fromkeys(QUOTAS),
 }
@@ -259,13 +262,36 @@ def test_uploads_comparisons_and_projections_are_limited(
     tenant.refused(tenant.send("post", "/v1/authenticity", files=SMALL), "authenticity_per_day")
 
 
+def test_requests_of_a_tenant_are_limited_and_do_not_fill_the_audit_trail(
+    served: Service, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RepeatedDenials, "FROM_ONE_SENDER", 2)
+    tenant, other = Tenant(served, "requests"), Tenant(served, "requests-too")
+    trail = served.client.app.state.context.audit  # type: ignore[attr-defined]
+    answer = tenant.send("get", "/v1/models")
+    assert answer.headers["ratelimit-policy"] == '"requests_per_minute";q=3;w=60;qu="requests"'
+    assert tenant.images(1).status_code == 200
+    assert tenant.send("get", "/v1/datasets/unknown").status_code == 404  # counted as well
+    for _ in range(6):
+        tenant.refused(tenant.images(1), "requests_per_minute")
+    assert tenant.used("requests_per_minute") == 3  # refused requests are not counted, and this one neither
+    assert tenant.send("get", "/v1/admin/keys").status_code == 200  # what could end an attack is possible
+    assert other.images(1).status_code == 200
+    served.client.portal.call(trail._write_count)  # type: ignore[union-attr]
+    served.client.portal.call(trail.writer.write, Event(time="", action="test.flush", outcome=200))  # type: ignore[union-attr]
+    refusals = [each.detail for each in trail.writer.table.page(100, tenant="requests") if each.outcome == 429]
+    assert refusals == ["4 more such denied requests", None, None]
+    clock.time += 60
+    assert tenant.images(1).status_code == 200
+
+
 def test_usage_shows_limits_and_use_of_the_senders_tenant(served: Service) -> None:
     unlimited = Tenant(served, "unlimited")
     assert unlimited.images(12).status_code == 200
     body = unlimited.send("get", "/v1/usage").json()
     assert body["tenant"] == "unlimited" and [each["name"] for each in body["quotas"]] == list(QUOTAS)
     assert all(each["limit"] is None and each["remaining"] is None for each in body["quotas"])
-    assert [each["used"] for each in body["quotas"]] == [None] * 5 + [0, 0]
+    assert [each["used"] for each in body["quotas"]] == [None] * 6 + [0, 0]
     limited = Tenant(served, "usage").send("get", "/v1/usage").json()["quotas"]
     assert [(each["limit"], each["used"], each["remaining"]) for each in limited if each["limit"] is not None] == [
         (10, 0, 10),

@@ -15,6 +15,7 @@ from alembic.migration import MigrationContext
 
 from benchmarks.components.postgres import Postgres
 from dermis.errors import DermisError
+from services import compared_answers
 from services.audit import trail as trail_module
 from services.gateway.auth import keys as keys_module
 from services.jobs import counters
@@ -254,6 +255,7 @@ def test_migrations_create_the_tables_that_the_code_defines(url: str) -> None:
             trail_module.metadata,
             outbox.metadata,
             counters.metadata,
+            compared_answers.metadata,
         ]
         assert compare_metadata(MigrationContext.configure(connection, opts=options), tables) == []
     table.close()

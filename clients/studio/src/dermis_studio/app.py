@@ -67,7 +67,7 @@ def create_site(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="SSR mode")  # it is off
         _mount(app, blocks, prefix)
-    return StudioSite(service, visitors, app, prefix, check_origin=check_origin, hosts=hosts)
+    return StudioSite(service, visitors, app, prefix, check_origin=check_origin, hosts=hosts, queue=blocks._queue)
 
 
 def _mount(app: FastAPI, blocks: gr.Blocks, prefix: str) -> None:

@@ -55,6 +55,11 @@ async def answer(service: Service, visitor: Visitor, path: str, request: Request
     asked = http.build_request(request.method, service.base_url + target, headers=headers)
     try:
         response = await http.send(asked, stream=True, follow_redirects=False)
+        if response.status_code == 307 and target.endswith("/preview.png"):
+            # To a signed address of the storage, from which a page may not show images. No credentials are sent there.
+            await response.aclose()
+            signed = http.build_request(request.method, response.headers["location"])
+            response = await http.send(signed, stream=True, follow_redirects=False)
     except httpx.HTTPError as error:
         return HTMLResponse(f"The service does not respond ({type(error).__name__}); try again.", 503)
     kept = {name: value for name in _ANSWERED if (value := response.headers.get(name)) is not None}
@@ -63,7 +68,7 @@ async def answer(service: Service, visitor: Visitor, path: str, request: Request
     return StreamingResponse(
         response.aiter_raw(),
         response.status_code,
-        {**kept, "Cache-Control": "private, no-cache"},
+        {**kept, "Cache-Control": "no-store" if "location" in kept else "private, no-cache"},  # a signed address ends
         background=BackgroundTask(response.aclose),
     )
 

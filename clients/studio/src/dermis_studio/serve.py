@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -11,6 +12,7 @@ from starlette.responses import RedirectResponse
 
 from dermis_studio.app import create_site
 from dermis_studio.service import Service
+from dermis_studio.site import is_local
 
 PREFIX = "/studio"
 
@@ -60,6 +62,11 @@ def run(
         hosts: Host names under which the studio answers, in addition to those of this machine.
         allow_plain_http: Whether keys may be sent over http:// to another machine.
     """
+    if not is_local(host):
+        print(
+            f"dermis studio: keys of visitors cross the network unencrypted; put a proxy that ends TLS in front of {host}",
+            file=sys.stderr,
+        )
     app = create_app(Service(url, allow_plain_http=allow_plain_http), hosts | {host})
     print(f"The studio for {url} is at http://{host}:{port}{PREFIX}/ (Ctrl-C stops it)", flush=True)
     uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=3)

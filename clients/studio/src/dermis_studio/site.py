@@ -22,6 +22,15 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 
 from dermis_studio import downloads, frame
 from dermis_studio.access import COOKIE, MAX_KEY_LENGTH, Visitor, Visitors, key_of
+from dermis_studio.events import (
+    LARGE_BYTES,
+    MAX_LARGE,
+    EventQueue,
+    RefusedEventError,
+    Sessions,
+    checked_session,
+    session_of,
+)
 from dermis_studio.service import Service
 
 Scope = MutableMapping[str, Any]
@@ -33,11 +42,15 @@ Send = Callable[[Message], Awaitable[None]]
 MAX_BODY_BYTES = 48 << 20
 
 _STATIC = re.compile(r"/theme\.css|/assets/[\w.-]+|/static/(?:fonts|js)/[\w./-]+")
-_EVENTS = re.compile(r"/gradio_api/(?:queue/data|heartbeat/[\w-]+)")
-_CALLS = frozenset({"/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset"})
+_STREAM = "/gradio_api/queue/data"
+_JOIN = "/gradio_api/queue/join"
+_CALLS = frozenset({_JOIN, "/gradio_api/cancel", "/gradio_api/reset"})
 _OWN = {"studio.css": "text/css", "studio.js": "text/javascript", "icon.svg": "image/svg+xml"}
 _IMMUTABLE = b"max-age=31536000, immutable"  # the names of these files contain their hashes
 _HASHED = re.compile(r"/assets/[\w.-]+-[\w-]{6,}\.\w+|/static/fonts/.*")
+
+# What Gradio sends for a session that it does not know, for instance after a restart. It logs each as an error.
+_NO_SESSION = {"msg": "unexpected_error", "message": "404: Not Found", "session_not_found": True, "success": False}
 
 # No request leaves this host, whatever a page contains. Gradio compiles templates of components in the browser.
 CONTENT_SECURITY_POLICY = (
@@ -68,6 +81,7 @@ class StudioSite:
         prefix: The path, such as /studio.
         check_origin: Whether to refuse requests that pages of other sites cause. An application around it may do so already.
         hosts: With `check_origin`, the host names under which it answers, in addition to this machine's own.
+        queue: Gradio's queue of events.
     """
 
     def __init__(
@@ -79,6 +93,7 @@ class StudioSite:
         *,
         check_origin: bool = False,
         hosts: frozenset[str] = frozenset(),
+        queue: EventQueue | None = None,
     ) -> None:
         self._service = service
         self._visitors = visitors
@@ -86,6 +101,8 @@ class StudioSite:
         self._prefix = prefix
         self._check_origin = check_origin
         self._hosts = hosts
+        self._sessions = Sessions(queue)
+        self._large_bodies = 0  # that are being received
         self._stack = AsyncExitStack()
 
     async def start(self) -> None:
@@ -127,7 +144,7 @@ class StudioSite:
             return None
         host = request.headers.get("host", "")
         name = urlsplit(f"//{host}").hostname or ""
-        if not (_is_local(name) or name in self._hosts):
+        if not (is_local(name) or name in self._hosts):
             detail = (
                 f"The studio does not answer as {name[:100]}; start it with --trusted-host {name[:100]} if it should."
             )
@@ -200,23 +217,54 @@ class StudioSite:
         if method == "POST":
             if path not in _CALLS:
                 return _answer_with_error(request, 404, "Not found", "There is no such path.", self._prefix)
-            if int(request.headers.get("content-length") or "0") > MAX_BODY_BYTES:
-                detail = f"A page sends at most {MAX_BODY_BYTES >> 20} MiB: choose a smaller image."
-                return _answer_with_error(request, 413, "Too large", detail, self._prefix)
-            await self._to_gradio(request, _limited(receive, MAX_BODY_BYTES), send)
-            return None
+            return await self._event(request, path, visitor, receive, send)
         if page is not None:
             if not visitor.may(*page.scopes):
                 content = frame.forbidden_page(self._prefix, page, visitor)
                 return HTMLResponse(content, 403, {"Cache-Control": "no-store"})
             return await self._page(request, page, visitor)
-        if _EVENTS.fullmatch(path) and method == "GET":
-            await self._to_gradio(request, receive, send)
+        if path == _STREAM and method == "GET":
+            try:
+                name = checked_session(request.query_params.get("session_hash"))
+                if not self._sessions.knows(name):
+                    return Response(
+                        f"data: {json.dumps(_NO_SESSION)}\n\n", 200, {"Cache-Control": "no-store"}, "text/event-stream"
+                    )
+                with self._sessions.reading(name, visitor.key):
+                    await self._to_gradio(request, receive, send)
+            except RefusedEventError as error:
+                return _answer_with_error(request, error.status, "The event is refused", error.detail, self._prefix)
             return None
         download = await downloads.answer(self._service, visitor, path, request)
         if download is not None:
             return download
         return _answer_with_error(request, 404, "Not found", "The studio has no such page.", self._prefix)
+
+    async def _event(
+        self, request: Request, path: str, visitor: Visitor, receive: Receive, send: Send
+    ) -> Response | None:
+        """Pass an event of a page on, or the end of one, after a look at what it contains."""
+        too_large = f"A page sends at most {MAX_BODY_BYTES >> 20} MiB: choose a smaller image."
+        length = int(request.headers.get("content-length") or MAX_BODY_BYTES)
+        large = length > LARGE_BYTES
+        try:
+            if length > MAX_BODY_BYTES:
+                raise RefusedEventError(413, too_large)
+            if large and self._large_bodies >= MAX_LARGE:
+                raise RefusedEventError(503, "Others are sending images at the moment. Try again.")
+            self._large_bodies += large
+            try:
+                content = await _content(request, MAX_BODY_BYTES)
+            finally:
+                self._large_bodies -= large
+            if content is None:
+                raise RefusedEventError(413, too_large)
+            if path == _JOIN:
+                await self._sessions.admit(session_of(content), visitor.key, large=large)
+        except RefusedEventError as error:
+            return _answer_with_error(request, error.status, "The event is refused", error.detail, self._prefix)
+        await self._to_gradio(request, _replayed(content, receive), send)
+        return None
 
     async def _page(self, request: Request, page: frame.Page, visitor: Visitor) -> Response:
         """A page of Gradio inside of the frame of the studio."""
@@ -273,32 +321,38 @@ def _cacheable(send: Send) -> Send:
     return send_cacheable
 
 
-def _limited(receive: Receive, limit: int) -> Receive:
-    """A `receive` that ends a body after `limit` bytes; what is left of it cannot be parsed, so the call is refused."""
-    count = 0
+def _replayed(content: bytes, receive: Receive) -> Receive:
+    """A `receive` that returns a body which was read before, and then what `receive` returns."""
+    sent = False
 
-    async def receive_within_limit() -> Message:
-        nonlocal count
-        message = await receive()
-        count += len(message.get("body", b""))
-        if count > limit:
-            return {"type": "http.request", "body": b"", "more_body": False}
-        return message
+    async def receive_again() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": content, "more_body": False}
 
-    return receive_within_limit
+    return receive_again
+
+
+async def _content(request: Request, limit: int) -> bytes | None:
+    """The body of a request; None if it is larger than `limit` bytes."""
+    content = bytearray()
+    async for piece in request.stream():
+        content += piece
+        if len(content) > limit:
+            return None
+    return bytes(content)
 
 
 async def _body(request: Request, limit: int) -> str:
     """The body of a small form; empty if it is larger than `limit` bytes or not ASCII."""
-    content = b""
-    async for piece in request.stream():
-        content += piece
-        if len(content) > limit:
-            return ""
-    return content.decode("ascii", errors="ignore")
+    content = await _content(request, limit)
+    return "" if content is None else content.decode("ascii", errors="ignore")
 
 
-def _is_local(name: str) -> bool:
+def is_local(name: str) -> bool:
+    """Whether a host name or address is that of this machine."""
     return name in {"localhost", "::1"} or re.fullmatch(r"127(?:\.\d{1,3}){3}", name) is not None
 
 

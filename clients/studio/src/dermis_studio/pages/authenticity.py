@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from html import escape
 from typing import Any
@@ -61,7 +62,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                     checked = await check(client, image.sample)
                 else:
                     checked = await client.authenticity.check(image.content, model=chosen.name)
-            yield described(image, chosen, checked)
+            yield await asyncio.to_thread(described, image, chosen, checked)
         except Exception as error:
             yield problem_of(error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from collections.abc import AsyncIterator
 from html import escape
@@ -83,7 +84,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                     threshold=threshold or None,
                     heat_map=None if method == "none" else method,
                 )
-            yield described(image, chosen, classified), *ended
+            yield await asyncio.to_thread(described, image, chosen, classified), *ended
         except Exception as error:
             yield problem_of(error), *ended
 

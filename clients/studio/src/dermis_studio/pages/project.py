@@ -178,6 +178,11 @@ def _top(projection: Projection, words: str) -> str:
     )
 
 
+def _square(content: bytes) -> bytes:
+    """The centred square of an image, small, as PNG."""
+    return png(ImageOps.fit(opened(content), (384, 384), Image.Resampling.LANCZOS))
+
+
 async def described(
     studio: Studio, request: gr.Request, projection: Projection, item: ProjectedImage, content: bytes | None
 ) -> str:
@@ -186,9 +191,9 @@ async def described(
     at = f"projections/{escape(projection.id)}"
     pictures = ""
     if content is not None:
-        picture = ImageOps.fit(opened(content), (384, 384), Image.Resampling.LANCZOS)
+        small = await asyncio.to_thread(_square, content)
         pictures += (
-            f'<figure class="ds-figure"><div><img src="{markup.data_url(png(picture), "image/png")}" width="384" height="384" '
+            f'<figure class="ds-figure"><div><img src="{markup.data_url(small, "image/png")}" width="384" height="384" '
             'alt="Your image"></div><figcaption>Your image: the centred square, at 384 px (Lanczos).</figcaption></figure>'
         )
     if "image" in names:

@@ -1,0 +1,128 @@
+"""The frame of the HTML pages that dermis writes: one file each, with a list of contents, in the look of the studio.
+
+A page loads nothing. Only an interactive page has a script, which sorts tables and enlarges images; it is complete without it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+from dermis.imaging import Images, encode
+
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+)
+"""What a page without a script may load: nothing but its own style and images. Services send it as a header too."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of a page.
+
+    Attributes:
+        id: Its anchor.
+        title: Its heading, as text.
+        body: Its content, as HTML.
+    """
+
+    id: str
+    title: str
+    body: str
+
+
+def html_page(
+    title: str, sections: Sequence[Section], *, introduction: str = "", warnings: Iterable[str] = (), interactive: bool
+) -> str:
+    """Make a page. The same arguments give the same page.
+
+    Args:
+        title: Title and first heading, as text.
+        sections: The sections, in order. Two or more have a list of contents.
+        introduction: What follows the warnings, as HTML.
+        warnings: What must not be overlooked, as HTML; shown below the heading.
+        interactive: Whether tables can be sorted and images enlarged, by a script in the page.
+    """
+    policy, script = CONTENT_SECURITY_POLICY, ""
+    if interactive:
+        code = _asset("js")
+        digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+        policy, script = f"{policy}; script-src 'sha256-{digest}'", f"<script>{code}</script>"
+    has_contents = len(sections) > 1
+    shown_warnings = "".join(f'<p class="warning">{warning}</p>\n' for warning in warnings)
+    body = "".join(
+        f'<section aria-labelledby="{section.id}"><h2 id="{section.id}">{html.escape(section.title)}</h2>\n{section.body}'
+        "</section>\n"
+        for section in sections
+    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{html.escape(policy, quote=False)}">
+<title>{html.escape(title)}</title><style>{_asset("css")}</style></head>
+<body><div class="layout{" with-contents" if has_contents else ""}">{_contents(sections) if has_contents else ""}<main>
+<h1>{html.escape(title)}</h1>
+{shown_warnings}{introduction}
+{body}</main></div>
+{script}</body></html>
+"""
+
+
+def facts_table(facts: Iterable[tuple[str, str]]) -> str:
+    """A table of names, as text, and what belongs to them, as HTML."""
+    rows = "".join(f'<tr><th scope="row">{html.escape(name)}</th><td>{value}</td></tr>' for name, value in facts)
+    return f'<div class="scroll"><table><tbody>{rows}</tbody></table></div>'
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, classes: str = "") -> str:
+    """A table of cells as HTML.
+
+    Args:
+        head: The headings of the columns.
+        rows: The rows.
+        classes: `sortable` for columns that can be sorted in an interactive page, `numbers` for numbers in all columns but the
+            first one, or both.
+    """
+    header = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    attribute = f' class="{classes}"' if classes else ""
+    whole = f"<table{attribute}><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll" tabindex="0">{whole}</div>'
+
+
+def picture(image: Images, alt: str, *, width: int | None = None) -> str:
+    """An image uint8 [H, W, 3] inside the page, without loss.
+
+    Args:
+        image: The image.
+        alt: What it shows, as text.
+        width: Its width on the page in pixels; by default its own.
+    """
+    shown = image.shape[1] if width is None else width
+    return png_picture(encode(image), alt, (shown, round(shown * image.shape[0] / image.shape[1])))
+
+
+def png_picture(png: bytes, alt: str, size: tuple[int, int]) -> str:
+    """A PNG file inside the page.
+
+    Args:
+        png: The file.
+        alt: What it shows, as text.
+        size: Width and height on the page in pixels.
+    """
+    data = base64.b64encode(png).decode()
+    return f'<img alt="{html.escape(alt)}" width="{size[0]}" height="{size[1]}" src="data:image/png;base64,{data}">'
+
+
+def _contents(sections: Sequence[Section]) -> str:
+    items = "".join(f'<li><a href="#{section.id}">{html.escape(section.title)}</a></li>\n' for section in sections)
+    return f'<nav class="contents" aria-label="Contents"><strong>Contents</strong><ul>\n{items}</ul></nav>'
+
+
+@cache
+def _asset(suffix: str) -> str:
+    return files("dermis").joinpath(f"html_page.{suffix}").read_text(encoding="utf-8")
