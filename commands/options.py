@@ -122,9 +122,11 @@ SettingsOption = Annotated[
     typer.Option("--set", help="OPTION=VALUE of the training, such as batch=16; may be repeated."),
 ]
 LogOption = Annotated[
-    list[Literal["tensorboard", "mlflow", "wandb"]] | None,
+    list[str] | None,
     typer.Option(
-        "--log", help="Also log curves and pictures to TensorBoard, MLflow or Weights & Biases; can be repeated."
+        "--log",
+        metavar="LOGGER",
+        help="Also log curves and pictures to tensorboard, mlflow or wandb (Weights & Biases); can be repeated.",
     ),
 ]
 TensorboardOption = Annotated[bool, typer.Option(help="The same as --log tensorboard.")]
