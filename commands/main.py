@@ -13,6 +13,7 @@ from commands.audit import audit_app
 from commands.augment import augment_app
 from commands.authenticity import authenticity_app
 from commands.bundle import bundle_app
+from commands.cite import cite
 from commands.classify import classify
 from commands.console import error_message, usage_message
 from commands.data import data_app
@@ -65,6 +66,7 @@ app.command()(classify)
 app.command()(evaluate)
 app.command()(generate)
 app.command()(verify)
+app.command()(cite)
 app.command("sign")(sign_dataset)
 app.command("serve")(serve_http)
 app.command()(worker)

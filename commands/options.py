@@ -121,7 +121,15 @@ SettingsOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="OPTION=VALUE of the training, such as batch=16; may be repeated."),
 ]
-TensorboardOption = Annotated[bool, typer.Option(help="Also write TensorBoard files into the run folder.")]
+LogOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--log",
+        metavar="LOGGER",
+        help="Also log curves and pictures to tensorboard, mlflow or wandb (Weights & Biases); can be repeated.",
+    ),
+]
+TensorboardOption = Annotated[bool, typer.Option(help="The same as --log tensorboard.")]
 ExtractorOption = Annotated[
     str,
     typer.Option(

@@ -26,6 +26,7 @@ from commands.options import (
     ImageColumnOption,
     LayoutOption,
     LicenceOption,
+    LogOption,
     MapOption,
     MetadataOption,
     PatienceOption,
@@ -105,6 +106,7 @@ def train_classifier(
     device: DeviceOption = "auto",
     seed: Annotated[int, typer.Option(help="Seed of everything random except the split.")] = 0,
     resume: ResumeOption = False,
+    log: LogOption = None,
     tensorboard: TensorboardOption = False,
     name: Annotated[str | None, typer.Option(help="Title of the card; default: name of the run folder.")] = None,
     scenario: Annotated[str, typer.Option(help="Scenario named in the card; default: the configuration.")] = "",
@@ -124,11 +126,10 @@ def train_classifier(
     from training.classifier.run import ClassifierData, ClassifierOrigin
     from training.classifier.run import train_classifier as run
     from training.distributed import joined_ranks
-    from training.tensorboard import require_tensorboard
+    from training.loggers import check_loggers
 
     require_onnx()
-    if tensorboard:
-        require_tensorboard()
+    loggers = check_loggers([*(log or ()), *(["tensorboard"] if tensorboard else [])])
     if (configuration == "real") != (not synthetic):
         problem = "takes no --synthetic" if synthetic else "needs --synthetic, a bundle or a generated dataset"
         raise TrainingError(f"configuration: {configuration} {problem}")
@@ -194,7 +195,7 @@ def train_classifier(
             weights=weights,
             default_threshold=default_threshold,
             resume=resume,
-            tensorboard=tensorboard,
+            loggers=loggers,
             on_phase=report,
         )
         if result is None and ranks.first:

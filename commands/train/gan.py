@@ -19,6 +19,7 @@ from commands.options import (
     ImageColumnOption,
     LayoutOption,
     LicenceOption,
+    LogOption,
     MapOption,
     MetadataOption,
     ResumeOption,
@@ -143,6 +144,7 @@ def train_gan(
     device: DeviceOption = "auto",
     compile_networks: CompileOption = None,
     snapshot_kimg: Annotated[float, typer.Option(help="Interval in kimg of checkpoint, grid and bundle.")] = 20.0,
+    log: LogOption = None,
     tensorboard: TensorboardOption = False,
     metric: Annotated[
         Literal["fid", "kid"] | None,
@@ -202,10 +204,9 @@ def train_gan(
     from training.gan.snapshot import GeneratorOrigin, write_snapshot
     from training.gan.state import GanState
     from training.gan.transfer import read_source, transfer
-    from training.tensorboard import require_tensorboard
+    from training.loggers import check_loggers
 
-    if tensorboard:
-        require_tensorboard()
+    loggers = check_loggers([*(log or ()), *(["tensorboard"] if tensorboard else [])])
     if dp and source is not None and not dp_public_start:
         raise TrainingError(NOT_PUBLIC)
     if dp_public_start and source is None:
@@ -303,9 +304,8 @@ def train_gan(
                 target,
                 with_discriminator=with_discriminator,
                 measurements=Measurements(dataset, metric, metric_kimg, metric_count, target) if metric else None,
-                tensorboard=tensorboard,
             ),
-            tensorboard=tensorboard,
+            loggers=loggers,
         )
     if progress.stopped:
         report(f"stopped at {progress.kimg:.1f} kimg and saved; run the same command with --resume to continue")

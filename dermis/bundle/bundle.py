@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from dermis.bundle.card import (
+    with_citation_section,
     with_classifier_section,
     with_latent_section,
     with_privacy_section,
@@ -267,10 +268,12 @@ def write_bundle(
             or `metrics` are not JSON.
     """
     names = list(class_names) or [f"class{i}" for i in range(generator.config.c_dim)]
+    weights = _weights(generator, weights_dtype)
+    digest = hashlib.sha256(weights).hexdigest()
     files = {
-        GENERATOR: _weights(generator, weights_dtype),
+        GENERATOR: weights,
         METRICS: to_json(dict(metrics or {}), METRICS),
-        CARD: model_card.encode(),
+        CARD: with_citation_section(model_card, name, generator.config.img_resolution, digest).encode(),
         **(images or {}),
     }
     if discriminator is not None:
@@ -298,7 +301,7 @@ def amend_bundle(
 ) -> Bundle:
     """Change a local bundle. Files that no argument names keep their bytes.
 
-    The sections of the card on the classifier and on the other parts are written again if a part or the card changes.
+    The sections of the card on the parts and on citing it are written again if a part, the name or the card changes.
 
     Args:
         bundle: The bundle to change.
@@ -347,10 +350,13 @@ def amend_bundle(
         any(descriptions[key] is not getattr(bundle, key) for key in _PARTS)
         or new_directions is not bundle.directions
         or audit is not bundle.privacy_audit
+        or name not in (None, bundle.name)
     )
     if model_card is not None or changed:
         card = bundle.model_card if model_card is None else model_card
         card = _card(card, descriptions, new_directions)
+        weights = bundle.files[GENERATOR].sha256
+        card = with_citation_section(card, name or bundle.name, bundle.generator.img_resolution, weights)
         # An audit that stays keeps its section: a foreign bundle's file was not checked and may lack what the section names.
         files[CARD] = (card if audit is bundle.privacy_audit else with_privacy_section(card, audit)).encode()
     fields = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dermis.bundle.citation import METHOD_CITATION, bundle_entry
 from dermis.bundle.classifier import CLASSIFIER_CARD, NOTICE, ClassifierDescription
 from dermis.bundle.copies import CopiesDescription
 from dermis.bundle.directions import Direction
@@ -16,6 +17,7 @@ _CLASSIFIER_BEGIN, _CLASSIFIER_END = "<!-- classifier: written by dermis -->", "
 _LATENT_BEGIN, _LATENT_END = "<!-- latent space: written by dermis -->", "<!-- end of latent space -->"
 _PRIVACY_BEGIN, _PRIVACY_END = "<!-- privacy audit: written by dermis -->", "<!-- end of privacy audit -->"
 
+_CITATION_BEGIN, _CITATION_END = "<!-- citation: written by dermis -->", "<!-- end of citation -->"
 _REFERENCE_BEGIN, _REFERENCE_END = "<!-- reference: written by dermis -->", "<!-- end of reference -->"
 
 
@@ -27,6 +29,27 @@ def _with_section(card: str, begin: str, end: str, text: str) -> str:
     if text:
         return before.rstrip("\n") + f"\n\n{begin}\n{text}\n{end}\n" + after
     return before.rstrip("\n") + "\n" + after if mark else card
+
+
+def with_citation_section(card: str, name: str, resolution: int, weights: str) -> str:
+    """Replace the section on how to cite a bundle in its card, or add it.
+
+    Args:
+        card: The card, with or without such a section.
+        name: Name of the bundle.
+        resolution: Side of its images, px.
+        weights: SHA-256 (hex) of generator.safetensors.
+    """
+    text = f"""## Citation
+
+`dermis cite BUNDLE` also prints a paragraph for a methods section.
+
+```bibtex
+{bundle_entry(name, resolution, weights)}
+
+{METHOD_CITATION}
+```"""
+    return _with_section(card, _CITATION_BEGIN, _CITATION_END, text)
 
 
 def with_reference_section(card: str, reference: ReferenceDescription | None) -> str:

@@ -6,13 +6,14 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from dermis.bundle.citation import METHOD_CITATION
 from dermis.bundle.classifier import DEFAULT_THRESHOLD, NOTICE
 from dermis.dataset.columns import feature_kinds, features_code, features_yaml
 from dermis.dataset.containers import SOURCE
 from dermis.dataset.plan import DatasetPlan
 from dermis.dataset.privacy import SHOWN, PrivacyReport, has_percentile
 from dermis.dataset.scoring import ClassifierTally
-from dermis.dataset.terms import METHOD_CITATION, Terms, dataset_citation, known_biases, terms_of, use_in_words
+from dermis.dataset.terms import Terms, dataset_citation, known_biases, terms_of, use_in_words
 from dermis.imaging import SUFFIXES
 
 if TYPE_CHECKING:

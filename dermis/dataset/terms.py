@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dermis.bundle.citation import bundle_key, entry, tex
 from dermis.dataset.plan import DatasetPlan
 
 if TYPE_CHECKING:
@@ -33,15 +34,6 @@ _ALIASES = {"cc-0": "cc0-1.0", "cc-by": "cc-by-4.0", "cc-by-nc": "cc-by-nc-4.0"}
 _LIGHT, _DARK = ("very light", "light"), ("tan", "brown", "dark")
 _ARTEFACTS = {"frame": "a black frame", "ruler": "a ruler", "hair": "hair", "ink": "ink"}
 _UNEQUAL = 0.02  # difference between the shares of two classes from which on an artefact is named
-
-METHOD_CITATION = """@misc{carrascolimeros2022gan,
-  title = {{GAN}-based generative modelling for dermatological applications - comparative study},
-  author = {Carrasco Limeros, Sandra and Majchrowska, Sylwia and Zoubi, Mohamad Khir and Ros{\\'e}n, Anna and
-            Suvilehto, Juulia and Sj{\\"o}blom, Lisa and Kjellberg, Magnus},
-  year = {2022},
-  eprint = {2208.11702},
-  archiveprefix = {arXiv}
-}"""
 
 
 @dataclass(frozen=True)
@@ -185,9 +177,35 @@ def _options(plan: DatasetPlan) -> list[str]:
 
 def dataset_citation(plan: DatasetPlan, bundle: Bundle) -> str:
     """Return a BibTeX entry of the dataset. The version of dermis, which made it, is in manifest.json."""
-    name = bundle.name.replace("_", r"\_")
-    return f"""@misc{{dermis-{bundle.name.replace("_", "-")}-{plan.digest[:12]},
-  title = {{{plan.samples:,} synthetic dermoscopy images of the generator {name}}},
-  author = {{{{dermis}}}},
-  note = {{Seed {plan.request.seed}. Plan SHA-256 {plan.digest}, generator SHA-256 {bundle.digest}}}
-}}"""
+    return dataset_entry(plan.samples, bundle.name, bundle.digest, plan.digest, plan.request.seed)
+
+
+def dataset_key(bundle_name: str, plan_digest: str) -> str:
+    """Return the key of a dataset's BibTeX entry."""
+    return bundle_key(f"{bundle_name}-{plan_digest[:12]}")
+
+
+def dataset_entry(
+    samples: int,
+    bundle_name: str,
+    bundle_digest: str,
+    plan_digest: str,
+    seed: int,
+    extra: Mapping[str, str] | None = None,
+) -> str:
+    """Return a BibTeX entry of a dataset.
+
+    Args:
+        samples: Number of images that were requested.
+        bundle_name: Name of the bundle that made it.
+        bundle_digest: SHA-256 (hex) of that bundle.
+        plan_digest: SHA-256 (hex) of its plan.
+        seed: Its seed.
+        extra: Further fields in TeX, which replace those of the same name.
+    """
+    fields = {
+        "title": f"{samples:,} synthetic dermoscopy images of the generator {tex(bundle_name)}",
+        "author": "{dermis}",
+        "note": f"Seed {seed}. Plan SHA-256 {tex(plan_digest)}, generator SHA-256 {tex(bundle_digest)}",
+    }
+    return entry(dataset_key(bundle_name, plan_digest), fields | dict(extra or {}))

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ from training.classifier.network import freeze, set_train_mode
 from training.classifier.state import ClassifierProgress, ClassifierState, load_state, new_state, save_state
 from training.distributed import Ranks
 from training.interrupt import stop_requested
-from training.tensorboard import open_writer
+from training.loggers import open_loggers
 
 EVALUATION_BATCH = 64
 
@@ -47,7 +47,7 @@ def train(
     data: str,
     ranks: Ranks,
     resume: bool = False,
-    tensorboard: bool = False,
+    loggers: Sequence[str] = (),
     progress_bar: bool = True,
     features: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[TorchClassifier, ClassifierProgress]:
@@ -65,7 +65,7 @@ def train(
         data: Digest of the images. A run is resumed only with the same one.
         ranks: The processes; the first one writes.
         resume: Continue the run that is in `out`.
-        tensorboard: Write TensorBoard's event files.
+        loggers: Where curves go besides log.jsonl (`training.loggers`).
         progress_bar: Show progress bars.
         features: Features [N, D] of the training and of the validation images, if they are known, for a run with
             `cached_features`.
@@ -95,7 +95,7 @@ def train(
     clock = time.monotonic()
     with (
         stop_requested(ignore_repeated=ranks.count > 1) as stop,
-        _tensorboard_curves(out, progress.epoch, ranks.first and tensorboard) as add_points,
+        open_loggers(loggers, out, progress.epoch, config.to_dict(), enabled=ranks.first) as logged,
     ):
         while not _ended(progress, config):
             order = epoch_order(training.labels, config, progress.epoch, ranks)
@@ -127,7 +127,8 @@ def train(
             else:
                 _end_epoch(state, validation, validation_features, config, ranks, len(order), clock)
                 clock = time.monotonic()
-                add_points(progress)
+                points = {name: value for name, value in progress.history[-1].items() if name != "epoch"}
+                logged.scalars(points, progress.epoch)
                 progress.stopped = ranks.any(stop.is_set()) and not _ended(progress, config)
             if ranks.first:
                 save_state(checkpoint, state, config, data)
@@ -284,19 +285,3 @@ def all_features(network: TorchClassifier, training: TrainingSet, ranks: Ranks, 
 def _write_log(path: Path, progress: ClassifierProgress) -> None:
     with atomic_write(path) as partial:
         partial.write_text("".join(json.dumps(row) + "\n" for row in progress.history), encoding="utf-8")
-
-
-@contextmanager
-def _tensorboard_curves(out: Path, epoch: int, enabled: bool) -> Iterator[Callable[[ClassifierProgress], None]]:
-    """Yield a function that adds the points of a finished epoch. Points after `epoch` of an interrupted run are hidden."""
-    if not enabled:
-        yield lambda progress: None
-        return
-
-    def write(progress: ClassifierProgress) -> None:
-        for name, value in progress.history[-1].items():
-            if name != "epoch":
-                writer.add_scalar(name, value, progress.epoch)
-
-    with open_writer(out, purge_step=epoch + 1) as writer:
-        yield write

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -114,7 +114,7 @@ def train_classifier(
     weights: str = "imagenet",
     default_threshold: str = DEFAULT,
     resume: bool = False,
-    tensorboard: bool = False,
+    loggers: Sequence[str] = (),
     progress_bar: bool = True,
     on_phase: Callable[[str], None] = lambda text: None,
 ) -> TrainedClassifier | None:
@@ -130,7 +130,7 @@ def train_classifier(
         weights: First weights, as for `new_network`.
         default_threshold: Name of the threshold that is the default.
         resume: Continue the run that is in `out`.
-        tensorboard: Write TensorBoard's event files.
+        loggers: Where curves go besides log.jsonl (`training.loggers`).
         progress_bar: Show progress bars.
         on_phase: Called with the name of each phase after the training.
 
@@ -157,7 +157,7 @@ def train_classifier(
         data=data.digest,
         ranks=ranks,
         resume=resume,
-        tensorboard=tensorboard,
+        loggers=loggers,
         progress_bar=progress_bar,
     )
     if progress.stopped or not ranks.first:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from dermis.errors import TrainingError
+from dermis.imaging import Images
 from dermis.networks import Generator as GeneratorNetwork
 from training.checkpoint import checkpoint_path, locked
 from training.data.images import ImageDataset
@@ -28,12 +29,14 @@ from training.gan.state import GanProgress, GanState, load_state, new_state, sav
 from training.gan.step import training_step
 from training.gan.training_log import TrainingLog
 from training.interrupt import stop_requested
+from training.loggers import open_loggers
 
 NOT_PUBLIC = (
     "--from: with --dp the first weights must not have been trained on private images, since epsilon does not cover them; if "
     "they were trained on public images only, add --dp-public-start"
 )
-Snapshot = Callable[[Path, GanState], None]
+Snapshot = Callable[[Path, GanState], Images | None]
+"""Called with the run folder and the state; it returns a grid of samples, uint8 [H, W, 3], if it has made one."""
 
 
 def train(
@@ -49,7 +52,7 @@ def train(
     snapshot_kimg: float = 20.0,
     begin: Callable[[GanState], None] | None = None,
     on_snapshot: Snapshot | None = None,
-    tensorboard: bool = False,
+    loggers: Sequence[str] = (),
     progress_bar: bool = True,
 ) -> tuple[GeneratorNetwork, GanProgress]:
     """Train until config.total_kimg, or until SIGINT or SIGTERM: these finish the step, save and return.
@@ -68,7 +71,7 @@ def train(
         snapshot_kimg: Thousands of images between two checkpoints.
         begin: Fills the state of a new run, for instance with the weights of another.
         on_snapshot: Called with `out` and the state at the start, with every checkpoint and at the end.
-        tensorboard: Write TensorBoard's event files.
+        loggers: Where curves and grids go besides log.jsonl (`training.loggers`).
         progress_bar: Show a progress bar.
 
     Returns:
@@ -104,26 +107,31 @@ def train(
         phases = state.phases(config, ranks, compile_networks)
         divergence_check = DivergenceCheck(checkpoint)
 
+        def snapshot() -> None:
+            grid = on_snapshot(out, state) if on_snapshot is not None else None
+            if grid is not None:
+                logged.image("samples", grid, state.progress.nimg)
+
         def save() -> None:
             if ranks.first:
                 save_state(checkpoint, state, config, dataset)
                 if sampler is not None:
                     sampler.ledger.settle()
-                if on_snapshot is not None:
-                    on_snapshot(out, state)
+                snapshot()
 
         progress, total = state.progress, int(config.total_kimg * 1000)
         next_snapshot = progress.nimg + snapshot_kimg * 1000
-        if progress.nimg == 0 and on_snapshot is not None and ranks.first:
-            on_snapshot(out, state)
-        clock = time.monotonic()
         quiet = not (progress_bar and ranks.first)
         with (
             tqdm(total=total, initial=progress.nimg, unit="img", unit_scale=True, disable=quiet, smoothing=0.1) as bar,
-            TrainingLog(out, progress.nimg, enabled=ranks.first, tensorboard=tensorboard) as log,
+            open_loggers(loggers, out, progress.nimg, config.to_dict(), enabled=ranks.first) as logged,
+            TrainingLog(out, progress.nimg, loggers=logged, enabled=ranks.first) as log,
             closing(_real_images(dataset, config, progress, ranks, sampler)) as real,
             stop_requested(ignore_repeated=ranks.count > 1) as stop,
         ):
+            if progress.nimg == 0 and ranks.first:
+                snapshot()
+            clock = time.monotonic()
             while progress.nimg < total and not (sampler is not None and sampler.exhausted):
                 stats = training_step(state, phases, dataset, next(real), config)
                 now = time.monotonic()

@@ -27,7 +27,6 @@ from training.gan.card import model_card
 from training.gan.config import GanConfig
 from training.gan.private.record import privacy_record
 from training.gan.state import GanProgress, GanState
-from training.gan.training_log import show_in_tensorboard
 
 GRID = 8  # images in a row; also the number of rows unless there are more classes
 
@@ -50,9 +49,8 @@ def write_snapshot(
     *,
     with_discriminator: bool = False,
     measurements: Measurements | None = None,
-    tensorboard: bool = False,
-) -> Callable[[Path, GanState], None]:
-    """Return the callback of `train` that writes samples-<kimg>.png and, after the first step, the folder `bundle`.
+) -> Callable[[Path, GanState], Images]:
+    """Return the callback of `train`: it writes samples-<kimg>.png and, after the first step, `bundle`, and returns the grid.
 
     Args:
         dataset: Training images.
@@ -61,7 +59,6 @@ def write_snapshot(
         device: Device of the networks.
         with_discriminator: Add the discriminator to the bundle.
         measurements: Measure the snapshots and keep the best one as the folder `best`.
-        tensorboard: Add the grid to TensorBoard's files.
 
     Raises:
         DermisError: A bundle cannot have this name, or cannot hold this discriminator. Raised here and not by the callback,
@@ -96,22 +93,21 @@ def write_snapshot(
             replace=True,
         )
 
-    def write(out: Path, state: GanState) -> None:
+    def write(out: Path, state: GanState) -> Images:
         progress = state.progress
         grid = contact_sheet(sample_grid(state.G_ema, device), columns=GRID)
         made_by = ImageOrigin(origin.name, licence=origin.licence, attribution=origin.attribution)
         write_file(out / f"samples-{progress.nimg // 1000:06d}.png", encode(grid, origin=made_by))
         picture = encode(grid, "webp", 75, made_by)  # a twentieth of the PNG's size, to keep the bundle small
-        if tensorboard:
-            show_in_tensorboard(out, grid, progress.nimg)
         if progress.nimg == 0:
-            return
+            return grid
         bundle(out / "bundle", state, picture, {})
         if measurements is not None and measurements.due(out, progress, config.total_kimg):
             metrics, best = measurements.record(out, progress, out / "bundle")
             bundle(out / "bundle", state, picture, metrics)
             if best:
                 bundle(out / "best", state, picture, metrics)
+        return grid
 
     return write
 

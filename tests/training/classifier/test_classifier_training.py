@@ -128,8 +128,8 @@ def test_training_stops_early_and_lowers_rate_on_plateau(
 
 def test_tensorboard_curves_continue_after_resume(real: RealData, tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run(real, tmp_path, config(epochs=1), tensorboard=True)
-    run(real, tmp_path, config(epochs=2), tensorboard=True, resume=True)
+    run(real, tmp_path, config(epochs=1), loggers=["tensorboard"])
+    run(real, tmp_path, config(epochs=2), loggers=["tensorboard"], resume=True)
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [point.step for point in events.Scalars("validation_auc")] == [1, 2]
 

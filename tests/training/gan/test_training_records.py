@@ -184,17 +184,11 @@ def test_bundle_may_hold_the_discriminator(tmp_path: Path) -> None:
 def test_training_writes_curves_and_grids_for_tensorboard(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     dataset, config = _dataset(), _config(0.164)
-    write = write_snapshot(dataset, config, ORIGIN, CPU, tensorboard=True)
-    train(dataset, config, tmp_path, device=CPU, on_snapshot=write, tensorboard=True, progress_bar=False)
+    write = write_snapshot(dataset, config, ORIGIN, CPU)
+    train(dataset, config, tmp_path, device=CPU, on_snapshot=write, loggers=["tensorboard"], progress_bar=False)
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     tags = events.Tags()
     assert {"loss/G", "loss/D", "loss/r1", "gradient/D", "augmentation/p"} <= set(tags["scalars"])
     assert [point.step for point in events.Scalars("loss/G")] == [80, 160]
     assert events.Scalars("speed/images per second")[0].value > 0
     assert [picture.step for picture in events.Images("samples")] == [0, 164]
-
-
-def test_missing_tensorboard_is_refused_with_install_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(TrainingError, match="pip install tensorboard"):
-        TrainingLog(tmp_path, 0, tensorboard=True)

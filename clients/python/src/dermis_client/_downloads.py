@@ -6,10 +6,11 @@ import csv
 import re
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
@@ -26,10 +27,15 @@ from dermis_client._flow import (
     read,
     sleep,
 )
+from dermis_client._loading import hf_dataset, torch_dataset
+from dermis_client._notebook import table
 from dermis_client._requests import job_path, whole
 from dermis_client._untrusted import MAX_LIST_BYTES, load_json, one_line
 from dermis_client.errors import APIStatusError, DownloadError, IntegrityError
 from dermis_client.models import DatasetFile, Manifest
+
+if TYPE_CHECKING:
+    from dermis_client.torch import SyntheticDataset
 
 MANIFEST = "manifest.json"
 METADATA = "metadata.csv"
@@ -51,6 +57,46 @@ class Download:
     files: tuple[Path, ...]
     bytes_received: int
     images: int | None = None
+
+    def to_torch(
+        self, *, transform: Callable[[Any], Any] | None = None, class_names: Sequence[str] | None = None
+    ) -> SyntheticDataset:
+        """Open the images and labels as a `dermis_client.torch.SyntheticDataset`: pip install "dermis-client[torch]".
+
+        Args:
+            transform: Makes the item of a PIL image in RGB; by default a float tensor [3, H, W] between 0 and 1.
+            class_names: The classes in the order of the labels; by default that of the model.
+
+        Raises:
+            DermisError: PyTorch is not installed.
+            InvalidRequestError: The dataset does not have the format imagefolder.
+            IntegrityError: The archive is damaged.
+        """
+        return torch_dataset(self.folder, {"transform": transform, "class_names": class_names})
+
+    def to_hf(self, **options: Any) -> Any:
+        """Load the images and all columns with `datasets.load_dataset`: pip install "dermis-client[hf]".
+
+        Args:
+            options: Options of `load_dataset`, such as cache_dir. `split` is "train" by default.
+
+        Returns:
+            A `datasets.Dataset` with the columns `image` and `label` (with its class names) and those of metadata.csv.
+
+        Raises:
+            DermisError: The library datasets is not installed.
+            IntegrityError: It cannot load the files.
+        """
+        return hf_dataset(self.folder, options)
+
+    def _repr_html_(self) -> str:
+        """The download in a notebook."""
+        rows = {
+            "folder": self.folder,
+            "files": len(self.files),
+            "images": "unknown" if self.images is None else self.images,
+        }
+        return table(rows)
 
 
 @dataclass(frozen=True)

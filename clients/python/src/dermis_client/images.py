@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 from pydantic import Base64Bytes, Field
 
+from dermis_client import _notebook
 from dermis_client._files import check_sha256, write_atomically
 from dermis_client._untrusted import one_line
 from dermis_client._version import __version__
@@ -131,6 +132,10 @@ class GeneratedImage(ResponseRecord):
         """
         check_sha256(self.content, self.sha256, f"image {self.index}", str(self.index))
 
+    def _repr_html_(self) -> str:
+        """The image in a notebook, at most 128 px large."""
+        return _notebook.image_html(self.image, f"{self.class_name}, seed {self.seed}, index {self.index}, synthetic")
+
 
 class ImagesResult(ResponseRecord):
     """The images of one call, in order, and the model that generated them: a sequence of GeneratedImage."""
@@ -168,6 +173,14 @@ class ImagesResult(ResponseRecord):
         """
         width = math.ceil(math.sqrt(len(self.data))) if columns is None else columns
         return sheet(self.images, width, gap)
+
+    def _repr_html_(self) -> str:
+        """The first images in a notebook, on one sheet."""
+        return _notebook.sheet_html(
+            [lambda item=item: item.image for item in self.data],  # type: ignore[misc]
+            lambda images: sheet(images, 8, 2),
+            f"{len(self.data):,} synthetic images of {self.model.name}",
+        )
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write every image file, unchanged, under its `file_name`.

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 from pydantic import Base64Bytes, Field
 
+from dermis_client import _notebook
 from dermis_client._files import check_sha256, write_atomically
 from dermis_client.images import decode, sheet
 from dermis_client.models import Count, ModelRef, Problem, ResponseRecord
@@ -125,6 +126,11 @@ class EditedImage(ResponseRecord):
         """
         check_sha256(self.content, self.sha256, f"image {self.file_name}", self.file_name)
 
+    def _repr_html_(self) -> str:
+        """The image in a notebook, at most 128 px large."""
+        strength = "" if self.strength is None else f", strength {self.strength:+g}"
+        return _notebook.image_html(self.image, f"sample {self.sample}{strength}, synthetic")
+
 
 class EditsResult(ResponseRecord):
     """The images of one call, by sample and then by strength: a sequence of EditedImage."""
@@ -154,8 +160,21 @@ class EditsResult(ResponseRecord):
             DermisError: There are no images, or the sheet is too large.
             IntegrityError: An image cannot be decoded.
         """
-        rows = len({item.sample for item in self.data})
-        return sheet([item.image for item in self.data], -(-len(self.data) // max(rows, 1)), gap)
+        return sheet([item.image for item in self.data], self._columns, gap)
+
+    @property
+    def _columns(self) -> int:
+        """Images of each sample."""
+        return max(-(-len(self.data) // max(len({item.sample for item in self.data}), 1)), 1)
+
+    def _repr_html_(self) -> str:
+        """The first rows of the strip in a notebook."""
+        return _notebook.sheet_html(
+            [lambda item=item: item.image for item in self.data],  # type: ignore[misc]
+            lambda images: sheet(images, self._columns, 2),
+            f"{len(self.data):,} edited images of {self.model.name}",
+            self._columns,
+        )
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write every image file, unchanged, under its `file_name`.

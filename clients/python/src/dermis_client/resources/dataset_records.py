@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from pydantic import PrivateAttr
 
 from dermis_client._downloads import Download, DownloadProgress
+from dermis_client._loading import check_format, default_folder, require_datasets, require_torch
+from dermis_client._notebook import dataset_html
 from dermis_client.errors import InvalidRequestError
 from dermis_client.models import DatasetFile, DatasetRecord
 from dermis_client.report import DatasetReport
 
 if TYPE_CHECKING:
     from dermis_client.resources.datasets import AsyncDatasets, Datasets
+    from dermis_client.torch import SyntheticDataset
 
 D = TypeVar("D", bound=DatasetRecord)
 
@@ -104,6 +108,62 @@ class Dataset(DatasetRecord):
         """Delete the dataset with its files; see `Datasets.delete`."""
         self._datasets.delete(self.id)
 
+    def to_torch(
+        self,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        transform: Callable[[Any], Any] | None = None,
+        class_names: Sequence[str] | None = None,
+        progress: bool | Callable[[DownloadProgress], None] = False,
+    ) -> SyntheticDataset:
+        """Download the dataset and open it as a `dermis_client.torch.SyntheticDataset`: pip install "dermis-client[torch]".
+
+        Args:
+            folder: The folder; by default one with the id of the dataset, in the working directory. Files that are there and
+                intact are not downloaded again.
+            transform: Makes the item of a PIL image in RGB; by default a float tensor [3, H, W] between 0 and 1.
+            class_names: The classes in the order of the labels; by default that of the model.
+            progress: Show a progress bar, or call this function with the progress.
+
+        Raises:
+            DermisError: PyTorch is not installed; nothing is downloaded then.
+            InvalidRequestError: The dataset does not have the format imagefolder.
+        """
+        require_torch()
+        check_format(self.request.format)
+        place = default_folder(self.id) if folder is None else folder
+        downloaded = self.download(place, progress=progress)
+        return downloaded.to_torch(transform=transform, class_names=class_names)
+
+    def to_hf(
+        self,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        progress: bool | Callable[[DownloadProgress], None] = False,
+        **options: Any,
+    ) -> Any:
+        """Download the dataset and load it with `datasets.load_dataset`: pip install "dermis-client[hf]".
+
+        Args:
+            folder: The folder; by default one with the id of the dataset, in the working directory. Files that are there and
+                intact are not downloaded again.
+            progress: Show a progress bar, or call this function with the progress.
+            options: Options of `load_dataset`, such as cache_dir. `split` is "train" by default.
+
+        Returns:
+            A `datasets.Dataset` with the columns `image` and `label` (with its class names) and those of metadata.csv.
+
+        Raises:
+            DermisError: The library datasets is not installed; nothing is downloaded then.
+        """
+        require_datasets()
+        downloaded = self.download(default_folder(self.id) if folder is None else folder, progress=progress)
+        return downloaded.to_hf(**options)
+
+    def _repr_html_(self) -> str:
+        """The record in a notebook."""
+        return dataset_html(self)
+
 
 class AsyncDataset(DatasetRecord):
     """A dataset at one moment, with methods that act on it. A record does not change: methods return new records."""
@@ -175,3 +235,34 @@ class AsyncDataset(DatasetRecord):
     async def delete(self) -> None:
         """Delete the dataset with its files; see `Datasets.delete`."""
         await self._datasets.delete(self.id)
+
+    async def to_torch(
+        self,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        transform: Callable[[Any], Any] | None = None,
+        class_names: Sequence[str] | None = None,
+        progress: bool | Callable[[DownloadProgress], None] = False,
+    ) -> SyntheticDataset:
+        """Download the dataset and open it for PyTorch; see `Dataset.to_torch`."""
+        require_torch()
+        check_format(self.request.format)
+        place = default_folder(self.id) if folder is None else folder
+        downloaded = await self.download(place, progress=progress)
+        return downloaded.to_torch(transform=transform, class_names=class_names)
+
+    async def to_hf(
+        self,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        progress: bool | Callable[[DownloadProgress], None] = False,
+        **options: Any,
+    ) -> Any:
+        """Download the dataset and load it with the library datasets; see `Dataset.to_hf`."""
+        require_datasets()
+        downloaded = await self.download(default_folder(self.id) if folder is None else folder, progress=progress)
+        return await asyncio.to_thread(downloaded.to_hf, **options)
+
+    def _repr_html_(self) -> str:
+        """The record in a notebook."""
+        return dataset_html(self)
