@@ -23,8 +23,8 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
+from benchmarks import DEMO
 from benchmarks.dataset_job import launched
-from benchmarks.generation import DEMO
 from dermis.bundle import Bundle, open_bundle
 
 REQUIRED_PAGE_SECONDS = 1.5
