@@ -55,6 +55,7 @@ def test_openapi_has_the_recorded_operations_and_fields() -> None:
     _compare("openapi")
 
 
+@pytest.mark.full
 def test_get_routes_answer_as_recorded() -> None:
     pytest.importorskip("faiss", reason="FAISS is not installed")
     _compare("routes")

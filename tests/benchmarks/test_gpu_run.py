@@ -53,6 +53,7 @@ def files_of(out: Path) -> list[Path]:
     return [path for path in out.rglob("*") if path.is_file()]
 
 
+@pytest.mark.full
 def test_gpu_parts_run_without_optional_packages(tmp_path: Path) -> None:
     """Three of them, then training, which resumes its own state and makes a bundle of it."""
     plan = tmp_path / "plan.toml"

@@ -145,6 +145,7 @@ def test_openvino_features_match_torch(name: str, tmp_path: Path, monkeypatch: p
     assert not extractor.extract._failed
 
 
+@pytest.mark.full
 def test_openvino_features_do_not_depend_on_batch() -> None:
     pytest.importorskip("openvino", reason="OpenVINO is not installed")
     images = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
@@ -174,7 +175,10 @@ def test_torch_replaces_openvino_for_unsupported_networks(caplog: pytest.LogCapt
 @pytest.mark.parametrize(
     ("name", "module", "kind", "feature"),
     [
-        ("inception", "feature_extractor_inceptionv3", "FeatureExtractorInceptionV3", "2048"),
+        pytest.param(
+            *("inception", "feature_extractor_inceptionv3", "FeatureExtractorInceptionV3", "2048"),
+            marks=pytest.mark.full,
+        ),
         ("clip", "feature_extractor_clip", "FeatureExtractorCLIP", "clip"),
     ],
 )

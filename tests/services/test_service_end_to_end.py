@@ -34,6 +34,7 @@ pytest.importorskip("faiss", reason="FAISS is not installed")
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
 
 
+@pytest.mark.full
 def test_killed_job_is_finished_by_two_workers_with_same_bytes(launch: Callable[..., Launched], tmp_path: Path) -> None:
     training = np.random.default_rng(0).integers(0, 256, (50, 16, 16, 3), dtype=np.uint8)
     bundle = Path(make_complete_bundle(tmp_path / "made", training).location)

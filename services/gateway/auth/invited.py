@@ -42,6 +42,7 @@ class Invited(Access):
 
         Raises:
             ProblemError: There is no invitation, or it is not known, has expired or was revoked (401).
+            QuotaExceededError: The tenant has sent too many requests in this minute, its readers included (429).
             DatabaseUnavailableError: Invitations cannot be read.
         """
         values = request.headers.getlist("authorization")
@@ -62,6 +63,7 @@ class Invited(Access):
             raise _refusal(f"the invitation is {state}; ask the person who sent you the link for another one")
         if study.expires_at <= time.time():
             raise _refusal("the study has ended")
+        await request.app.state.context.quotas.count(request, reader, {"requests_per_minute": 1})
         await asyncio.to_thread(studies.table.record_use, invitation)
         return reader
 

@@ -318,6 +318,7 @@ def test_index_build_command_adds_index_to_bundle(bundle: Bundle, tmp_path: Path
         assert {"authenticity", "faiss"} <= set(checker.identity) <= {"authenticity", "faiss", "distant_images"}
 
 
+@pytest.mark.full
 def test_duplicate_training_images_do_not_make_copies_authentic(tmp_path: Path) -> None:
     def indexed(name: str, again: int) -> tuple[str, list[str]]:
         data = tmp_path / name / "benign"

@@ -65,6 +65,7 @@ def make(folder: Path, bundle: Bundle, **privacy: Any) -> Manifest:
         return finalize(plan, store, bundle, {}, partial(exposure, checker.index))
 
 
+@pytest.mark.full
 def test_changed_copies_are_replaced_and_counted(tmp_path: Path, bundle: Bundle) -> None:
     with Checker(bundle, device="cpu", threads=1) as checker:
         verdicts = checker.check(paint(range(12), [0] * 12))

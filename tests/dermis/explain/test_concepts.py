@@ -141,6 +141,7 @@ def test_counter_sets_match_sources_and_classes_of_concept() -> None:
     assert [text.split(":")[0] for text in left_out] == ["ruler", "hair", "ink"]
 
 
+@pytest.mark.full
 def test_concepts_command_writes_table_and_example_image(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = finished_network(new_network(ClassifierConfig("test_efficientnet", size=32), "none"), 0.0)

@@ -128,6 +128,7 @@ def test_projection_steps_equal_those_of_adam(bundle: Bundle, drawn: list[Target
     assert not np.allclose(projection.ws[0], projector._means[0].numpy(), atol=1e-2)
 
 
+@pytest.mark.full
 def test_projection_without_improvement_ends_early(projector: ImageProjector, drawn: list[Target]) -> None:
     schedule = Schedule(steps=400, noise_maps=False, latent_noise=0, patience=5)
     projections = project(projector, drawn, schedule)

@@ -155,7 +155,7 @@ jobs.stop()
 """
 
 
-@pytest.mark.parametrize("kind", ["postgresql", "sqlite"])
+@pytest.mark.parametrize("kind", ["postgresql", pytest.param("sqlite", marks=pytest.mark.full)])
 def test_four_processes_may_start_at_once_on_an_empty_database(
     tmp_path: Path, kind: str, request: pytest.FixtureRequest
 ) -> None:

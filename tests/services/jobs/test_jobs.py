@@ -62,6 +62,7 @@ def test_job_of_stopped_service_resumes_at_next_start(tiny_bundle: Bundle, tmp_p
         assert running.generator.calls <= 9
 
 
+@pytest.mark.full
 def test_shards_that_another_version_made_are_made_again(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,6 +51,7 @@ def test_stopped_and_resumed_training_gives_same_bytes(tmp_path: Path, monkeypat
         assert (parts.folder / name).read_bytes() == (whole.folder / name).read_bytes()
 
 
+@pytest.mark.full
 def test_finished_run_can_be_made_longer(tmp_path: Path) -> None:
     known = colour_fields(0, KNOWN)
     short = make_detector(tmp_path, known, steps=2).description

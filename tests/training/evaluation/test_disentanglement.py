@@ -122,6 +122,7 @@ def test_frame_share_equals_artefact_detector_frame() -> None:
     assert frame_share(image) == detect_artefacts(image).frame > 0.05
 
 
+@pytest.mark.full
 def test_directions_command_measures_and_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_classifier(tmp_path / "classifier")
     bundle = make_bundle(tmp_path / "tiny")

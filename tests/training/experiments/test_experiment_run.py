@@ -87,6 +87,7 @@ def _run(out: Path, data: Path, *arguments: object, which: tuple[str, ...] = ())
     return result
 
 
+@pytest.mark.full
 def test_table1_trains_five_generators_and_compares_with_paper(tmp_path: Path, data: Path) -> None:
     out = tmp_path / "table1"
     with pytest.raises(TrainingError, match="--only: mel-gan is none of ben-gan, mal-gan"):

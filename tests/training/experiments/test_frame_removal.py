@@ -89,6 +89,7 @@ def bundle_and_skin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[st
     return bundle.location, tmp_path / "skin", 15.0 if ends[1].mean() > ends[0].mean() else -15.0
 
 
+@pytest.mark.full
 def test_arms_share_latents_and_differ_in_frame(bundle_and_skin: tuple[str, Path, float], tmp_path: Path) -> None:
     from dermis.bundle import open_bundle
 

@@ -104,6 +104,7 @@ def test_federated_metrics_match_metrics_of_pooled_images(skin: Path, tmp_path: 
     assert losses[-1] < losses[0], "it must learn"
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("unexported")
 def test_proximal_term_keeps_weights_nearer_to_start(skin: Path, tmp_path: Path) -> None:
     from training.federated.tasks.classifier import begin

@@ -88,7 +88,7 @@ def test_discriminator_learns_on_fixed_features() -> None:
     "options",
     [
         {},
-        {"moments_weight": 1.0, "projected_levels": 5},
+        pytest.param({"moments_weight": 1.0, "projected_levels": 5}, marks=pytest.mark.full),
         {"relativistic": True, "r1_gamma": 0.1, "projected_mbstd": True},
     ],
     ids=["usual", "moments", "relativistic"],

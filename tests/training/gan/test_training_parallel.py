@@ -77,14 +77,17 @@ def _one_rank(rank: int, count: int, port: int, out: Path, changes: dict[str, ob
     [
         {},
         {"relativistic": True, "class_balance": 0.5},
-        {
-            "projected": True,
-            "projected_mbstd": True,
-            "moments_weight": 1.0,
-            "class_moments_weight": 0.5,
-            "augment": "blit",
-            "r1_interval": 4,
-        },
+        pytest.param(
+            {
+                "projected": True,
+                "projected_mbstd": True,
+                "moments_weight": 1.0,
+                "class_moments_weight": 0.5,
+                "augment": "blit",
+                "r1_interval": 4,
+            },
+            marks=pytest.mark.full,
+        ),
     ],
     ids=["usual", "relativistic", "projected"],
 )
