@@ -122,7 +122,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             gr.update(visible=writes),
             update,
             *class_updates(chosen, query.get("class_name")),
-            gr.update(value=whole(query.get("seed"))),
+            whole(query.get("seed")),
             gr.update(visible=chosen.authenticity is not None),
             gr.update(visible=chosen.classifier is not None),
             gr.update(interactive=True),
@@ -262,7 +262,7 @@ def body_of(model: Model, values: tuple[Any, ...]) -> dict[str, Any]:
         classes = classes_of_lines(listed or "")
     classes = {name: count for name, count in classes.items() if count > 0}
     if not classes:
-        raise ValueError("ask for at least one image")
+        raise ValueError("no images are asked for; ask for at least one image")
     body: dict[str, Any] = {"model": model.name, "classes": classes, "seed": int(seed or 0)}
     if kind != "imagefolder":
         body["format"] = kind
@@ -289,6 +289,6 @@ def classes_of_lines(text: str) -> dict[str, int]:
     for line in filter(None, map(str.strip, text.splitlines())):
         name, equals, count = line.rpartition("=")
         if not equals or not count.strip().isdigit():
-            raise ValueError(f"{line[:80]!r}: write the class, =, and a number of images")
+            raise ValueError(f"the line {line[:80]!r} cannot be read; write the class, =, and a number of images")
         result[name.strip()] = int(count)
     return result

@@ -146,7 +146,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         try:
             sample = SampleRef.parse(message)
             if sample is None:
-                raise ValueError("select an image first")
+                raise ValueError("no image is selected; select one first")
             distance = float(message.get("distance") or NEIGHBOUR_DISTANCE)
             yield markup.progress(f"Generating {NEIGHBOURS} neighbours", None)
             async with studio.client(request) as client:
