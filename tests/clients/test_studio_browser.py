@@ -25,6 +25,7 @@ from launched_service import ROOT, Launched, launching
 from service_kit import assemble, listening
 from studio_browser import WAIT_SECONDS, Browser, browsing, violations
 
+OPTIMISATION_SECONDS = 300.0  # for the hundreds of steps of a projection on a busy machine
 DEMO = ROOT / "bundles" / "demo"
 NO_SUCH = f"pr_{'0' * 32}"
 
@@ -48,8 +49,8 @@ def press(page: Any, name: str) -> None:
     page.get_by_role("button", name=name, exact=True).click()
 
 
-def shows(page: Any, text: str) -> None:
-    page.get_by_text(text).first.wait_for()
+def shows(page: Any, text: str, seconds: float = WAIT_SECONDS) -> None:
+    page.get_by_text(text).first.wait_for(timeout=1000 * seconds)
 
 
 def picture(size: int = 160) -> dict[str, Any]:
@@ -111,7 +112,7 @@ def project(page: Any) -> None:
     page.locator("input[type=file]").set_input_files(picture())
     page.get_by_alt_text("The chosen image").wait_for()
     press(page, "Project")
-    shows(page, "Reconstruction.")
+    shows(page, "Reconstruction.", OPTIMISATION_SECONDS)
     page.once("dialog", lambda dialog: dialog.accept())
     press(page, "Delete")
     shows(page, "are deleted")
