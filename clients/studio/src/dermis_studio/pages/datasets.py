@@ -128,10 +128,12 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             gr.update(interactive=True),
         ]
 
+    @shows_problems(CLASS_FIELDS + 4)
     async def choose_model(name: str, request: gr.Request) -> Any:
         async with studio.client(request) as client:
             chosen = await find_model(client, name)
         return [
+            gr.skip(),
             *class_updates(chosen, None),
             gr.update(visible=chosen.authenticity is not None),
             gr.update(visible=chosen.classifier is not None),
@@ -201,7 +203,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     )
     loaded.then(reckon, fields, [estimate, code], **PRIVATE)
     following = blocks.load(reopen, None, [current, table], concurrency_limit=None, **PRIVATE)
-    model.input(choose_model, model, [*counts, listed, gate, agreeing], **PRIVATE)
+    model.input(choose_model, model, [estimate, *counts, listed, gate, agreeing], **PRIVATE)
     image_format.change(lambda value: gr.update(visible=value != "png"), image_format, quality, **PRIVATE)
     gate.change(lambda value: gr.update(visible=value != "none"), gate, rejected, **PRIVATE)
     changes = [field.input if hasattr(field, "input") else field.change for field in fields]

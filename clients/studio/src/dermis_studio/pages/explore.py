@@ -176,13 +176,14 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             int(place) + 1 if place.isdecimal() else gr.skip(),
         ]
 
+    @shows_problems(SLIDERS + 6)
     async def choose_model(name: str, request: gr.Request) -> Any:
         async with studio.client(request) as client:
             chosen = await find_model(client, name)
             directions = await client.edits.directions(chosen.name)
         value = chosen.classes[0] if chosen.classes else None
         ends = gr.update(choices=chosen.classes, value=chosen.classes[-1] if chosen.classes else None)
-        return [gr.update(choices=chosen.classes, value=value), *direction_updates(directions), ends]
+        return [gr.skip(), gr.update(choices=chosen.classes, value=value), *direction_updates(directions), ends]
 
     def start_of(request: gr.Request, values: Sequence[Any]) -> Start:
         name, source, class_name, seed, index, projection = values
@@ -341,9 +342,11 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     gr.on(changed, show_start, start_fields, [before, after], trigger_mode="always_last", **PRIVATE).then(
         show_edit, everything, [after, about, here], **edits
     )
-    model.input(choose_model, model, [class_name, chosen_names, *sliders, across, upwards, end_class], **PRIVATE).then(
-        show_start, start_fields, [before, after], **PRIVATE
-    ).then(show_edit, everything, [after, about, here], **edits)
+    model.input(
+        choose_model, model, [before, class_name, chosen_names, *sliders, across, upwards, end_class], **PRIVATE
+    ).then(show_start, start_fields, [before, after], **PRIVATE).then(
+        show_edit, everything, [after, about, here], **edits
+    )
     chosen_names.input(name_sliders, [chosen_names], sliders, **PRIVATE).then(
         show_edit, everything, [after, about, here], **edits
     )
