@@ -25,7 +25,7 @@ from launched_service import ROOT, Launched, launching
 from service_kit import assemble, listening
 from studio_browser import WAIT_SECONDS, Browser, browsing, violations
 
-OPTIMISATION_SECONDS = 300.0  # for the hundreds of steps of a projection on a busy machine
+OPTIMISATION_SECONDS = 600.0  # for the hundreds of steps of a projection on a busy machine
 DEMO = ROOT / "bundles" / "demo"
 NO_SUCH = f"pr_{'0' * 32}"
 
@@ -115,6 +115,17 @@ def project(page: Any) -> None:
     shows(page, "Reconstruction.", OPTIMISATION_SECONDS)
     page.once("dialog", lambda dialog: dialog.accept())
     press(page, "Delete")
+    shows(page, "are deleted")
+
+
+def project_and_cancel(page: Any) -> None:
+    """Start a projection, and delete it before it has ended."""
+    page.locator("input[type=file]").set_input_files(picture())
+    page.get_by_alt_text("The chosen image").wait_for()
+    press(page, "Project")
+    shows(page, " steps")
+    page.once("dialog", lambda dialog: dialog.accept())
+    press(page, "Cancel and delete")
     shows(page, "are deleted")
 
 
@@ -287,7 +298,7 @@ def test_pages_work_after_a_restart_of_the_service(
         page.locator(".ds-title h1").wait_for()
         if name == "models":
             page.reload()
-        PAGES[name].use(page)
+        (project_and_cancel if name == "project" else PAGES[name].use)(page)
 
 
 @pytest.mark.full
