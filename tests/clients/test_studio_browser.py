@@ -25,6 +25,8 @@ from launched_service import ROOT, Launched, launching
 from service_kit import assemble, listening
 from studio_browser import WAIT_SECONDS, Browser, browsing, violations
 
+OPTIMISATION_SECONDS = 600.0  # for the hundreds of steps of a projection on a busy machine
+HEAT_MAP_SECONDS = 180.0  # for the first one after a start, on a busy machine
 DEMO = ROOT / "bundles" / "demo"
 NO_SUCH = f"pr_{'0' * 32}"
 
@@ -48,8 +50,8 @@ def press(page: Any, name: str) -> None:
     page.get_by_role("button", name=name, exact=True).click()
 
 
-def shows(page: Any, text: str) -> None:
-    page.get_by_text(text).first.wait_for()
+def shows(page: Any, text: str, seconds: float = WAIT_SECONDS) -> None:
+    page.get_by_text(text).first.wait_for(timeout=1000 * seconds)
 
 
 def picture(size: int = 160) -> dict[str, Any]:
@@ -111,9 +113,20 @@ def project(page: Any) -> None:
     page.locator("input[type=file]").set_input_files(picture())
     page.get_by_alt_text("The chosen image").wait_for()
     press(page, "Project")
-    shows(page, "Reconstruction.")
+    shows(page, "Reconstruction.", OPTIMISATION_SECONDS)
     page.once("dialog", lambda dialog: dialog.accept())
     press(page, "Delete")
+    shows(page, "are deleted")
+
+
+def project_and_cancel(page: Any) -> None:
+    """Start a projection, and delete it before it has ended."""
+    page.locator("input[type=file]").set_input_files(picture())
+    page.get_by_alt_text("The chosen image").wait_for()
+    press(page, "Project")
+    shows(page, " steps")
+    page.once("dialog", lambda dialog: dialog.accept())
+    press(page, "Cancel and delete")
     shows(page, "are deleted")
 
 
@@ -137,7 +150,7 @@ def authenticity_with_huge_seed(page: Any) -> str:
 def classify(page: Any) -> None:
     page.get_by_label("Integrated gradients").check()
     press(page, "Classify")
-    shows(page, "Counted as")
+    shows(page, "Counted as", HEAT_MAP_SECONDS)
     page.get_by_label("Heat map").last.fill("30")
     shows(page, "30 %")
 
@@ -286,7 +299,7 @@ def test_pages_work_after_a_restart_of_the_service(
         page.locator(".ds-title h1").wait_for()
         if name == "models":
             page.reload()
-        PAGES[name].use(page)
+        (project_and_cancel if name == "project" else PAGES[name].use)(page)
 
 
 @pytest.mark.full

@@ -6,14 +6,16 @@ import json
 import shlex
 from typing import Any
 
+import gradio as gr
 import pytest
-from dermis_client import APIConnectionError, Study, StudyResults
+from dermis_client import APIConnectionError, DermisError, Model, Study, StudyResults
 from dermis_client.errors import RateLimitError, UnprocessableEntityError
 from dermis_client.models import Problem
 from dermis_client.studies import StudyImages
 from dermis_studio import markup, scales, snippets
 from dermis_studio.pages import study_view
 from dermis_studio.samples import SampleRef, words_of
+from dermis_studio.sources import SourceFields
 
 EVIL = '<script>alert("x")</script>&'
 
@@ -34,6 +36,25 @@ def test_problem_shows_title_fields_and_what_to_do_and_escapes_all_of_them() -> 
     assert "in 7 s" in markup.problem(error(RateLimitError, 429, 7.0))
     assert "The service does not respond" in markup.problem(APIConnectionError("refused"))
     assert EVIL not in markup.problem(RuntimeError(EVIL))
+
+
+def test_problem_of_a_page_itself_says_what_to_do() -> None:
+    shown = markup.problem(DermisError("no image is chosen; choose one first"))
+    assert "<p>no image is chosen</p>" in shown
+    assert '<p class="ds-remedy">Choose one first.</p>' in shown
+    assert '<p class="ds-remedy">Change' in markup.problem(DermisError("too large"))
+
+
+def test_loading_a_page_keeps_what_was_entered_meanwhile() -> None:
+    model = Model.model_construct(name="demo", classes=["benign"])
+    with gr.Blocks():
+        fields = SourceFields()
+    kept = dict(zip(fields.outputs, fields.updates(model, {}), strict=True))
+    assert all("value" not in kept[field] for field in (fields.kind, fields.seed, fields.index))
+    named = dict(zip(fields.outputs, fields.updates(model, {"class_name": "benign", "seed": "7"}), strict=True))
+    assert (named[fields.kind]["value"], named[fields.seed]) == ("sample", 7)
+    only_files = dict(zip(fields.outputs, fields.updates(model, {}, samples=False), strict=True))
+    assert only_files[fields.kind]["value"] == "file"
 
 
 @pytest.mark.parametrize("value", [EVIL, "'\"`${1+1}{{x}}", "é\n"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from typing import Any
 
 # Before Gradio is imported: no reports of use, no questions for newer versions.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -63,12 +64,27 @@ def create_site(
         if page.path in _BUILDERS:
             with blocks.route(page.name, f"/{page.path}"):
                 _BUILDERS[page.path](studio, blocks)
+    for block in blocks.blocks.values():
+        if isinstance(block, gr.Dropdown | gr.Radio):
+            setattr(block, "preprocess", _as_sent)  # noqa: B010  (a method cannot be assigned)
     blocks.queue(default_concurrency_limit=16, max_size=_MAX_WAITING, api_open=False)
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="SSR mode")  # it is off
         _mount(app, blocks, prefix)
     return StudioSite(service, visitors, app, prefix, check_origin=check_origin, hosts=hosts, queue=blocks._queue)
+
+
+def _as_sent(payload: Any) -> Any:
+    """Take a choice as the browser sends it; the handlers and the service check it.
+
+    Gradio compares it with the choices that the page was given when it was loaded. A process that was started since then
+    does not know them, and would refuse each event of a page that is still open.
+    """
+    values = payload if isinstance(payload, list) else [payload]
+    if not all(value is None or isinstance(value, str) for value in values):
+        raise gr.Error("A choice has to be a text. Load the page again.")
+    return payload
 
 
 def _mount(app: FastAPI, blocks: gr.Blocks, prefix: str) -> None:

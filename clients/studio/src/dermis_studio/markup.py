@@ -74,8 +74,19 @@ _REMEDIES: Mapping[int, str] = {
 }
 
 
+def _parts(message: str) -> tuple[str, str]:
+    """Return what is wrong and what to do: the parts of a message before and after its last semicolon."""
+    detail, _, remedy = message.rpartition("; ")
+    if not detail:
+        return message, "Change the values of the page, then try again."
+    return detail, f"{remedy[:1].upper()}{remedy[1:]}."
+
+
 def problem(error: Exception) -> str:
-    """Return an error: what is wrong, and what to do."""
+    """Return an error: what is wrong, and what to do.
+
+    The message of an error that no answer of the service caused has both, separated by a semicolon.
+    """
     if isinstance(error, APIStatusError):
         title = error.problem.title or "The service refused this"
         detail = error.problem.detail or str(error)
@@ -94,7 +105,8 @@ def problem(error: Exception) -> str:
         title, detail, fields = "The service does not respond", str(error), []
         remedy, request_id = "It may be restarting. Try again in a moment.", None
     elif isinstance(error, DermisError):
-        title, detail, fields, remedy, request_id = "This cannot be done", str(error), [], "", None
+        title, fields, request_id = "This cannot be done", [], None
+        detail, remedy = _parts(str(error))
     else:
         title, detail, fields = "The studio failed", type(error).__name__, []
         remedy, request_id = "Load the page again. The log of the studio has the reason.", None

@@ -72,7 +72,7 @@ class SampleRef:
             )
         except (TypeError, ValueError, KeyError):
             raise ValueError(
-                "the sample needs a whole seed and index, a number for the truncation, and a known noise mode"
+                "the address names no sample; give it a whole seed and index, a number as truncation, and a known noise mode"
             ) from None
 
     @property
@@ -128,7 +128,11 @@ async def find_model(client: AsyncDermisClient, name: str | None) -> Model:
     for model in models:
         if model.name == name or (not name and model.default):
             return model
-    raise DermisError(f"the service has no model {name!r}; load the page again" if name else "the service has no model")
+    raise DermisError(
+        f"the service has no model {name!r}; load the page again"
+        if name
+        else "the service has no model; ask its operator"
+    )
 
 
 def tile_image(image: GeneratedImage) -> tuple[str, int]:

@@ -103,7 +103,7 @@ def content_of(value: str | None) -> tuple[bytes, str]:
         ValueError: There is none, or it is too large.
     """
     if not value:
-        raise ValueError("choose an image first")
+        raise ValueError("no image is chosen; choose one first")
     head, comma, text = value.partition(",")
     media_type = head.removeprefix("data:").removesuffix(";base64")
     if (
@@ -164,7 +164,7 @@ class SourceFields:
     def updates(
         self, model: Model, query: dict[str, str], note: str = "", *, samples: bool = True, files: bool = True
     ) -> list[Any]:
-        """Return updates of `outputs`.
+        """Return updates of `outputs`. What the visitor has entered stays, unless the address names a sample.
 
         Args:
             model: The model.
@@ -177,13 +177,19 @@ class SourceFields:
         kind = choices[0][1] if choices else SAMPLE
         classes = model.classes
         asked = query.get("class_name")
+        if len(choices) > 1 and not asked:
+            source = [gr.update(choices=choices, visible=True), gr.skip(), gr.skip()]
+        else:
+            source = [
+                gr.update(choices=choices, value=kind, visible=len(choices) > 1),
+                gr.update(visible=samples and kind == SAMPLE),
+                gr.update(visible=files and kind == FILE),
+            ]
         return [
-            gr.update(choices=choices, value=kind, visible=len(choices) > 1),
-            gr.update(visible=samples and kind == SAMPLE),
-            gr.update(visible=files and kind == FILE),
+            *source,
             gr.update(choices=classes, value=asked if asked in classes else (classes[0] if classes else None)),
-            gr.update(value=whole(query.get("seed"))),
-            gr.update(value=whole(query.get("index"))),
+            whole(query.get("seed")),
+            whole(query.get("index")),
             note,
         ]
 
@@ -206,7 +212,7 @@ async def picture(client: AsyncDermisClient, model: Model, values: tuple[Any, ..
         content, media_type = content_of(file)
         return Picture(content, media_type, None)
     if not class_name:
-        raise DermisError("choose a class")
+        raise DermisError("no class is chosen; choose one")
     sample = SampleRef(model.name, class_name, int(seed or 0), int(index or 0))
     named = SampleRef.parse(query)
     if named is not None and (named.class_name, named.seed, named.index) == (class_name, sample.seed, sample.index):

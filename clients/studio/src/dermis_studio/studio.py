@@ -86,9 +86,12 @@ def html(value: str = "", **options: Any) -> gr.HTML:
     return gr.HTML(value, apply_default_css=False, **options)
 
 
-def whole(text: str | None) -> int:
-    """Return the whole number of an address; 0 if it has none."""
-    return int(text) if text is not None and text.isdigit() else 0
+def whole(text: str | None) -> Any:
+    """Return the whole number of an address, or an update that keeps what the field has.
+
+    A visitor may have entered something before the answer to the loading of the page arrives.
+    """
+    return int(text) if text is not None and text.isdecimal() else gr.skip()
 
 
 def heading(title: str, text: str) -> None:

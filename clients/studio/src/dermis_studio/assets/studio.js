@@ -75,6 +75,12 @@
     if (tiles[next]) { tiles[next].focus(); event.preventDefault(); }
   });
 
+  // Gradio would refuse a negative number without the name of its field, so a field without negative numbers takes no minus.
+  document.addEventListener("beforeinput", (event) => {
+    const field = event.target instanceof HTMLInputElement && event.target.type === "number" ? event.target : null;
+    if (field && field.min !== "" && Number(field.min) >= 0 && (event.data || "").includes("-")) event.preventDefault();
+  });
+
   document.addEventListener("input", (event) => {
     const slider = event.target instanceof Element ? event.target.closest("[data-ds-opacity]") : null;
     if (!slider) return;

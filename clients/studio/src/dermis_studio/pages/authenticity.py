@@ -14,7 +14,7 @@ from dermis_studio import markup
 from dermis_studio.access import Visitor
 from dermis_studio.samples import check, distance, find_model
 from dermis_studio.sources import Picture, SourceFields, picture
-from dermis_studio.studio import PRIVATE, Studio, chosen_model, heading, html, problem_of, query_of
+from dermis_studio.studio import PRIVATE, Studio, chosen_model, heading, html, problem_of, query_of, shows_problems
 
 NOTHING = markup.empty_state(
     "No image checked yet", "Choose a sample or an image, then press Check. No training image is shown here."
@@ -46,6 +46,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         except Exception as error:
             return [problem_of(error), *[gr.skip()] * (len(source.outputs) + 2)]
 
+    @shows_problems(len(source.outputs) + 2)
     async def choose_model(name: str, request: gr.Request) -> Any:
         visitor = await studio.visitor(request)
         async with studio.client(request) as client:

@@ -17,7 +17,7 @@ from dermis_studio import markup
 from dermis_studio.samples import DETAIL_PIXELS, find_model, png, probability
 from dermis_studio.scales import threshold_name
 from dermis_studio.sources import Picture, SourceFields, opened, picture
-from dermis_studio.studio import PRIVATE, Studio, chosen_model, heading, html, problem_of, query_of
+from dermis_studio.studio import PRIVATE, Studio, chosen_model, heading, html, problem_of, query_of, shows_problems
 
 NOTHING = markup.empty_state("No image classified yet", "Choose a sample or an image, then press Classify.")
 NOTICE = (
@@ -59,6 +59,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         except Exception as error:
             return [problem_of(error), *[gr.skip()] * (len(source.outputs) + 3)]
 
+    @shows_problems(len(source.outputs) + 3)
     async def choose_model(name: str, request: gr.Request) -> Any:
         visitor = await studio.visitor(request)
         async with studio.client(request) as client:

@@ -122,16 +122,18 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             gr.update(visible=writes),
             update,
             *class_updates(chosen, query.get("class_name")),
-            gr.update(value=whole(query.get("seed"))),
+            whole(query.get("seed")),
             gr.update(visible=chosen.authenticity is not None),
             gr.update(visible=chosen.classifier is not None),
             gr.update(interactive=True),
         ]
 
+    @shows_problems(CLASS_FIELDS + 4)
     async def choose_model(name: str, request: gr.Request) -> Any:
         async with studio.client(request) as client:
             chosen = await find_model(client, name)
         return [
+            gr.skip(),
             *class_updates(chosen, None),
             gr.update(visible=chosen.authenticity is not None),
             gr.update(visible=chosen.classifier is not None),
@@ -201,7 +203,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     )
     loaded.then(reckon, fields, [estimate, code], **PRIVATE)
     following = blocks.load(reopen, None, [current, table], concurrency_limit=None, **PRIVATE)
-    model.input(choose_model, model, [*counts, listed, gate, agreeing], **PRIVATE)
+    model.input(choose_model, model, [estimate, *counts, listed, gate, agreeing], **PRIVATE)
     image_format.change(lambda value: gr.update(visible=value != "png"), image_format, quality, **PRIVATE)
     gate.change(lambda value: gr.update(visible=value != "none"), gate, rejected, **PRIVATE)
     changes = [field.input if hasattr(field, "input") else field.change for field in fields]
@@ -262,7 +264,7 @@ def body_of(model: Model, values: tuple[Any, ...]) -> dict[str, Any]:
         classes = classes_of_lines(listed or "")
     classes = {name: count for name, count in classes.items() if count > 0}
     if not classes:
-        raise ValueError("ask for at least one image")
+        raise ValueError("no images are asked for; ask for at least one image")
     body: dict[str, Any] = {"model": model.name, "classes": classes, "seed": int(seed or 0)}
     if kind != "imagefolder":
         body["format"] = kind
@@ -289,6 +291,6 @@ def classes_of_lines(text: str) -> dict[str, int]:
     for line in filter(None, map(str.strip, text.splitlines())):
         name, equals, count = line.rpartition("=")
         if not equals or not count.strip().isdigit():
-            raise ValueError(f"{line[:80]!r}: write the class, =, and a number of images")
+            raise ValueError(f"the line {line[:80]!r} cannot be read; write the class, =, and a number of images")
         result[name.strip()] = int(count)
     return result

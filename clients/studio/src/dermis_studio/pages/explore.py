@@ -134,7 +134,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 with gr.Row(elem_classes=["ds-map-row"]):
                     area = html(js_on_load=latent_map.ON_LOAD)
                     here = html()
-            with gr.Column(elem_classes=["ds-panel"], visible=False) as film:
+            with gr.Column(elem_classes=["ds-panel"]) as film:
                 html("<h2>Film to another sample</h2>")
                 with gr.Row(elem_classes=["ds-strip-fields"]):
                     end_class = gr.Dropdown(label="Class of the other", choices=[], min_width=140)
@@ -155,42 +155,45 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 directions = await client.edits.directions(chosen.name)
         except Exception as error:
             return [problem_of(error), *[gr.skip()] * (14 + SLIDERS)]
-        source = PROJECTION if query.get("projection") else SAMPLE
         asked = query.get("class_name")
+        source = PROJECTION if query.get("projection") else SAMPLE
+        named = source == PROJECTION or bool(asked)  # otherwise what the visitor has entered meanwhile stays
+        place = query.get("index", "")
         classes = chosen.classes
         return [
             gr.skip(),
             update,
-            source,
-            gr.update(visible=source == SAMPLE),
-            gr.update(visible=source == PROJECTION),
+            source if named else gr.skip(),
+            gr.update(visible=source == SAMPLE) if named else gr.skip(),
+            gr.update(visible=source == PROJECTION) if named else gr.skip(),
             gr.update(choices=classes, value=asked if asked in classes else (classes[0] if classes else None)),
             whole(query.get("seed")),
-            whole(query.get("index")),
-            query.get("projection", ""),
+            whole(place),
+            query.get("projection") or gr.skip(),
             *direction_updates(directions),
-            gr.update(visible=source == SAMPLE),
+            gr.update(visible=source == SAMPLE) if named else gr.skip(),
             gr.update(choices=classes, value=classes[-1] if classes else None),
-            whole(query.get("index")) + 1,
+            int(place) + 1 if place.isdecimal() else gr.skip(),
         ]
 
+    @shows_problems(SLIDERS + 6)
     async def choose_model(name: str, request: gr.Request) -> Any:
         async with studio.client(request) as client:
             chosen = await find_model(client, name)
             directions = await client.edits.directions(chosen.name)
         value = chosen.classes[0] if chosen.classes else None
         ends = gr.update(choices=chosen.classes, value=chosen.classes[-1] if chosen.classes else None)
-        return [gr.update(choices=chosen.classes, value=value), *direction_updates(directions), ends]
+        return [gr.skip(), gr.update(choices=chosen.classes, value=value), *direction_updates(directions), ends]
 
     def start_of(request: gr.Request, values: Sequence[Any]) -> Start:
         name, source, class_name, seed, index, projection = values
         query = query_of(request)
         if source == PROJECTION:
             if not projection:
-                raise ValueError("enter the id of a projection; the page Project makes one")
+                raise ValueError("no projection is named; enter the id of one, which the page Project makes")
             return Start(name, None, (projection.strip(), 0))
         if not class_name:
-            raise ValueError("choose a class")
+            raise ValueError("no class is chosen; choose one")
         sample = SampleRef(name, class_name, int(seed or 0), int(index or 0))
         named = SampleRef.parse(query)
         if named is not None and (named.class_name, named.seed, named.index) == (class_name, sample.seed, sample.index):
@@ -241,7 +244,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         direction, reach, steps = values[-3:]
         start = start_of(request, values[:6])
         if not direction:
-            raise ValueError("choose a direction")
+            raise ValueError("no direction is chosen; choose one")
         async with studio.client(request) as client:
             chosen = await find_model(client, start.model)
             others = [edit for edit in edits_of(chosen, values[6:-3]) if edit["direction"] != direction]
@@ -259,7 +262,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             *names, reach = values[-3:]
             start = start_of(request, values[:6])
             if not all(names) or names[0] == names[1]:
-                raise ValueError("choose two different directions")
+                raise ValueError("the map needs two different directions; choose them")
             yield markup.progress(f"Generating {latent_map.CELLS**2} images", None)
             async with studio.client(request) as client:
                 chosen = await find_model(client, start.model)
@@ -284,7 +287,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             end, count = values[6:9], int(values[9])
             sample = start_of(request, values[:6]).sample
             if sample is None or not end[0]:
-                raise ValueError("start from a sample, and choose the class of the other one")
+                raise ValueError("a film needs two samples; start from a sample, and choose the class of the other one")
             yield markup.progress(f"Generating {count} images", None)
             arguments = options(sample.model, sample.truncation, sample.noise)
             async with studio.client(request) as client:
@@ -339,9 +342,11 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     gr.on(changed, show_start, start_fields, [before, after], trigger_mode="always_last", **PRIVATE).then(
         show_edit, everything, [after, about, here], **edits
     )
-    model.input(choose_model, model, [class_name, chosen_names, *sliders, across, upwards, end_class], **PRIVATE).then(
-        show_start, start_fields, [before, after], **PRIVATE
-    ).then(show_edit, everything, [after, about, here], **edits)
+    model.input(
+        choose_model, model, [before, class_name, chosen_names, *sliders, across, upwards, end_class], **PRIVATE
+    ).then(show_start, start_fields, [before, after], **PRIVATE).then(
+        show_edit, everything, [after, about, here], **edits
+    )
     chosen_names.input(name_sliders, [chosen_names], sliders, **PRIVATE).then(
         show_edit, everything, [after, about, here], **edits
     )
@@ -397,7 +402,7 @@ def layers_of(model: Model, layers: str, first: float | None, last: float | None
     if layers == CUSTOM:
         begin, end = int(first or 0), int(last or 0)
         if not 0 <= begin < end <= count:
-            raise ValueError(f"the layers must be a range within 0 and {count}")
+            raise ValueError(f"the range of layers is empty or too large; choose one within 0 and {count}")
         return begin, end
     thirds = (0, round(count / 3), round(2 * count / 3), count)
     position = (COARSE, MIDDLE, FINE).index(layers)

@@ -93,9 +93,10 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         query = query_of(request)
         return "", update, class_update(chosen, query.get("class_name")), gr.update(interactive=True)
 
+    @shows_problems(2)
     async def choose_model(name: str, request: gr.Request) -> Any:
         async with studio.client(request) as client:
-            return class_update(await find_model(client, name), None)
+            return gr.skip(), class_update(await find_model(client, name), None)
 
     async def generate(
         model: str | None,
@@ -146,7 +147,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         try:
             sample = SampleRef.parse(message)
             if sample is None:
-                raise ValueError("select an image first")
+                raise ValueError("no image is selected; select one first")
             distance = float(message.get("distance") or NEIGHBOUR_DISTANCE)
             yield markup.progress(f"Generating {NEIGHBOURS} neighbours", None)
             async with studio.client(request) as client:
@@ -161,7 +162,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             yield problem_of(error)
 
     blocks.load(load, None, [status, model, class_name, start], **PRIVATE)
-    model.input(choose_model, model, class_name, **PRIVATE)
+    model.input(choose_model, model, [status, class_name], **PRIVATE)
     new_seed.click(lambda: secrets.randbelow(10**6), None, seed, **PRIVATE)
     inputs = [model, class_name, count, seed, truncation, noise]
     running = gr.on(

@@ -111,7 +111,7 @@ def moved(
     try:
         moves = dict(zip(map(str, message["names"]), (float(message["x"]), float(message["y"])), strict=True))
     except (KeyError, TypeError, ValueError):
-        raise ValueError("draw the map again") from None
+        raise ValueError("the map does not fit this page; draw it again") from None
     values = dict(zip(names, strengths, strict=False))
     kept = [name for name in names if name not in moves][: most - len(moves)]
     order = [name for name in names if name in moves or name in kept]

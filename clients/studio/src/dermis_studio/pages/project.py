@@ -16,7 +16,17 @@ from dermis_studio.access import key_of
 from dermis_studio.pages.dataset_view import when
 from dermis_studio.samples import enlarged, find_model, png
 from dermis_studio.sources import content_of, drop, opened
-from dermis_studio.studio import PRIVATE, Studio, chosen_model, cookies_of, heading, html, problem_of, query_of
+from dermis_studio.studio import (
+    PRIVATE,
+    Studio,
+    chosen_model,
+    cookies_of,
+    heading,
+    html,
+    problem_of,
+    query_of,
+    shows_problems,
+)
 
 MOST_PROBABLE = "Most probable"
 KEPT = (
@@ -71,9 +81,10 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         except Exception as error:
             return problem_of(error), gr.skip(), gr.skip(), gr.skip()
 
+    @shows_problems(2)
     async def choose_model(name: str, request: gr.Request) -> Any:
         async with studio.client(request) as client:
-            return class_update(await find_model(client, name))
+            return gr.skip(), class_update(await find_model(client, name))
 
     async def run(
         request: gr.Request, file: str | None, name: str, class_name: str, schedule: str, video: bool
@@ -120,7 +131,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
 
     blocks.load(load, None, [result, model, class_name, start], **PRIVATE)
     reopened = blocks.load(reopen, None, result, concurrency_limit=None, **PRIVATE)
-    model.input(choose_model, model, class_name, **PRIVATE)
+    model.input(choose_model, model, [result, class_name], **PRIVATE)
     inputs = [file, model, class_name, schedule, video]
     running = start.click(run, inputs, result, concurrency_limit=None, cancels=[reopened], **PRIVATE)
     result.select(act, None, [result, file], cancels=[running, reopened], **PRIVATE)

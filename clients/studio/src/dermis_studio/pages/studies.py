@@ -167,9 +167,9 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     ) -> AsyncIterator[Any]:
         try:
             if not (name or "").strip():
-                raise ValueError("give the study a name first; readers see it")
+                raise ValueError("the study has no name; enter one, which its readers see")
             if seed and not seed.strip().isdigit():
-                raise ValueError("the seed is a whole number, or empty")
+                raise ValueError("the seed is not a whole number; enter one, or leave it empty")
             async with studio.client(request) as client:
                 study = await client.studies.create(
                     name.strip(),
