@@ -153,9 +153,9 @@ def test_both_halves_have_the_same_classes_and_no_file_shows_what_it_is(
             at += 12 + length
         assert kinds == [b"IHDR", b"IDAT", b"paDd", b"IEND"]
         assert decode(image).shape == (16, 16, 3)
-    told = started.text + reader.send("get", "").text
+    answered = started.text + reader.send("get", "").text
     for secret in (str(SEED), "truth", "benign", "malignant", "patient", "seed"):
-        assert secret not in told
+        assert secret not in answered
     truth = truths(owner, study)
     assert sorted(truth.values()) == ["generated"] * 4 + ["real"] * 4
     owner.send("delete", f"/v1/studies/{study['id']}/invitations/{reader.token.split('_')[2]}")
