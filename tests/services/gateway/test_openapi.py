@@ -28,8 +28,11 @@ CHECKS = (
 )
 
 
-@pytest.mark.parametrize("examples", [2, pytest.param(20, marks=pytest.mark.full)])
-def test_every_answer_is_documented_and_none_is_a_server_error(tmp_path: Path, examples: int) -> None:
+@pytest.mark.parametrize(
+    ("examples", "phases"),
+    [(4, "examples,fuzzing"), pytest.param(20, "examples,coverage,fuzzing,stateful", marks=pytest.mark.full)],
+)
+def test_every_answer_is_documented_and_none_is_a_server_error(tmp_path: Path, examples: int, phases: str) -> None:
     training = np.random.default_rng(0).integers(0, 256, (30, 12, 12, 3), dtype=np.uint8)
     bundle = make_complete_bundle(tmp_path, training)
     limits = {"max_samples_per_dataset": 1000, "max_images": 8, "max_projection_steps": 20}
@@ -37,7 +40,17 @@ def test_every_answer_is_documented_and_none_is_a_server_error(tmp_path: Path, e
     parts = assemble(bundle.location, tmp_path / "data", **limits)
     with listening(parts) as url:
         command = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run"]
-        options = ["--checks", ",".join(CHECKS), "--max-examples", str(examples), "--seed", "1", "--no-color"]
+        options = [
+            "--checks",
+            ",".join(CHECKS),
+            "--phases",
+            phases,
+            "--max-examples",
+            str(examples),
+            "--seed",
+            "1",
+            "--no-color",
+        ]
         options += ["--generation-database", "none", "--request-timeout", "60"]
         done = subprocess.run(
             [*command, f"{url}/openapi.json", *options], capture_output=True, text=True, timeout=900, cwd=tmp_path
