@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 
 from benchmarks import DEMO
+from benchmarks.components import chromium
 from benchmarks.dataset_job import launched
 from dermis.bundle import Bundle, open_bundle
 
@@ -86,7 +86,7 @@ def measure(bundle: Bundle, interactions: int) -> dict[str, Any]:
     """Measure pages, sliders and memory."""
     from playwright.sync_api import sync_playwright
 
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    program = chromium()
     if program is None:
         sys.exit("no Chromium is installed (Debian: apt install chromium)")
     options = ["--disable-gpu", *(["--no-sandbox"] if os.geteuid() == 0 else [])]

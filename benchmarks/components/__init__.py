@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 from contextlib import ExitStack
 
@@ -20,3 +21,10 @@ def free_ports(number: int) -> list[int]:
 def free_port() -> int:
     """A port of the loopback address that is free at the moment."""
     return free_ports(1)[0]
+
+
+def chromium() -> str | None:
+    """The program of Chromium or Chrome; None if neither is installed."""
+    return next(
+        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    )

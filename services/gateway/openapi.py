@@ -56,6 +56,18 @@ UPLOAD_PROBLEMS = (
     "overloaded",
 )
 JSON_PROBLEMS = ("malformed-json", "too-large", "unsupported-media-type", "invalid-request")
+GENERATION_PROBLEMS = (
+    *JSON_PROBLEMS,
+    "unknown-model",
+    "not-acceptable",
+    "unknown-class",
+    "request-too-large",
+    "quota-exceeded",
+    "overloaded",
+    "not-ready",
+    "model-unavailable",
+)
+"""The problems of a call with a JSON body that generates images."""
 
 
 def problems(*kinds: str) -> Responses:

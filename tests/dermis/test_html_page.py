@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.components import chromium
 from dermis.html_page import Section, html_page, picture, table
 
 ROOT = Path(__file__).resolve().parents[2]
-BROWSER = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
+BROWSER = chromium()
 
 
 def a_page(*, interactive: bool = True) -> str:

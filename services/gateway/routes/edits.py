@@ -33,7 +33,7 @@ from services.gateway.dependencies import (
     read_model,
     served_bundle,
 )
-from services.gateway.openapi import JSON_PROBLEMS, content, headers, json_body, problems
+from services.gateway.openapi import GENERATION_PROBLEMS, content, headers, json_body, problems
 from services.gateway.routes.projections import ready_projection
 from services.gateway.sampling import Encode, check_classes, check_cutoff, check_edits, encoder, generate_within_limits
 from services.gateway.schemas.common import model_ref
@@ -80,19 +80,7 @@ async def list_directions(context: ContextDep, principal: _ModelReader, model: M
             "content": content(*_IMAGE_TYPES, _GIF),
             "headers": headers("X-Dermis-Model"),
         },
-        **problems(
-            *JSON_PROBLEMS,
-            "unknown-model",
-            "not-acceptable",
-            "unknown-class",
-            "request-too-large",
-            "not-found",
-            "projection-not-ready",
-            "quota-exceeded",
-            "overloaded",
-            "not-ready",
-            "model-unavailable",
-        ),
+        **problems(*GENERATION_PROBLEMS, "not-found", "projection-not-ready"),
     },
 )
 async def edit_images(request: Request, context: ContextDep, principal: _Sender) -> Response:

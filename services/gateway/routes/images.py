@@ -22,7 +22,7 @@ from dermis.latents import MAX_INDEX
 from services.gateway.auth.authentication import requires
 from services.gateway.auth.principal import Principal
 from services.gateway.dependencies import ContextDep, choose_media_type, model_header, read_model, served_bundle
-from services.gateway.openapi import JSON_PROBLEMS, content, headers, json_body, problems
+from services.gateway.openapi import GENERATION_PROBLEMS, content, headers, json_body, problems
 from services.gateway.sampling import Encode, check_classes, check_cutoff, check_edits, encoder, generate_within_limits
 from services.gateway.schemas.common import model_ref
 from services.gateway.schemas.images import ImagesRequest, Sample, SampleList
@@ -47,17 +47,7 @@ _IMAGE_TYPES = tuple(MEDIA_TYPES.values())
             "content": content(*_IMAGE_TYPES),
             "headers": headers("X-Dermis-Model"),
         },
-        **problems(
-            *JSON_PROBLEMS,
-            "unknown-model",
-            "not-acceptable",
-            "unknown-class",
-            "request-too-large",
-            "quota-exceeded",
-            "overloaded",
-            "not-ready",
-            "model-unavailable",
-        ),
+        **problems(*GENERATION_PROBLEMS),
     },
 )
 async def generate_images(request: Request, context: ContextDep, principal: _Sender) -> Response:

@@ -31,7 +31,7 @@ from services.gateway.dependencies import (
     read_model,
     served_bundle,
 )
-from services.gateway.openapi import JSON_PROBLEMS, content, headers, json_body, problems
+from services.gateway.openapi import GENERATION_PROBLEMS, content, headers, json_body, problems
 from services.gateway.sampling import check_classes, check_cutoff, encoder, generate_within_limits
 from services.gateway.schemas.common import model_ref
 from services.gateway.schemas.edits import EditedImage, EditedList, EditedSample
@@ -44,17 +44,7 @@ _Body = InterpolationRequest | NeighboursRequest
 _JSON, _GIF = "application/json", "image/gif"
 _IMAGE_TYPES = tuple(MEDIA_TYPES.values())
 _COLUMNS = 8  # of a sheet
-_PROBLEMS = problems(
-    *JSON_PROBLEMS,
-    "unknown-model",
-    "not-acceptable",
-    "unknown-class",
-    "request-too-large",
-    "quota-exceeded",
-    "overloaded",
-    "not-ready",
-    "model-unavailable",
-)
+_PROBLEMS = problems(*GENERATION_PROBLEMS)
 _CONTENT = {"content": content(*_IMAGE_TYPES, _GIF), "headers": headers("X-Dermis-Model")}
 
 

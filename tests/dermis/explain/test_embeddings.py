@@ -18,6 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import tiny_classifier
+from benchmarks.components import chromium
 from dermis.classifier.onnx_session import Classifier
 from dermis.errors import DataError
 from dermis.explain.embeddings import Embedded, Item, embed, map_in_3d
@@ -231,14 +232,7 @@ def test_embeddings_command_maps_real_generated_and_added_images(
     assert not Path("x").exists()
 
 
-BROWSER = next(
-    (
-        browser_path
-        for name in ("chromium", "chromium-browser", "google-chrome")
-        if (browser_path := shutil.which(name))
-    ),
-    None,
-)
+BROWSER = chromium()
 
 
 @pytest.mark.full
