@@ -311,8 +311,8 @@ class Settings(StudySettings):
         2.0,
         gt=0,
         le=3600,
-        description="Maximum time that a call for images may wait for those requested before, estimated from the measured rate. "
-        "A call above it is answered 503 at once.",
+        description="Maximum time that a call for images may wait for those requested before, estimated from the measured "
+        "rate. A call above it is answered 503 at once.",
     )
     max_body_bytes: int = Field(1 << 20, ge=1024, description="Maximum size of a request body in bytes.")
     max_upload_bytes: int = Field(

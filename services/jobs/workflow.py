@@ -46,8 +46,8 @@ _JOB_QUEUE = "dermis-tenant-jobs"
 # The shards of projections have their own queue, so that datasets do not wait for work that takes minutes.
 _SHARD_QUEUES: Mapping[Kind, str] = {"dataset": "dermis-tenant-shards", "projection": "dermis-tenant-projections"}
 _POLL_SECONDS = 0.2
-# On a PostgreSQL, which many workers may share: each poll of each queue is several transactions. An idle worker needs 4 % of a core
-# with this, and 8 % with 0.2 s.
+# On a PostgreSQL, which many workers may share: each poll of each queue is several transactions. An idle worker needs 4 % of
+# a core with this, and 8 % with 0.2 s.
 _SHARED_POLL_SECONDS = 0.5
 # Each running workflow is a thread: limits for all tenants together, as a multiple of that for one.
 _MAX_TENANT_JOBS = 8
