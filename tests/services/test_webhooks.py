@@ -39,7 +39,7 @@ from services.jobs.database import writing
 from services.jobs.table import JobTable
 from services.settings import Settings
 from services.webhooks import deliverer, outbox, sending
-from services.webhooks.deliverer import DeliveryOrder, Deliverer
+from services.webhooks.deliverer import Deliverer, DeliveryOrder
 from services.webhooks.outbox import Claim, Due, TooManyWebhooksError, WebhookTable, add_messages
 from services.webhooks.sending import Allowed, Sender, UrlRefusedError, check_url
 
