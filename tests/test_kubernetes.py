@@ -475,7 +475,7 @@ def test_component_for_the_studio_adds_one_pod_that_reaches_the_gateways_alone(o
     assert isinstance(command, click.Group)
     options = command.commands["studio"].make_context("studio", container["args"][1:]).params
     assert container["args"][0] == "studio" and options["allow_plain_http"]
-    assert options["trusted_host"] == [rule["host"]]
+    assert options["trusted_host"] == (rule["host"],)
     assert urlsplit(options["url"]).hostname in environment(gateway)["DERMIS_TRUSTED_HOSTS"].split(",")
     assert container["ports"][0]["containerPort"] == options["port"]
     assert environment(container)["FORWARDED_ALLOW_IPS"] == environment(gateway)["DERMIS_TRUSTED_PROXIES"]
