@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from dermis.report.appearance import MeasureImages, appearances
 from services.audit.trail import AuditTable, Event, now
 from services.audit.writer import AuditWriter
 from services.gateway.audit import AuditTrail
@@ -90,13 +91,16 @@ class Composition:
             await self.context.audit.writer.write(event)
 
 
-def compose(settings: Settings, models: ServedModels, inference: InferenceClients) -> Composition:
+def compose(
+    settings: Settings, models: ServedModels, inference: InferenceClients, measure_images: MeasureImages = appearances
+) -> Composition:
     """Create and connect the parts of the gateway process, without starting them. Call it on the event loop that runs them.
 
     Args:
         settings: The settings of the service.
         models: The served models.
         inference: The clients of the inference services.
+        measure_images: Measures the images of reports.
     """
     signer = image_signer_of(settings)
     job_context = JobContext(
@@ -109,6 +113,7 @@ def compose(settings: Settings, models: ServedModels, inference: InferenceClient
         projection_turns=Turns(1),
         min_free_bytes=settings.min_free_bytes,
         sign=None if signer is None else signer.sign,
+        measure_images=measure_images,
     )
     jobs = JobService(settings, job_context)
     webhooks = WebhookTable(settings.jobs_url)

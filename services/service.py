@@ -23,6 +23,7 @@ from services.composition import compose
 from services.data_folder import prepare_data_folder, restrict_new_files
 from services.gateway.app import create_app
 from services.gateway.dependencies import Context
+from services.image_measuring import AppearanceProcess
 from services.inference.authenticity import AuthenticityService
 from services.inference.classifier import ClassifierService
 from services.inference.client import InferenceClients
@@ -63,13 +64,15 @@ async def _running() -> AsyncIterator[Context]:
         return getattr(service, name).to_async if _settings.inference else None
 
     inference = InferenceClients.connect(client_of, models)
-    composition = compose(_settings, models, inference)
+    measure_images = AppearanceProcess()
+    composition = compose(_settings, models, inference, measure_images)
     try:
         with _delayed_shutdown(composition.context.stopping, stop_pause(_settings)):
             async with composition.running() as context:
                 app.state.studio.prepare(context.not_ready)
                 yield context
     finally:
+        await asyncio.to_thread(measure_images.close)
         await asyncio.to_thread(tracing.stop)
 
 

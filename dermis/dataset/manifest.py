@@ -43,6 +43,7 @@ from dermis.dataset.shards import FileEntry, Sign, find_shard, missing_shards, s
 from dermis.dataset.store import PARTIAL, Store, hash_file, storage_error, storage_errors
 from dermis.errors import MissingShardsError, RequestError, StorageError, escape
 from dermis.imaging import Images, contact_sheet, decode, encode, thumbnail
+from dermis.report.appearance import MeasureImages, appearances
 from dermis.report.content import make_report
 from dermis.report.page import report_page
 from dermis.report.sample import measure
@@ -204,6 +205,7 @@ def finalize(
     audit: Audit | None = None,
     sign: Sign | None = None,
     on_batch: Callable[[], None] | None = None,
+    measure_images: MeasureImages = appearances,
 ) -> Manifest:
     """Write all files of a dataset that are not written yet, and then manifest.json.
 
@@ -219,6 +221,7 @@ def finalize(
         audit: Audits the images; the report then has this result in place of the bundle's audit.
         sign: Signs the preview; required if the images are signed.
         on_batch: Called between shards and between the images that are measured for the report. An exception ends the work.
+        measure_images: Measures artefacts and skin tone of images for the report.
 
     Returns:
         The manifest.
@@ -259,10 +262,10 @@ def finalize(
             examine,
             None if embeddings is None else embeddings.of,
             on_batch,
+            measure_images,
         )
         audited = None if audit is None else audit(_pixels(plan, store, records))
-    own = None if audited is None else audited.document
-    measured = replace(measured, tallies=tallies, privacy=privacy, audit=own)
+    measured = replace(measured, tallies=tallies, privacy=privacy, audit=None if audited is None else audited.document)
     counts = {name: len(samples) for name, samples in kept.items()}
     content = make_report(plan, bundle, counts, measured)
     texts = {
@@ -275,11 +278,8 @@ def finalize(
     if audited is not None:
         texts[PRIVACY_AUDIT] = (json.dumps(audited.document, indent=2) + "\n").encode()
         texts[AUDIT_TEXT] = audited.text.encode()
-    for name in {
-        PRIVACY_AUDIT,
-        AUDIT_TEXT,
-    } - texts.keys():  # of a run with an audit that was killed before the manifest
-        if store.size(name) is not None:
+    for name in {PRIVACY_AUDIT, AUDIT_TEXT} - texts.keys():
+        if store.size(name) is not None:  # of a run with an audit that was killed before the manifest
             store.remove(name)
     for name, data in texts.items():
         store.write(name, data)

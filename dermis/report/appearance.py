@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -28,6 +28,10 @@ class Appearance:
     """Names of the artefacts that it shows."""
     skin_tone: float | None
     """Individual typology angle in degrees; None if no skin is visible around the lesion."""
+
+
+MeasureImages = Callable[[NDArray[np.uint8]], list[Appearance]]
+"""Measures RGB images uint8 [N, H, W, 3], as `appearances` does."""
 
 
 def appearance(image: NDArray[np.uint8]) -> Appearance:

@@ -13,7 +13,7 @@ from dermis.dataset.plan import BATCH, DatasetPlan
 from dermis.dataset.privacy import Examine
 from dermis.errors import DermisError
 from dermis.imaging import Images, as_rgb
-from dermis.report.appearance import Appearance, appearances
+from dermis.report.appearance import Appearance, MeasureImages, appearances
 from dermis.report.content import Measurements
 from dermis.report.features import Floats
 
@@ -50,6 +50,7 @@ def measure(
     examine: Examine | None,
     embeddings: Callable[[Sequence[int]], Floats] | None,
     on_batch: Callable[[], None] | None = None,
+    measure_images: MeasureImages = appearances,
 ) -> Measurements:
     """Measure the images for the report.
 
@@ -61,6 +62,7 @@ def measure(
         examine: Computes features if there is no gate; None if it cannot.
         embeddings: Indices of samples -> features that the gate has computed, float32 [n, dim]; None without a gate.
         on_batch: Called between batches of images.
+        measure_images: Measures artefacts and skin tone of a batch.
     """
     sample = choose(kept, SAMPLE)
     class_of = {
@@ -79,7 +81,7 @@ def measure(
             on_batch()
         names = [class_of[name] for name, _ in batch]
         colour = as_rgb(np.stack([pixels for _, pixels in batch]))
-        for name, measured in zip(names, appearances(colour), strict=True):
+        for name, measured in zip(names, measure_images(colour), strict=True):
             seen[name].append(measured)
         if examining and examine is not None and problem is None:
             try:

@@ -18,6 +18,7 @@ from typing import IO, TypeVar
 from dermis.dataset.shards import Sign
 from dermis.dataset.store import Store
 from dermis.errors import StorageError
+from dermis.report.appearance import MeasureImages, appearances
 from services.errors import (
     DatabaseUnavailableError,
     InferenceFailedError,
@@ -79,6 +80,8 @@ class JobContext:
     min_free_bytes: int = 0
     sign: Sign | None = None
     """Signs images; None without a certificate."""
+    measure_images: MeasureImages = appearances
+    """Measures the images of reports."""
     stopping: threading.Event = field(default_factory=threading.Event)
     submitting: set[str] = field(default_factory=set)
     """Ids of jobs that are being created, and whose workflow is about to be enqueued."""

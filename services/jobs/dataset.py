@@ -83,6 +83,7 @@ def run_shard(ctx: JobContext, job: Job, shard: int) -> None:
             identity=_identity(ctx, job.id, bundle, plan),
             sign=ctx.sign,
             on_batch=end_batch,
+            measure_images=ctx.measure_images,
         )
     retry_transient(ctx, lambda: ctx.table.progress(job.id, shard, len(record.images), finished=True))
 
