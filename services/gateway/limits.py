@@ -19,6 +19,7 @@ _SHARE = 3  # calls of a tenant for each one that is free
 _RATE_HALF_LIFE_SECONDS = 30.0
 _RATE_CALLS = 20  # the first calls say little about the rate: a generator is slow until it has warmed up
 _RATE_SECONDS = 5.0
+_RATE_IMAGES = 16
 
 
 class Limiter:
@@ -84,8 +85,8 @@ class WaitLimiter:
     """Refuses calls for images that would wait too long for those requested before. Use it on one event loop.
 
     A number of calls says little about the time to wait: a graphics processor makes in a second what a processor makes in a
-    minute, and a call can ask for one image or for many. So the rate is measured: images completed per second in which calls
-    were in progress, weighted towards the last half minute.
+    minute, and a call can ask for one image or for many. So the rate is measured: images completed per second, weighted towards
+    the last half minute. Only times with many waiting images count, because with few of them batches are small and slow.
 
     Args:
         limit: Seconds that a call may wait. A call that waits for no other is accepted, whatever its size.
@@ -124,18 +125,26 @@ class WaitLimiter:
                     headers={"Retry-After": str(retry_after)},
                 )
         self._waiting += images
+        completed = False
         try:
             yield
-            self._completed += images
-            self._calls += 1
+            completed = True
         finally:
             self._advance()
+            if completed and self._is_measured():
+                self._completed += images
+                self._calls += 1
             self._waiting -= images
 
+    def _is_measured(self) -> bool:
+        """Whether so many images are waiting that the rate is that of full batches, or that calls could soon be refused."""
+        rate = self.rate
+        return self._waiting >= (_RATE_IMAGES if rate is None else min(_RATE_IMAGES, rate * self._limit / 2))
+
     def _advance(self) -> None:
-        """Count the time since the last change as busy if calls were in progress, and let earlier time weigh less."""
+        """Count the time since the last change if it is measured, and let earlier time weigh less."""
         now = self._clock()
-        if self._waiting:
+        if self._waiting and self._is_measured():
             seconds = now - self._changed
             weight = 0.5 ** (seconds / _RATE_HALF_LIFE_SECONDS)
             self._completed *= weight

@@ -402,7 +402,7 @@ def _text(value: str) -> str:
 
 # -- dataset
 
-_COUNTS = (25, 15)
+_COUNTS = (12, 8)
 _FORMATS = ("imagefolder", "webdataset", "parquet")
 _LIBRARIES = ("torch", "numpy", "onnxruntime", "faiss-cpu", "pillow", "pyarrow")
 _FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
@@ -433,7 +433,7 @@ def _dataset() -> str:
 
     bundle = open_bundle(DEMO)
     classes = ",".join(f"{name}={count}" for name, count in zip(bundle.class_names, _COUNTS, strict=True))
-    options = ["--bundle", str(DEMO), "--classes", classes, "--seed", "7", "--shard-size", "16", "--device", "cpu"]
+    options = ["--bundle", str(DEMO), "--classes", classes, "--seed", "7", "--shard-size", "8", "--device", "cpu"]
     options += ["--keep", "agreeing", "--tries", "4", "--gate", "authentic", "--gate-tries", "4"]
     options += ["--edit", f"{bundle.directions[0].name}=0.5"]
     formats: dict[str, Any] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import ExitStack, suppress
 
 import pytest
 
@@ -95,11 +96,11 @@ def test_gateways_of_one_process_count_separately() -> None:
 def test_call_that_would_wait_too_long_is_refused_at_the_measured_rate() -> None:
     now = 0.0
     limiter = WaitLimiter(2.0, clock=lambda: now)
-    for _ in range(40):  # four images in 0.2 s; times without a call do not count
-        with limiter.hold(4):
-            now += 0.2
+    for _ in range(40):  # 16 images in 0.8 s; times without a call do not count
+        with limiter.hold(16):
+            now += 0.8
         now += 5.0
-    assert limiter.rate == pytest.approx(20.0, rel=0.01)
+    assert limiter.rate == pytest.approx(20.0, rel=0.02)
     with limiter.hold(64):  # nothing is before it
         with pytest.raises(ProblemError) as refused:
             limiter.hold(1).__enter__()
@@ -107,19 +108,43 @@ def test_call_that_would_wait_too_long_is_refused_at_the_measured_rate() -> None
         now += 3.2
     with limiter.hold(36), limiter.hold(1):  # just below two seconds
         now += 2.0
-    with pytest.raises(ValueError, match="generator"), limiter.hold(8):
+    with pytest.raises(ValueError, match="generator"), limiter.hold(16):
+        now += 1.0
         raise ValueError("generator")  # counts as time, not as images
-    with limiter.hold(8):
-        pass
+    assert limiter.rate is not None and limiter.rate < 19.5
 
 
-def test_wait_is_not_limited_before_the_rate_is_known() -> None:
+def test_wait_is_not_limited_before_the_rate_of_full_batches_is_known() -> None:
     now = 0.0
     limiter = WaitLimiter(2.0, clock=lambda: now)
-    with limiter.hold(1):  # the first image of a cold generator
-        now += 30.0
+    for _ in range(1000):  # one image after another, each as slow as a batch of 32
+        with limiter.hold(1):
+            now += 0.1
     with limiter.hold(64), limiter.hold(64), limiter.hold(64):
         assert limiter.rate is None
+
+
+def test_calls_of_few_images_correct_a_rate_that_was_low() -> None:
+    now = 0.0
+    limiter = WaitLimiter(2.0, clock=lambda: now)
+    for _ in range(20):  # a slow time: 4 images a second, so more than 8 waiting images are too many
+        with limiter.hold(16):
+            now += 4.0
+
+    def accepted() -> int:
+        """The calls for 4 images that are accepted of 16 at one moment; each takes 20 ms."""
+        nonlocal now
+        number = 0
+        with ExitStack() as calls:
+            with suppress(ProblemError):
+                for _ in range(16):
+                    calls.enter_context(limiter.hold(4))
+                    number += 1
+            now += 0.02 * number
+        return number
+
+    assert accepted() <= 3
+    assert max(accepted() for _ in range(2000)) == 16
 
 
 def test_comparison_limit_counts_accepted_comparisons_per_minute() -> None:
