@@ -32,16 +32,17 @@ class AppearanceProcess:
         self._pool: ProcessPoolExecutor | None = None
 
     def __call__(self, images: NDArray[np.uint8]) -> list[Appearance]:
-        """Measure RGB images uint8 [N, H, W, 3]. If the process ends meanwhile, they are measured in this one."""
-        with self._lock:
-            if self._pool is None:
-                # A copy of this process (fork) would contain its threads' locks.
-                self._pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=exit_with_parent)
-            pool = self._pool
+        """Measure RGB images uint8 [N, H, W, 3]. If the process cannot be used, they are measured in this one."""
+        pool = None
         try:
+            with self._lock:
+                if self._pool is None:
+                    # A copy of this process (fork) would contain its threads' locks.
+                    self._pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=exit_with_parent)
+                pool = self._pool
             return pool.submit(appearances, images).result()
-        except BrokenProcessPool:
-            logger.warning("the process that measures images has ended")
+        except (BrokenProcessPool, OSError, NotImplementedError) as error:  # the last two without POSIX semaphores
+            logger.warning("no process measures images", extra={"error": str(error)})
             with self._lock:
                 if self._pool is pool:
                     self._pool = None
