@@ -83,7 +83,6 @@ def run_shard(ctx: JobContext, job: Job, shard: int) -> None:
             identity=_identity(ctx, job.id, bundle, plan),
             sign=ctx.sign,
             on_batch=end_batch,
-            measure_images=ctx.measure_images,
         )
     retry_transient(ctx, lambda: ctx.table.progress(job.id, shard, len(record.images), finished=True))
 
@@ -132,6 +131,7 @@ def _assemble(ctx: JobContext, job: Job) -> None:
             examine=None if bundle.authenticity is None else _Examine(ctx, job, bundle, compare),
             sign=ctx.sign,
             on_batch=end_batch,
+            measure_images=ctx.measure_images,
         )
 
 
