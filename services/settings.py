@@ -323,6 +323,11 @@ class Settings(StudySettings):
         description="Whether /v1/authenticity compares uploaded images with the training images. If so, everyone who can "
         "send requests can find out whether an image is a training image.",
     )
+    training_positions: bool = Field(
+        False,
+        description="Whether GET /v1/embeddings shows where training images are on the map, to callers with the scope "
+        "authenticity:uploads. Who has an image can then find out whether it is a training image.",
+    )
     max_compared_per_minute: int = Field(
         600,
         ge=0,

@@ -17,6 +17,7 @@ from prometheus_client import Counter
 
 from dermis.authenticity.attack import Attack, Exposure
 from dermis.authenticity.index import Nearest
+from dermis.authenticity.training_map import TrainingMap
 from dermis.bundle import Bundle
 from dermis.errors import RequestError
 from dermis.explain.attribution import Method
@@ -208,6 +209,7 @@ class AuthenticityClient(InferenceClient):
     def __init__(self, client: Any, models: ServedModels) -> None:
         super().__init__(client, {b.authenticity.digest: b.name for b in models.bundles if b.authenticity is not None})
         self._row_bytes = pixels.row_bytes(b.authenticity.resolution for b in models.bundles if b.authenticity)
+        self._maps: dict[str, TrainingMap] = {}  # by digest of the index
 
     async def nearest(
         self, bundle: Bundle, inputs: NDArray[np.uint8], comparison: pixels.Comparison | None = None
@@ -240,6 +242,17 @@ class AuthenticityClient(InferenceClient):
             raise InferenceUnavailableError(response["problem"])
         attack = response["attack"]
         return Exposure(response["identifiability"], None if attack is None else Attack(**attack))
+
+    async def training_map(self, bundle: Bundle) -> TrainingMap:
+        """The map of the training images, which is kept after the first call."""
+        assert bundle.authenticity is not None
+        digest = bundle.authenticity.digest
+        if digest not in self._maps:
+            response = await self._connection.call("training_map", digest)
+            if "problem" in response:
+                raise InferenceUnavailableError(response["problem"])
+            self._maps[digest] = TrainingMap(**response)
+        return self._maps[digest]
 
     async def identity(self, bundle: Bundle) -> Mapping[str, str]:
         """The software and the device that compare images with the index of the bundle, for manifests."""

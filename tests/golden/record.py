@@ -303,6 +303,7 @@ def _routes() -> str:
         queries = {
             "/v1/datasets": ["?limit=1", "?state=failed", "?limit=0", "?cursor=x"],
             "/v1/directions": ["?model=unknown"],
+            "/v1/embeddings": ["?model=unknown"],
         }
         routes = set(_get_routes(running.client.app))
         document = running.client.get("/openapi.json").json()

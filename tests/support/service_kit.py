@@ -21,6 +21,7 @@ from starlette.testclient import TestClient
 from dermis.authenticity.attack import Exposure, exposure
 from dermis.authenticity.checker import Checker
 from dermis.authenticity.index import Nearest, open_index
+from dermis.authenticity.training_map import TrainingMap, training_map
 from dermis.bundle import Bundle
 from dermis.classifier.onnx_session import Classifier
 from dermis.dataset.manifest import finalize
@@ -136,6 +137,9 @@ class LocalAuthenticity(LocalClient):
         with Checker(bundle, device="cpu", threads=1) as checker:
             nearest = checker.nearest(inputs, **asdict(comparison or Comparison()))
             return replace(nearest, neighbours=None)
+
+    async def training_map(self, bundle: Bundle) -> TrainingMap:
+        return training_map(open_index(bundle, device="cpu", threads=1))
 
     async def expose(self, bundle: Bundle, embeddings: NDArray[np.float32]) -> Exposure:
         return exposure(open_index(bundle, device="cpu", threads=1), embeddings)

@@ -14,6 +14,7 @@ Example:
 from dermis_client._client import AsyncDermisClient, DermisClient
 from dermis_client._downloads import Download, DownloadProgress
 from dermis_client._version import __version__
+from dermis_client.embeddings import Cube, Embedding, EmbeddingMap, EmbeddingsResult, TrainingImages
 from dermis_client.errors import (
     APIConnectionError,
     APIResponseError,
@@ -108,6 +109,7 @@ __all__ = [
     "Classification",
     "ClassificationsResult",
     "ConflictError",
+    "Cube",
     "Dataset",
     "DatasetCancelled",
     "DatasetEvent",
@@ -124,6 +126,9 @@ __all__ = [
     "DownloadProgress",
     "EditedImage",
     "EditsResult",
+    "Embedding",
+    "EmbeddingMap",
+    "EmbeddingsResult",
     "ExceededQuota",
     "FieldError",
     "GeneratedImage",
@@ -165,6 +170,7 @@ __all__ = [
     "StudyRates",
     "StudyResults",
     "TooLargeError",
+    "TrainingImages",
     "UnprocessableEntityError",
     "UnsupportedMediaTypeError",
     "Usage",

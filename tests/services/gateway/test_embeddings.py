@@ -1,0 +1,153 @@
+"""Tests of /v1/embeddings: positions equal those of the library, and no answer shows where one training image is."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("faiss", reason="FAISS is not installed")
+
+from dermis.authenticity.checker import Checker
+from dermis.authenticity.training_map import SMALLEST_COUNT, training_map
+from dermis.bundle import Bundle
+from dermis.imaging import Images, decode, encode
+from service_kit import Service, draw, service, wait_for
+from services.inference.samples import Options, pack_rows
+from tiny import make_bundle
+from tiny_index import make_complete_bundle
+
+BODY = {"classes": {"benign": 2, "malignant": 1}, "seed": 3}
+
+
+def noise(count: int, seed: int = 0) -> Images:
+    return np.random.default_rng(seed).integers(0, 256, (count, 12, 12, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    root = tmp_path_factory.mktemp("bundles")
+    made = make_complete_bundle(root / "made", noise(60))
+    make_bundle(root / "made" / "plain", name="plain")
+    return made
+
+
+@pytest.fixture(scope="module")
+def running(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    bundles = f"{bundle.location},{Path(bundle.location).parent / 'plain'}"
+    with service(bundles, tmp_path_factory.mktemp("data"), default_model="tiny", max_images=12) as running_service:
+        yield running_service
+
+
+def positions_by_library(bundle: Bundle, images: Images) -> np.ndarray:
+    with Checker(bundle, device="cpu", threads=1) as checker:
+        return training_map(checker.index).project(checker.nearest(images).embeddings)
+
+
+def positions_of(answer: Any) -> np.ndarray:
+    assert answer.status_code == 200, answer.text
+    return np.array([row["position"] for row in answer.json()["data"]])
+
+
+def uploads(images: Images) -> list[tuple[str, tuple[str, bytes, str]]]:
+    return [("files", (f"patient-{i}.png", encode(image), "image/png")) for i, image in enumerate(images)]
+
+
+def test_generated_images_are_placed_and_compared(running: Service, bundle: Bundle) -> None:
+    answer = running.client.post("/v1/embeddings", json=BODY | {"images": True})
+    options = Options(bundle.digest, 1.0, None, "random")
+    images = np.stack(draw(pack_rows(options, 3, range(3), [0, 0, 1])))
+    np.testing.assert_allclose(positions_of(answer), positions_by_library(bundle, images), atol=6e-4)
+    rows = answer.json()["data"]
+    compared = running.client.post("/v1/authenticity", json=BODY).json()
+    assert [row["verdict"] for row in rows] == compared["data"] and answer.json()["model"] == compared["model"]
+    for row, image in zip(rows, images, strict=True):
+        np.testing.assert_array_equal(decode(base64.b64decode(row["image"]["b64"])), image)
+    assert "image" not in running.client.post("/v1/embeddings", json=BODY).json()["data"][0]
+
+
+def test_training_images_are_counted_and_never_placed(running: Service, bundle: Bundle) -> None:
+    answer = running.client.get("/v1/embeddings")
+    document = answer.json()
+    with Checker(bundle, device="cpu", threads=1) as checker:
+        known = training_map(checker.index)
+    training = document["training"]
+    assert (training["counted"], training["smallest"], training["positions"]) == (60, SMALLEST_COUNT, None)
+    assert [cube["images"] for cube in training["cubes"]] == known.counts.tolist()
+    assert document["uploads"] is False and len(document["explained"]) == len(known.explained)
+    # Neither positions of training images nor the components are in the answer.
+    numbers = {round(float(text), 3) for text in _numbers(document) if abs(float(text)) < 10}
+    for position in known.positions:
+        assert not {round(float(value), 3) for value in position} <= numbers
+
+
+def _numbers(value: Any) -> list[float]:
+    if isinstance(value, dict):
+        return [number for each in value.values() for number in _numbers(each)]
+    if isinstance(value, list):
+        return [number for each in value for number in _numbers(each)]
+    return [value] if isinstance(value, float | int) else []
+
+
+def test_uploads_are_not_placed_unless_the_operator_allows_it(running: Service) -> None:
+    answer = running.client.post("/v1/embeddings", files=uploads(noise(1)))
+    assert (answer.status_code, answer.json()["type"]) == (403, "urn:dermis:problem:uploads-disabled")
+
+
+def test_operator_can_allow_uploads_and_positions_to_keys_with_the_scope(bundle: Bundle, tmp_path: Path) -> None:
+    settings = {"authenticity_uploads": True, "training_positions": True, "authenticity_distance_step": 0.25}
+    with service(bundle.location, tmp_path / "data", auth="keys", **settings) as running_service:
+
+        def sent(method: str, *scopes: str, **options: Any) -> Any:
+            keys = running_service.client.app.state.context.auth.keys  # type: ignore[attr-defined]
+            key = keys.create(tenant="a", name="n", scopes=scopes, created_by="test")[1]
+            headers = {"Authorization": f"Bearer {key}"}
+            return running_service.client.request(method, "/v1/embeddings", headers=headers, **options)
+
+        generated, both = ("authenticity:generated",), ("authenticity:generated", "authenticity:uploads")
+        assert sent("GET", *generated).json()["training"]["positions"] is None
+        shown = np.array(sent("GET", *both).json()["training"]["positions"])
+        with Checker(bundle, device="cpu", threads=1) as checker:
+            expected = training_map(checker.index).positions
+        np.testing.assert_allclose(shown, np.round(expected * 4) / 4, atol=1e-6)
+        images = noise(60)[7:9]
+        placed = sent("POST", *both, files=uploads(images))
+        np.testing.assert_allclose(
+            positions_of(placed), np.round(positions_by_library(bundle, images) * 4) / 4, atol=1e-6
+        )
+        assert all(row.keys() == {"index", "position"} for row in placed.json()["data"])  # no distance, no verdict
+        assert sent("POST", *generated, files=uploads(images)).status_code == 403
+        assert sent("POST", *generated, json=BODY | {"images": True}).status_code == 403  # needs the scope images
+
+
+def test_projections_are_placed_where_their_reconstructions_are(running: Service, bundle: Bundle) -> None:
+    files = uploads(np.random.default_rng(1).integers(0, 256, (1, 16, 16, 3), dtype=np.uint8))
+    made = running.client.post("/v1/projections?steps=2", files=files).json()
+    body = {"projections": [{"id": made["id"]}]}
+    address = f"/v1/projections/{made['id']}"
+    wait_for(lambda: running.client.get(address).json()["state"] == "succeeded")
+    placed = running.client.post("/v1/embeddings/projections", json=body)
+    edited = running.client.post("/v1/edits", json=body | {"edits": [{"direction": "axis-0", "strength": 0.0}]})
+    image = decode(base64.b64decode(edited.json()["data"][0]["b64"]))
+    np.testing.assert_allclose(positions_of(placed), positions_by_library(bundle, image[None]), atol=6e-4)
+    assert "verdict" not in placed.json()["data"][0]
+    missing = {"projections": [{"id": f"pr_{'0' * 32}"}]}
+    assert running.client.post("/v1/embeddings/projections", json=missing).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"model": "plain"}, "no index"),
+        ({"classes": {"other": 1}}, "classes.other"),
+        ({"classes": {"benign": 13}}, "12"),
+    ],
+)
+def test_requests_that_cannot_be_answered_are_refused(running: Service, change: dict[str, Any], field: str) -> None:
+    answer = running.client.post("/v1/embeddings", json=BODY | change)
+    assert answer.status_code in (413, 422) and field in json.dumps(answer.json())
