@@ -16,7 +16,17 @@ from fastapi import FastAPI
 
 from dermis_studio import frame
 from dermis_studio.access import Visitors
-from dermis_studio.pages import authenticity, classify, datasets, explore, generate, models, project, studies
+from dermis_studio.pages import (
+    authenticity,
+    classify,
+    datasets,
+    embedding_map,
+    explore,
+    generate,
+    models,
+    project,
+    studies,
+)
 from dermis_studio.service import Service
 from dermis_studio.site import StudioSite
 from dermis_studio.studio import Studio
@@ -29,6 +39,7 @@ _BUILDERS = {
     "authenticity": authenticity.build,
     "classify": classify.build,
     "datasets": datasets.build,
+    "map": embedding_map.build,
     "studies": studies.build,
     "models": models.build,
 }

@@ -230,6 +230,7 @@ async def described(
         ("Expires", escape(when(projection.expires_at))),
     ]
     links = f'<a class="ds-button ds-strong" href="explore?projection={escape(projection.id)}">Explore</a>'
+    links += f'<a class="ds-button" href="map?projection={escape(projection.id)}">Map</a>'
     links += "".join(
         f'<a class="ds-button" href="{at}/{escape(names[kind])}" download>{words}</a>'
         for kind, words in (("latents", "Save latent"), ("image", "Save image"), ("video", "Save film"))
