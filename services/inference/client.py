@@ -25,7 +25,7 @@ from services.errors import InferenceFailedError, InferenceUnavailableError, Not
 from services.inference import pixels
 from services.inference.connection import Connection
 from services.inference.heat_maps import EncodedHeatMap
-from services.inference.projections import ProjectionFiles, ProjectionTask
+from services.inference.projections import ProjectionFiles, ProjectionPreview, ProjectionTask
 from services.inference.samples import Image, Samples, to_bytes
 from services.models import ServedModels
 
@@ -315,7 +315,7 @@ class ProjectorClient(InferenceClient):
             images: uint8 [N, R, R, 3] at the resolution of the generator.
             labels: Class number of each image, if it is known.
             task: The options.
-            ticket: A new name for this call, for `steps` and `cancel`.
+            ticket: A new name for this call, for `progress` and `cancel`.
 
         Returns:
             The files of each image, in their order.
@@ -332,9 +332,10 @@ class ProjectorClient(InferenceClient):
         images_projected.labels(bundle.name).inc(len(images))
         return [ProjectionFiles(**fields) for fields in response["projected"]]
 
-    async def steps(self, ticket: str) -> int:
-        """The sum of the steps of all images of a running call of `project`."""
-        return int(await self._connection.call("steps", ticket))
+    async def progress(self, ticket: str) -> tuple[int, list[ProjectionPreview]]:
+        """The sum of the steps of all images of a running call of `project`, and previews of its current images."""
+        response = await self._connection.call("progress", ticket)
+        return int(response["steps"]), [ProjectionPreview(**fields) for fields in response["previews"]]
 
     async def cancel(self, ticket: str) -> None:
         """End a call of `project` at its next step."""

@@ -230,9 +230,7 @@ async def _named(
             picture = await _reconstruction(studio, client, request, projection_id)
             words = f"Projection {projection_id[:11]}"
             pages = [("explore", "Explore")] if visitor.may("edits") else []
-            points.append(
-                Point(words, PROJECTED, NOT_KNOWN, embedding, picture, f"projection={projection_id}", pages)
-            )
+            points.append(Point(words, PROJECTED, NOT_KNOWN, embedding, picture, f"projection={projection_id}", pages))
     sample = SampleRef.parse(query_of(request))
     if sample is not None and sample.class_name in model.classes:
         placed = await client.embeddings.place_generated(

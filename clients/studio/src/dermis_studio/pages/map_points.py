@@ -80,9 +80,7 @@ def training_words(known: EmbeddingMap) -> str:
             "switched their positions on. Do not pass this page on."
         )
     if not training.cubes:
-        return (
-            f"The training images are not shown: no part of the map has {training.smallest} of the {training.counted:,} images."
-        )
+        return f"The training images are not shown: no part of the map has {training.smallest} of the {training.counted:,} images."
     return (
         f"Circles: cubes of the map with at least {training.smallest} training images, about {shown:,} of {training.counted:,} in "
         "total; the larger the circle, the more images. Single training images are not shown, because their places could tell "
