@@ -47,6 +47,7 @@ from services.problems import ProblemError
 IMAGES_PER_SHARD = 8
 LISTING = "projections.json"
 _REPORT_SECONDS = 1.0
+_PREVIEWED_SHARDS = 4
 _PREVIEW_BYTES = IMAGES_PER_SHARD * (
     400_000 + 50 * PREVIEW_DISTANCES
 )  # maximum size of the file of previews of a shard
@@ -148,6 +149,7 @@ def run_shard(ctx: JobContext, job: Job, shard: int) -> None:
             if files.video is not None:
                 store.write(f"{number:05d}.gif", files.video)
             store.write(_result_name(number), files.result)  # the last one: an image that has it is done
+        store.remove(_preview_name(shard))
     retry_transient(ctx, lambda: ctx.table.progress(job.id, shard, len(numbers) * options.steps, finished=True))
 
 
@@ -211,10 +213,13 @@ def _write_previews(store: Store, shard: int, numbers: Sequence[int], previews: 
         store.write(_preview_name(shard), json.dumps(rows).encode())
 
 
-def previews(store: Store, shards: Sequence[int]) -> list[Preview]:
-    """The previews of the images of some shards, by index. Those that are not there yet, or not any more, are left out."""
+def previews(store: Store, job: Job) -> list[Preview]:
+    """The previews of a running job, by index of the image. Those that are not there yet, or not any more, are left out."""
     found = []
-    for shard in shards:
+    # Shards begin in order, so those that are running are near the number of those that are finished.
+    for shard in range(
+        max(0, job.shards_done - _PREVIEWED_SHARDS), min(job.shards_total, job.shards_done + _PREVIEWED_SHARDS)
+    ):
         name = _preview_name(shard)
         try:
             rows = json.loads(store.read(name, limit=_PREVIEW_BYTES)) if store.size(name) is not None else []

@@ -339,7 +339,7 @@ class ProjectionJobs:
 
     def previews(self, job: Job) -> list[Preview]:
         """How the images of a running job look at the moment, as far as a worker has told it."""
-        return projection.previews(self._ctx.store(job), self._ctx.table.running_shards(job.id))
+        return projection.previews(self._ctx.store(job), job)
 
     def latents(self, job: Job, image: int) -> NDArray[np.float32]:
         """ws [num_ws, w_dim] of one image of a job that has succeeded."""

@@ -463,12 +463,6 @@ class JobTable:
         with reading(self._engine) as connection:
             return bool(connection.scalar(query))
 
-    def running_shards(self, job_id: str) -> list[int]:
-        """The shards of an active job that a worker has begun and not finished."""
-        query = sa.select(_shards.c.shard).where(_shards.c.job_id == job_id, _shards.c.finished.is_(False))
-        with reading(self._engine) as connection:
-            return sorted(connection.scalars(query))
-
     def restart_rate(self, job_id: str) -> None:
         """Discard the rate, because a worker continues the job after a pause of unknown length."""
         with writing(self._engine) as connection:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ from dermis.projection.result import from_bytes
 from dermis.synthesizer import Synthesizer
 from service_kit import Service, service, wait_for
 from services.errors import InferenceUnavailableError
+from services.inference.projections import ProjectionPreview
 from tiny import make_bundle
 from tiny_index import make_complete_bundle
 
@@ -104,6 +106,54 @@ def test_projection_returns_latents_and_removes_uploaded_images(
     assert stored(running, job) == [] and running.client.get(f"/v1/projections/{job['id']}").status_code == 404
 
 
+def test_running_projection_shows_its_image_and_leaves_nothing(running: Service) -> None:
+    picture = encode(noise(1, seed=9)[0])
+    running.projector.previews = [ProjectionPreview(0, 40, [(1, 2.5), (40, 1.25)], picture)]
+    running.projector.gate.clear()
+    job = ask(running, noise(1))
+    path = f"/v1/projections/{job['id']}"
+    wait_for(lambda: running.client.get(path).json().get("previews"))
+    address = f"{path}/files/preview-00000.png"
+    assert running.client.get(path).json()["previews"] == [
+        {
+            "index": 0,
+            "step": 40,
+            "distance": 1.25,
+            "distances": [{"step": 1, "distance": 2.5}, {"step": 40, "distance": 1.25}],
+            "file": address,
+        }
+    ]
+    shown = running.client.get(address)
+    assert (shown.status_code, shown.content, shown.headers["cache-control"]) == (200, picture, "no-store")
+    assert running.client.get(f"{path}/files/preview-00001.png").status_code == 404
+    running.projector.gate.set()
+    finished = wait(running, job)
+    assert "previews" not in finished and "preview" not in json.dumps(finished)
+    assert running.client.get(address).status_code == 404
+    assert not any("preview" in name for name in stored(running, job))
+
+
+def test_preview_that_cannot_be_stored_does_not_stop_the_projection(
+    running: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = []
+
+    def refuse(self: Store, name: str, data: bytes) -> None:
+        if "preview" in name:
+            refused.append(name)
+            raise StorageError(f"{name}: no space left", kind="storage-full")
+        write(self, name, data)
+
+    write = Store.write
+    monkeypatch.setattr(Store, "write", refuse)
+    running.projector.previews = [ProjectionPreview(0, 1, [(1, 2.0)], encode(noise(1)[0]))]
+    running.projector.gate.clear()
+    job = ask(running, noise(1))
+    wait_for(lambda: refused)
+    running.projector.gate.set()
+    assert wait(running, job)["state"] == "succeeded"
+
+
 def test_idempotency_key_returns_same_job_and_refuses_other_body(running: Service) -> None:
     first = ask(running, noise(1), **{"Idempotency-Key": "k"})
     again = ask(running, noise(1), **{"Idempotency-Key": "k"})
@@ -123,10 +173,12 @@ def test_job_waits_for_unavailable_projector(running: Service) -> None:
 
 
 def test_deleting_running_projection_removes_its_images(running: Service) -> None:
+    running.projector.previews = [ProjectionPreview(0, 1, [(1, 2.0)], encode(noise(1)[0]))]
     running.projector.gate.clear()
     job = ask(running, noise(2))
     wait_for(lambda: running.projector.calls == 1)
     assert any("input" in name for name in stored(running, job))
+    wait_for(lambda: any("preview" in name for name in stored(running, job)))
     wait_for(lambda: running.client.get(f"/v1/projections/{job['id']}").json()["progress"]["steps_done"] == 1)
     assert running.client.get(f"/v1/projections/{job['id']}").json()["state"] == "running"
     assert running.client.delete(f"/v1/projections/{job['id']}").status_code == 204

@@ -1,4 +1,4 @@
-"""The page Map: where generated and projected images are in the features that the index compares, beside the training images."""
+"""The page Map: where generated and projected images are in the features that the index compares."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def _explained(known: EmbeddingMap) -> str:
     """Say how much of the embeddings the map shows."""
     drawn, compared = sum(known.explained[:3]), sum(known.explained)
     return (
-        f"The map shows the first three principal components of the training images' embeddings, {drawn:.0%} of their variance. "
+        f"The map shows three principal components of the training images' embeddings, {drawn:.0%} of their variance. "
         f"Neighbours are compared in {len(known.explained)} components, {compared:.0%}."
     )
 

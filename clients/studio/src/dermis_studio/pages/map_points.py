@@ -79,12 +79,13 @@ def training_words(known: EmbeddingMap) -> str:
             f"{len(training.positions):,} training images are shown as small dots, because the operator of the service has "
             "switched their positions on. Do not pass this page on."
         )
+    total = f"{training.counted:,} training images"
     if not training.cubes:
-        return f"The training images are not shown: no part of the map has {training.smallest} of the {training.counted:,} images."
+        return f"The {total} are not shown: no part of the map has {training.smallest} of them."
     return (
-        f"Circles: cubes of the map with at least {training.smallest} training images, about {shown:,} of {training.counted:,} in "
-        "total; the larger the circle, the more images. Single training images are not shown, because their places could tell "
-        "who is among them."
+        f"Circles: cubes of the map with at least {training.smallest} training images, about {shown:,} of the {total} together; "
+        "the larger the circle, the more images. Single training images are not shown, because their places could tell who is "
+        "among them."
     )
 
 
