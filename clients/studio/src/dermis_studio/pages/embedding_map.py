@@ -20,15 +20,16 @@ from dermis_studio.samples import SampleRef, find_model
 from dermis_studio.sources import content_of, drop, opened
 from dermis_studio.studio import (
     PRIVATE,
+    AddressField,
     Studio,
     chosen_model,
     cookies_of,
+    fill_from_address,
     heading,
     html,
     problem_of,
     query_of,
     shows_problems,
-    whole,
 )
 
 MAX_IMAGES = 480
@@ -74,7 +75,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             status = html()
             drawing = html(NOTHING)
 
-    fields = [status, model, seed, of_projections, projections, of_file, note, start]
+    fields = [status, model, of_projections, of_file, note, start]
 
     async def load(request: gr.Request) -> Any:
         try:
@@ -83,16 +84,14 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 update, chosen = await chosen_model(client, request)
         except Exception as error:
             return [problem_of(error), *[gr.skip()] * (len(fields) - 1)]
-        query = query_of(request)
-        named = query.get("projection") or gr.skip()
-        return [gr.skip(), update, whole(query.get("seed")), *_allowed(chosen, visitor, named)]
+        return [gr.skip(), update, *_allowed(chosen, visitor)]
 
-    @shows_problems(len(fields) - 2)
+    @shows_problems(len(fields) - 1)
     async def choose_model(name: str, request: gr.Request) -> Any:
         visitor = await studio.visitor(request)
         async with studio.client(request) as client:
             chosen = await find_model(client, name)
-        return [NOTHING, *_allowed(chosen, visitor, gr.skip())]
+        return [NOTHING, *_allowed(chosen, visitor)]
 
     async def draw(
         request: gr.Request,
@@ -138,8 +137,9 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         words = '<p class="ds-muted" role="status">Stopped. The map has the images that had been placed.</p>'
         return words, gr.update(visible=True), gr.update(visible=False)
 
+    fill_from_address(blocks, AddressField("seed", seed), AddressField("projection", projections))
     blocks.load(load, None, fields, **PRIVATE)
-    model.input(choose_model, model, [drawing, *fields[3:]], **PRIVATE)
+    model.input(choose_model, model, [drawing, *fields[2:]], **PRIVATE)
     inputs = [model, count, seed, truncation, projections, file]
     running = gr.on(
         [start.click, seed.submit], draw, inputs, [status, drawing, start, stop], concurrency_limit=None, **PRIVATE
@@ -147,7 +147,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     stop.click(stopped, None, [status, start, stop], cancels=[running], **PRIVATE)
 
 
-def _allowed(model: Model, visitor: Visitor, projection: Any) -> list[Any]:
+def _allowed(model: Model, visitor: Visitor) -> list[Any]:
     """Return updates of the fields from `of_projections` on: what the model and the key allow."""
     index = model.authenticity
     uploads = index is not None and bool(index.get("uploads"))
@@ -155,7 +155,6 @@ def _allowed(model: Model, visitor: Visitor, projection: Any) -> list[Any]:
     note = _NO_INDEX if index is None else "" if may_upload else "" if uploads else _UPLOADS_OFF
     return [
         gr.update(visible=index is not None and visitor.may("projections")),
-        projection,
         gr.update(visible=may_upload),
         note,
         gr.update(interactive=index is not None),

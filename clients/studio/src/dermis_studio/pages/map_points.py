@@ -83,7 +83,7 @@ def training_words(known: EmbeddingMap) -> str:
     if not training.cubes:
         return f"The {total} are not shown: no part of the map has {training.smallest} of them."
     return (
-        f"Circles: cubes of the map with at least {training.smallest} training images, about {shown:,} of the {total} together; "
+        f"Circles: cubes of the map with at least {training.smallest} training images, together about {shown:,} of {total}; "
         "the larger the circle, the more images. Single training images are not shown, because their places could tell who is "
         "among them."
     )

@@ -198,7 +198,8 @@ def _own_figure(content: bytes) -> str:
 def _waiting_figure(projection: Projection) -> str:
     """What is in the place of the reconstruction until there is one."""
     words = "The reconstruction appears here." if projection.state == "queued" else "The first steps are being made."
-    return f'<figure class="ds-figure"><div class="ds-first"><p>{words}</p></div><figcaption>Reconstruction.</figcaption></figure>'
+    space = f'<div class="ds-first"><p>{words}</p></div>'
+    return f'<figure class="ds-figure">{space}<figcaption>Reconstruction.</figcaption></figure>'
 
 
 async def _current_figure(client: AsyncDermisClient, projection: Projection, preview: ProjectionPreview) -> str:
