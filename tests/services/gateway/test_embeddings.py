@@ -17,7 +17,7 @@ from dermis.authenticity.checker import Checker
 from dermis.authenticity.training_map import SMALLEST_COUNT, training_map
 from dermis.bundle import Bundle
 from dermis.imaging import Images, decode, encode
-from service_kit import Service, draw, service, wait_for
+from service_kit import Service, draw, service
 from services.inference.samples import Options, pack_rows
 from tiny import make_bundle
 from tiny_index import make_complete_bundle
@@ -99,6 +99,19 @@ def test_uploads_are_not_placed_unless_the_operator_allows_it(running: Service) 
     assert (answer.status_code, answer.json()["type"]) == (403, "urn:dermis:problem:uploads-disabled")
 
 
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"model": "plain"}, "no index"),
+        ({"classes": {"other": 1}}, "classes.other"),
+        ({"classes": {"benign": 13}}, "12"),
+    ],
+)
+def test_requests_that_cannot_be_answered_are_refused(running: Service, change: dict[str, Any], field: str) -> None:
+    answer = running.client.post("/v1/embeddings", json=BODY | change)
+    assert answer.status_code in (413, 422) and field in json.dumps(answer.json())
+
+
 def test_operator_can_allow_uploads_and_positions_to_keys_with_the_scope(bundle: Bundle, tmp_path: Path) -> None:
     settings = {"authenticity_uploads": True, "training_positions": True, "authenticity_distance_step": 0.25}
     with service(bundle.location, tmp_path / "data", auth="keys", **settings) as running_service:
@@ -123,31 +136,3 @@ def test_operator_can_allow_uploads_and_positions_to_keys_with_the_scope(bundle:
         assert all(row.keys() == {"index", "position"} for row in placed.json()["data"])  # no distance, no verdict
         assert sent("POST", *generated, files=uploads(images)).status_code == 403
         assert sent("POST", *generated, json=BODY | {"images": True}).status_code == 403  # needs the scope images
-
-
-def test_projections_are_placed_where_their_reconstructions_are(running: Service, bundle: Bundle) -> None:
-    files = uploads(np.random.default_rng(1).integers(0, 256, (1, 16, 16, 3), dtype=np.uint8))
-    made = running.client.post("/v1/projections?steps=2", files=files).json()
-    body = {"projections": [{"id": made["id"]}]}
-    address = f"/v1/projections/{made['id']}"
-    wait_for(lambda: running.client.get(address).json()["state"] == "succeeded")
-    placed = running.client.post("/v1/embeddings/projections", json=body)
-    edited = running.client.post("/v1/edits", json=body | {"edits": [{"direction": "axis-0", "strength": 0.0}]})
-    image = decode(base64.b64decode(edited.json()["data"][0]["b64"]))
-    np.testing.assert_allclose(positions_of(placed), positions_by_library(bundle, image[None]), atol=6e-4)
-    assert "verdict" not in placed.json()["data"][0]
-    missing = {"projections": [{"id": f"pr_{'0' * 32}"}]}
-    assert running.client.post("/v1/embeddings/projections", json=missing).status_code == 404
-
-
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        ({"model": "plain"}, "no index"),
-        ({"classes": {"other": 1}}, "classes.other"),
-        ({"classes": {"benign": 13}}, "12"),
-    ],
-)
-def test_requests_that_cannot_be_answered_are_refused(running: Service, change: dict[str, Any], field: str) -> None:
-    answer = running.client.post("/v1/embeddings", json=BODY | change)
-    assert answer.status_code in (413, 422) and field in json.dumps(answer.json())

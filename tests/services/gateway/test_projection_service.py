@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dermis.authenticity.checker import Checker
+from dermis.authenticity.training_map import training_map
 from dermis.bundle import Bundle
 from dermis.dataset.store import Store
 from dermis.directions.edit import Edit, apply_edits
@@ -127,8 +128,8 @@ def test_running_projection_shows_its_image_and_leaves_nothing(running: Service)
     assert (shown.status_code, shown.content, shown.headers["cache-control"]) == (200, picture, "no-store")
     assert running.client.get(f"{path}/files/preview-00001.png").status_code == 404
     running.projector.gate.set()
-    finished = wait(running, job)
-    assert "previews" not in finished and "preview" not in json.dumps(finished)
+    assert wait(running, job)["state"] == "succeeded"
+    assert "preview" not in running.client.get(path).text
     assert running.client.get(address).status_code == 404
     assert not any("preview" in name for name in stored(running, job))
 
@@ -234,6 +235,13 @@ def test_a_projection_can_be_edited(running: Service, bundle: Bundle) -> None:
         data = base64.b64decode(row["b64"])
         assert b"digitalsourcetype/compositeWithTrainedAlgorithmicMedia" in data
         assert f'dermis:edits="axis-1={strength}"'.encode() in data and b"dermis:seed" not in data
+    placed = running.client.post("/v1/embeddings/projections", json={"projections": body["projections"]}).json()["data"]
+    with Checker(bundle, device="cpu", threads=1) as checker:
+        position = training_map(checker.index).project(checker.nearest(expected[1:2]).embeddings)
+    np.testing.assert_allclose([placed[0]["position"]], position, atol=6e-4)  # where the reconstruction is
+    assert placed[0].keys() == {"index", "position"}
+    missing = {"projections": [{"id": f"pr_{'0' * 32}"}]}
+    assert running.client.post("/v1/embeddings/projections", json=missing).status_code == 404
     for change, field in (
         ({"projections": [{"id": job["id"], "image": 2}]}, "projections.0.image"),
         ({"samples": [{"class": "benign"}]}, "body"),
@@ -273,11 +281,11 @@ def test_upload_that_cannot_be_stored_leaves_no_job(running: Service, monkeypatc
 
 
 def test_projection_succeeds_while_its_progress_is_unknown(running: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def silent(_ticket: str) -> int:
+    async def silent(_ticket: str) -> tuple[int, list[ProjectionPreview]]:
         raise InferenceUnavailableError("no answer")
 
     running.projector.gate.clear()
-    monkeypatch.setattr(running.projector, "steps", silent)
+    monkeypatch.setattr(running.projector, "progress", silent)
     job = ask(running, noise(1))
     wait_for(lambda: running.projector.calls == 1)
     time.sleep(1.5)  # it has been called by then

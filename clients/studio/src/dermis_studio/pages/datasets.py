@@ -196,6 +196,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         except Exception as error:
             yield problem_of(error), gr.skip()
 
+    fill_from_address(blocks, AddressField("seed", seed))
     loaded = blocks.load(load, None, [readonly, builder, model, *counts, listed, gate, agreeing, create], **PRIVATE)
     loaded.then(reckon, fields, [estimate, code], **PRIVATE)
     following = blocks.load(reopen, None, [current, table], concurrency_limit=None, **PRIVATE)
