@@ -199,7 +199,7 @@ def _waiting_figure(projection: Projection) -> str:
     """What is in the place of the reconstruction until there is one."""
     words = "The reconstruction appears here." if projection.state == "queued" else "The first steps are being made."
     space = f'<div class="ds-first"><p>{words}</p></div>'
-    return f'<figure class="ds-figure">{space}<figcaption>Reconstruction.</figcaption></figure>'
+    return f'<figure class="ds-figure">{space}<figcaption>No reconstruction yet.</figcaption></figure>'
 
 
 async def _current_figure(client: AsyncDermisClient, projection: Projection, preview: ProjectionPreview) -> str:
