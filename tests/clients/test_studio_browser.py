@@ -405,18 +405,16 @@ def test_reader_study_from_its_creation_to_its_results(browser: Browser) -> None
 @pytest.mark.full
 def test_what_is_entered_while_a_page_loads_is_kept(browser: Browser) -> None:
     page = browser.page()
-    page.add_init_script(
-        """new MutationObserver((_, observer) => {
-             const field = document.querySelector('input[aria-label="Seed"], [aria-label="Seed"] input, label input[type=number]');
-             if (!field) return;
-             observer.disconnect();
-             setTimeout(() => { field.value = '77'; field.dispatchEvent(new Event('input', { bubbles: true })); }, 0);
-           }).observe(document, { childList: true, subtree: true });"""
-    )
+    held: list[Any] = []
+    page.route("**/gradio_api/queue/join*", held.append)  # the events of the page wait
     page.goto(f"{browser.address}/studio/authenticity?class_name=benign&seed=5&index=3")
-    page.get_by_text("Limits of this answer").wait_for()
-    assert page.get_by_label("Index").input_value() == "3"
-    assert page.get_by_label("Seed").input_value() == "77"
+    page.wait_for_function("[...document.querySelectorAll('input[type=number]')].some(field => field.value === '5')")
+    page.get_by_label("Seed").fill("77")
+    page.unroute("**/gradio_api/queue/join*")
+    for route in held:
+        route.continue_()
+    shows(page, "Limits of this answer")
+    assert (page.get_by_label("Seed").input_value(), page.get_by_label("Index").input_value()) == ("77", "3")
 
 
 @pytest.mark.full

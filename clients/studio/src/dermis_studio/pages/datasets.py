@@ -14,8 +14,10 @@ from dermis_studio.pages import dataset_view as view
 from dermis_studio.samples import NOISE, find_model
 from dermis_studio.studio import (
     PRIVATE,
+    AddressField,
     Studio,
     chosen_model,
+    fill_from_address,
     heading,
     html,
     problem_of,
