@@ -85,7 +85,7 @@ shown of one image alone. `POST` places images on the map.
 
 If the operator has switched it on (`DERMIS_TRAINING_POSITIONS`), callers with the scope `authenticity:uploads` also get the
 position of each training image.""",
-    responses=problems("unknown-model", "no-index", "overloaded", "not-ready", "model-unavailable"),
+    responses=problems("unknown-model", "invalid-request", "no-index", "overloaded", "not-ready", "model-unavailable"),
 )
 async def show_map(context: ContextDep, principal: _Reader, model: ModelQuery = None) -> EmbeddingMap:
     """Show the map of a model."""

@@ -115,12 +115,11 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 known = await client.embeddings.retrieve(chosen.name)
                 points = await _named(studio, client, request, visitor, chosen, projections, file)
                 first = 0 if points else None
-                fixed, calls = len(points), 0
+                named, done, calls = {point.query for point in points}, 0, 0
                 yield markup.progress(f"0 of {total} images", 0.0), element(known, points, first), *running
                 async for part in _samples(client, visitor, chosen, total, int(seed or 0), truncation):
-                    points += part
-                    calls += 1
-                    done = len(points) - fixed
+                    points += [point for point in part if point.query not in named]
+                    calls, done = calls + 1, done + len(part)
                     shown = calls % _SHOWN_EVERY == 0 and done < total
                     drawn = await asyncio.to_thread(element, known, points, first) if shown else gr.skip()
                     yield markup.progress(f"{done} of {total} images", done / total), drawn, *running

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 import gradio as gr
-from dermis_client import AsyncDermisClient, Model, NotFoundError, ProjectedImage, Projection, ProjectionPreview
+from dermis_client import AsyncDermisClient, DermisError, Model, ProjectedImage, Projection, ProjectionPreview
 from PIL import Image, ImageOps
 
 from dermis_studio import downloads, markup, scales
@@ -203,10 +203,10 @@ def _waiting_figure(projection: Projection) -> str:
 
 
 async def _current_figure(client: AsyncDermisClient, projection: Projection, preview: ProjectionPreview) -> str:
-    """The current reconstruction and the distances so far; empty if the projection has ended meanwhile."""
+    """The current reconstruction and the distances so far; empty if it cannot be fetched, for instance after the end."""
     try:
         image = await client.projections.preview(projection.id, preview.index)
-    except NotFoundError:
+    except DermisError:
         return ""
     words = f"Reconstruction after {preview.step:,} steps"
     distances = [(each.step, each.distance) for each in preview.distances]
