@@ -134,6 +134,7 @@ def test_running_projection_shows_its_image_and_leaves_nothing(running: Service)
     assert not any("preview" in name for name in stored(running, job))
 
 
+@pytest.mark.full
 def test_preview_that_cannot_be_stored_does_not_stop_the_projection(
     running: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
