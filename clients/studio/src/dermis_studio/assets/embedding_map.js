@@ -78,11 +78,6 @@
       const reach = [...this.points.map((p) => p.at), ...this.data.cubes].map((p) => Math.hypot(p[0], p[1], p[2])).sort((a, b) => a - b);
       this.unit = 1 / Math.max(1e-6, reach[Math.floor(0.98 * (reach.length - 1))] || 1);
       this.sheet = null;
-      if (this.data.sheet) {
-        const sheet = new Image();
-        sheet.onload = () => { this.sheet = sheet; this.redraw(); this.choose(this.chosen); };
-        sheet.src = this.data.sheet;
-      }
       this.build();
       const named = this.points.findIndex((p) => p.id === kept.chosen);
       this.choose(named >= 0 ? named : this.data.chosen ?? -1);
@@ -90,6 +85,11 @@
       this.resizes.observe(this.canvas);
       this.themes = new MutationObserver(() => this.redraw());
       this.themes.observe(document.documentElement, { attributes: true, attributeFilter: ["data-theme"] });
+      if (this.data.sheet) {
+        const sheet = new Image();
+        sheet.onload = () => { this.sheet = sheet; this.choose(this.chosen); };
+        sheet.src = this.data.sheet;
+      }
     }
 
     labels(by = kept.by) { return [...new Set(this.points.map((p) => p[by]))].sort((a, b) => a.localeCompare(b)); }
@@ -354,7 +354,7 @@
     find(text) {
       const wanted = text.trim().toLowerCase();
       if (!wanted) { this.found.textContent = ""; return; }
-      const matches = this.points.map((p, i) => [p, i]).filter(([p]) => this.isShown(p) && `${p.id} ${p.verdict} ${p.source}`.toLowerCase().includes(wanted)).map(([, i]) => i);
+      const matches = this.points.map((p, i) => [p, i]).filter(([p]) => this.isShown(p) && `${p.id} ${p.class} ${p.verdict} ${p.source}`.toLowerCase().includes(wanted)).map(([, i]) => i);
       this.found.textContent = matches.length ? `${matches.length} found; Enter shows the next one` : "No image has this text.";
       if (matches.length) this.choose(matches[(matches.indexOf(this.chosen) + 1) % matches.length]);
     }
