@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,11 @@ def test_states_show_the_images_and_distances_of_each_step_and_change_nothing(
 
     schedule = Schedule(steps=12, noise_maps=False, latent_noise=0.0, pixels=1.0)
     watched = dict(projector.project(drawn[:4], schedule, on_state=record, frame_every=1))
+    with_pixels = list(states)
+    states.clear()
+    dict(projector.project(drawn[:4], replace(schedule, pixels=0.0), on_state=record))
+    assert [row[2] for row in states[:4]] == [row[2] for row in with_pixels[:4]]  # without the error of pixels
+    states[:] = with_pixels
     alone = dict(projector.project(drawn[:4], schedule))
     assert [(number, step) for number, step, *_ in states if number == 3] == [(3, step) for step in range(1, 13)]
     assert len(states) == 4 * 12
@@ -110,8 +116,8 @@ def test_states_show_the_images_and_distances_of_each_step_and_change_nothing(
         frames = watched[number].frames
         assert frames is not None
         np.testing.assert_array_equal(image, frames[step - 1])  # what the film records at this step
-        if step == 12:  # the last rate is almost 0, so the result is nearly this image
-            assert distance == pytest.approx(watched[number].distance, rel=0.02)
+        if step == 12:  # the last rate is small, so the result is nearly this image
+            assert distance == pytest.approx(watched[number].distance, rel=0.15)
     for number, projection in alone.items():
         np.testing.assert_array_equal(projection.ws, watched[number].ws)
 
