@@ -61,7 +61,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with Checker(arguments.bundle, device="cpu", threads=arguments.threads) as checker:
         known = training_map(checker.index)
         published = rounded(known.positions)
-        labels = np.zeros(0)
+        labels = np.zeros(0, np.int64)
         for name, changed in files.items():
             nearest = checker.nearest(changed, detect_copies=False)
             if not len(labels):  # of the exact files

@@ -154,7 +154,7 @@ async def place_images(request: Request, context: ContextDep, principal: _Sender
         await context.quotas.count(request, principal, comparisons(len(inputs)))
         context.limits.comparisons.add(principal.tenant, len(inputs))
         positions = await _positions_of(context, bundle, inputs, context.settings.authenticity_distance_step)
-    return _answer(bundle, index, [Embedding(index=i, position=row) for i, row in enumerate(positions)])
+    return _answer(bundle, index, _placed(positions))
 
 
 @router.post(
@@ -191,7 +191,7 @@ async def place_projections(request: Request, context: ContextDep, principal: _R
     generate = partial(context.inference.generator.draw, bundle, latents, "const")
     images = np.stack(await generate_within_limits(context, request, principal, count, generate, comparisons(count)))
     positions = await _positions_of(context, bundle, batch(as_rgb(images), index.resolution), _STEP)
-    return _answer(bundle, index, [Embedding(index=i, position=row) for i, row in enumerate(positions)])
+    return _answer(bundle, index, _placed(positions))
 
 
 async def _place_samples(request: Request, context: Context, principal: Principal) -> Response:
@@ -235,6 +235,11 @@ async def _map_of(context: Context, bundle: Bundle) -> TrainingMap:
             return await context.inference.authenticity.training_map(bundle)
     except TimeoutError:
         raise ProblemError("overloaded", "the map is busy; try again", headers={"Retry-After": "5"}) from None
+
+
+def _placed(positions: list[list[float]]) -> list[Embedding]:
+    """Positions alone."""
+    return [Embedding(index=i, position=row, verdict=None, image=None) for i, row in enumerate(positions)]
 
 
 def _rounded(rows: NDArray[np.float32], step: float) -> list[list[float]]:
