@@ -104,8 +104,7 @@ class Settings(StudySettings):
     )
     audit_key_file: Path | None = Field(
         None,
-        description="File with a secret of at least 32 bytes, the same for all replicas, that signs the entries of the audit "
-        "trail.",
+        description="File with a secret of at least 32 bytes, the same for all replicas, that signs the audit trail.",
     )
     oidc_issuer: str | None = Field(
         None, description="Issuer of access tokens: the https URL below which /.well-known/openid-configuration is."
@@ -115,8 +114,7 @@ class Settings(StudySettings):
     )
     oidc_algorithms: Annotated[tuple[str, ...], NoDecode] = Field(
         ("RS256", "ES256"),
-        description="Accepted signature algorithms: RS256, RS384, RS512, PS256, PS384, PS512, ES256, ES384, ES512, Ed25519, "
-        "EdDSA.",
+        description="Signature algorithms: RS256, RS384, RS512, PS256, PS384, PS512, ES256, ES384, ES512, Ed25519, EdDSA.",
     )
     oidc_leeway_seconds: int = Field(
         30, ge=0, le=300, description="Tolerated difference of the clocks for the times in access tokens."
@@ -167,8 +165,7 @@ class Settings(StudySettings):
     )
     model_tenants: Annotated[dict[str, tuple[str, ...]], NoDecode] = Field(
         {},
-        description="Bundles that only some tenants may use: `bundle=tenant,tenant,bundle=tenant`. Bundles that are not "
-        "named are for all tenants.",
+        description="Bundles that only some tenants may use: `bundle=tenant,tenant,bundle=tenant`. Others are for all.",
     )
     role: Literal["all", "gateway", "worker"] = Field(
         "all",
@@ -327,14 +324,18 @@ class Settings(StudySettings):
     )
     authenticity_uploads: bool = Field(
         False,
-        description="Whether /v1/authenticity compares uploaded images with the training images. If so, everyone who can "
-        "send requests can find out whether an image is a training image.",
+        description="Whether /v1/authenticity compares uploaded images with the training images, and /v1/embeddings places "
+        "them. If so, everyone who can send requests can find out whether an image is a training image.",
+    )
+    training_positions: bool = Field(
+        False,
+        description="Whether GET /v1/embeddings shows where each training image is on the map, to callers with the scope "
+        "authenticity:uploads. Whoever has an image can then find out whether it is one of them.",
     )
     max_compared_per_minute: int = Field(
         600,
         ge=0,
-        description="Maximum number of uploaded images of one tenant compared with the training images in a minute; 0 for "
-        "none.",
+        description="Maximum number of uploads of one tenant compared with the training images in a minute; 0 for none.",
     )
     authenticity_repeat_seconds: float = Field(
         86_400.0,
@@ -406,8 +407,7 @@ class Settings(StudySettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severe level logged.")
     log_format: Literal["text", "json"] = Field(
         "text",
-        description="Format of the log: `text`, or `json` for one object a line from every process. See "
-        "[Observability](observability.md).",
+        description="Format of the log: `text`, or `json` for objects, one a line ([Observability](observability.md)).",
     )
 
     @field_validator(

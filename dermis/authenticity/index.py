@@ -91,6 +91,9 @@ class Index:
     def stored(self, numbers: NDArray[np.int64]) -> Floats:
         """Return the stored embeddings, float32 [N, dim], of training images by their numbers [N]."""
         base = base_of(self._index)
+        if _is_on_gpu(self._index):  # which returns no stored vectors of lists
+            base = import_faiss().index_gpu_to_cpu(base)
+            base.make_direct_map()
         rows = np.empty((len(numbers), self.description.dim), np.float32)
         for row, number in zip(rows, numbers, strict=True):
             base.reconstruct(int(number), row)

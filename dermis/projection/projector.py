@@ -55,6 +55,23 @@ class Target:
     label: int | None = None
 
 
+@dataclass(frozen=True)
+class ProjectionState:
+    """The images that are being projected, after a step.
+
+    Attributes:
+        numbers: Positions in the targets.
+        steps: Steps that each of them has done.
+        distances: Distance of the last image of each; early steps have noise on w.
+        images: Returns these images, uint8 [N, R, R, 3].
+    """
+
+    numbers: Sequence[int]
+    steps: Sequence[int]
+    distances: Sequence[float]
+    images: Callable[[], Images]
+
+
 class ImageProjector:
     """Projects images with one generator and one distance.
 
@@ -113,6 +130,7 @@ class ImageProjector:
         schedule: Schedule = OFFICIAL,
         *,
         on_step: Callable[[Sequence[tuple[int, int]]], None] | None = None,
+        on_state: Callable[[ProjectionState], None] | None = None,
         frame_every: int | None = None,
     ) -> Iterator[tuple[int, Projection]]:
         """Project images.
@@ -122,6 +140,7 @@ class ImageProjector:
             schedule: Steps, rates and the space that is searched.
             on_step: Called after every step with (position in `targets`, steps done) of the current images. An exception
                 from it ends the work.
+            on_state: Called after every step with the current images.
             frame_every: Number of steps between two images in `frames` of a projection; None for no frames.
 
         Yields:
@@ -138,6 +157,8 @@ class ImageProjector:
             slots.step()
             if on_step is not None:
                 on_step(slots.progress)
+            if on_state is not None:
+                on_state(slots.state)
             yield from slots.finished()
 
     def _draw(self, ws: Tensor, maps: Sequence[Tensor] | None) -> Tensor:
@@ -175,6 +196,7 @@ class _Slots:
         if schedule.noise_maps:
             sizes = [layer.resolution for block in projector._generator.synthesis.blocks for layer in block.layers]
             self._values += [torch.zeros(count, 1, size, size, device=device) for size in sizes]
+        self._drawn, self._distances = self._pixels, self._pixels[:, 0, 0, 0]  # of the last step
         self._first = [torch.zeros_like(value) for value in self._values]
         self._second = [torch.zeros_like(value) for value in self._values]
 
@@ -182,6 +204,18 @@ class _Slots:
     def progress(self) -> list[tuple[int, int]]:
         """(number of the image, step of the schedule) of each current image."""
         return [(number, step) for number, step in zip(self._numbers, self._steps, strict=True) if number is not None]
+
+    @property
+    def state(self) -> ProjectionState:
+        """The current images as the last step has drawn them."""
+        slots = [slot for slot, number in enumerate(self._numbers) if number is not None]
+        drawn = self._drawn
+        return ProjectionState(
+            numbers=[number for number in self._numbers if number is not None],
+            steps=[self._step_counts[slot] for slot in slots],
+            distances=self._distances[slots].tolist(),
+            images=lambda: to_uint8(drawn[slots] / 127.5 - 1).cpu().numpy(),
+        )
 
     def fill(self, waiting: Iterator[tuple[int, Target]]) -> bool:
         """Put waiting images into empty slots. Returns whether any slot has an image."""
@@ -234,6 +268,7 @@ class _Slots:
         ws = (w + self._latent_noise()).expand(-1, self._p._generator.num_ws, -1)
         image = self._p._draw(ws, maps or None)
         loss = (self._p._perceptual.embed(image) - self._target).square().sum(dim=1)
+        self._drawn, self._distances = image.detach(), loss.detach()
         if self._schedule.pixels:
             error = (image - self._pixels).div(127.5).square().mean(dim=(1, 2, 3))
             loss = loss + self._schedule.pixels * error

@@ -38,6 +38,7 @@ from services.gateway.routes import (
     datasets,
     docs,
     edits,
+    embeddings,
     files,
     health,
     images,
@@ -70,6 +71,7 @@ _ROUTES = (
     projections,
     classifications,
     authenticity,
+    embeddings,
     models,
     webhooks,
     studies,
@@ -100,6 +102,7 @@ _DESCRIPTION = f"""Synthetic dermoscopy: generated images of skin lesions, none 
 - `POST /v1/images` generates a few images.
 - `POST /v1/classifications` classifies uploaded images.
 - `POST /v1/authenticity` compares images with the training images.
+- `POST /v1/embeddings` places images on a map of the training images.
 - `POST /v1/projections` finds the latents of uploaded images.
 - `POST /v1/edits` edits images along directions of the latent space.
 - `POST /v1/edits/interpolations` and `/v1/edits/neighbours` generate images between two samples and around one.

@@ -60,6 +60,9 @@ ACTIONS = {
     "POST /v1/edits/neighbours": Action("image.neighbours"),
     "POST /v1/classifications": Action("upload.classify"),
     "POST /v1/authenticity": Action("authenticity.compare", stored_first=True),
+    "GET /v1/embeddings": Action("embedding.map", stored_first=True),
+    "POST /v1/embeddings": Action("embedding.place", stored_first=True),
+    "POST /v1/embeddings/projections": Action("projection.place", stored_first=True),
     "POST /v1/projections": Action("projection.create", stored_first=True),
     "DELETE /v1/projections/{projection_id}": Action("projection.delete", stored_first=True),
     "GET /v1/projections/{projection_id}": Action("projection.read", stored_first=True),
@@ -292,7 +295,7 @@ def _event(scope: Scope, status: int, location: bytes | None, action: Action | N
     )
     if (status < 300 or status == 307) and action is not None and action.name.endswith(".download"):
         return replace(event, detail=str(params.get("name"))[:300])  # the name exists, so the service has given it
-    if action is not None and action.name == "authenticity.compare":
+    if action is not None and action.name in {"authenticity.compare", "embedding.place"}:
         return replace(event, detail=_kind_of_images(scope))
     return event
 

@@ -17,6 +17,7 @@ from services.gateway.auth.authentication import access_of
 from services.gateway.auth.principal import SCOPES
 from services.gateway.schemas.datasets import Dataset
 from services.gateway.schemas.edits import EditsRequest
+from services.gateway.schemas.embeddings import EmbeddingsRequest, ProjectedEmbeddingsRequest
 from services.gateway.schemas.images import ImagesRequest
 from services.gateway.schemas.keys import KeyRequest
 from services.gateway.schemas.latent_images import InterpolationRequest, NeighboursRequest
@@ -138,6 +139,8 @@ def openapi_document(app: FastAPI, settings: Settings) -> dict[str, Any]:
                 (EditsRequest, "validation"),
                 (InterpolationRequest, "validation"),
                 (NeighboursRequest, "validation"),
+                (EmbeddingsRequest, "validation"),
+                (ProjectedEmbeddingsRequest, "validation"),
                 (KeyRequest, "validation"),
                 (WebhookRequest, "validation"),
                 (StudyRequest, "validation"),

@@ -1,11 +1,13 @@
 """The index of training images as a BentoML service: rows of pixels in, distances out.
 
 Calls of several callers run as one batch. It returns the distance to the nearest training image and never which one that is.
+The map of the training images has counts of them, and positions only if the operator has switched these on.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -16,6 +18,7 @@ import numpy as np
 
 from dermis.authenticity.attack import exposure
 from dermis.authenticity.checker import Checker
+from dermis.authenticity.training_map import training_map
 from dermis.bundle.folder import exists
 from dermis.bundle.index import DESCRIPTOR
 from dermis.cpus import available_cpus
@@ -33,6 +36,11 @@ class AuthenticityService(InferenceService[Checker]):
 
     logger = logging.getLogger("dermis.authenticity")
     failure = "index not loaded"
+
+    def __init__(self) -> None:
+        self._maps: dict[str, dict[str, Any]] = {}
+        self._mapping = threading.Lock()
+        super().__init__()
 
     def has_model(self, location: str) -> bool:
         """Whether the bundle has an index."""
@@ -78,3 +86,25 @@ class AuthenticityService(InferenceService[Checker]):
         if checker is None:
             return {"problem": pixels.missing_message("index", digest)}
         return asdict(exposure(checker.index, embeddings))
+
+    @bentoml.api
+    def training_map(self, digest: str) -> dict[str, Any]:
+        """Compute the map of the training images, once.
+
+        Args:
+            digest: Digest of the index.
+
+        Returns:
+            The fields of a `TrainingMap`, without positions unless they are switched on, or "problem" with the reason why there
+            is none.
+        """
+        checker = self._models.get(digest)
+        if checker is None:
+            return {"problem": pixels.missing_message("index", digest)}
+        with self._mapping:
+            if digest not in self._maps:
+                fields = asdict(training_map(checker.index))
+                if not _settings.training_positions:
+                    fields["positions"] = np.empty((0, 3), np.float32)
+                self._maps[digest] = fields
+            return self._maps[digest]

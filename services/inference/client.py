@@ -17,6 +17,7 @@ from prometheus_client import Counter
 
 from dermis.authenticity.attack import Attack, Exposure
 from dermis.authenticity.index import Nearest
+from dermis.authenticity.training_map import TrainingMap
 from dermis.bundle import Bundle
 from dermis.errors import RequestError
 from dermis.explain.attribution import Method
@@ -24,7 +25,7 @@ from services.errors import InferenceFailedError, InferenceUnavailableError, Not
 from services.inference import pixels
 from services.inference.connection import Connection
 from services.inference.heat_maps import EncodedHeatMap
-from services.inference.projections import ProjectionFiles, ProjectionTask
+from services.inference.projections import ProjectionFiles, ProjectionPreview, ProjectionTask
 from services.inference.samples import Image, Samples, to_bytes
 from services.models import ServedModels
 
@@ -208,6 +209,7 @@ class AuthenticityClient(InferenceClient):
     def __init__(self, client: Any, models: ServedModels) -> None:
         super().__init__(client, {b.authenticity.digest: b.name for b in models.bundles if b.authenticity is not None})
         self._row_bytes = pixels.row_bytes(b.authenticity.resolution for b in models.bundles if b.authenticity)
+        self._maps: dict[str, TrainingMap] = {}  # by digest of the index
 
     async def nearest(
         self, bundle: Bundle, inputs: NDArray[np.uint8], comparison: pixels.Comparison | None = None
@@ -240,6 +242,17 @@ class AuthenticityClient(InferenceClient):
             raise InferenceUnavailableError(response["problem"])
         attack = response["attack"]
         return Exposure(response["identifiability"], None if attack is None else Attack(**attack))
+
+    async def training_map(self, bundle: Bundle) -> TrainingMap:
+        """The map of the training images, which is kept after the first call."""
+        assert bundle.authenticity is not None
+        digest = bundle.authenticity.digest
+        if digest not in self._maps:
+            response = await self._connection.call("training_map", digest)
+            if "problem" in response:
+                raise InferenceUnavailableError(response["problem"])
+            self._maps[digest] = TrainingMap(**response)
+        return self._maps[digest]
 
     async def identity(self, bundle: Bundle) -> Mapping[str, str]:
         """The software and the device that compare images with the index of the bundle, for manifests."""
@@ -302,7 +315,7 @@ class ProjectorClient(InferenceClient):
             images: uint8 [N, R, R, 3] at the resolution of the generator.
             labels: Class number of each image, if it is known.
             task: The options.
-            ticket: A new name for this call, for `steps` and `cancel`.
+            ticket: A new name for this call, for `progress` and `cancel`.
 
         Returns:
             The files of each image, in their order.
@@ -319,9 +332,10 @@ class ProjectorClient(InferenceClient):
         images_projected.labels(bundle.name).inc(len(images))
         return [ProjectionFiles(**fields) for fields in response["projected"]]
 
-    async def steps(self, ticket: str) -> int:
-        """The sum of the steps of all images of a running call of `project`."""
-        return int(await self._connection.call("steps", ticket))
+    async def progress(self, ticket: str) -> tuple[int, list[ProjectionPreview]]:
+        """The sum of the steps of all images of a running call of `project`, and previews of its current images."""
+        response = await self._connection.call("progress", ticket)
+        return int(response["steps"]), [ProjectionPreview(**fields) for fields in response["previews"]]
 
     async def cancel(self, ticket: str) -> None:
         """End a call of `project` at its next step."""

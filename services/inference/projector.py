@@ -44,6 +44,7 @@ class ProjectorService(InferenceService[Bundle]):
         self._projectors: dict[str, ImageProjector] = {}
         self._loading = threading.Lock()
         self._steps: dict[str, int] = {}
+        self._previews: dict[str, list[dict[str, Any]]] = {}
         self._cancelled: set[str] = set()
         super().__init__()
 
@@ -63,7 +64,7 @@ class ProjectorService(InferenceService[Bundle]):
             images: uint8 [N, R, R, 3] at the resolution of the generator.
             labels: Class number of each image; -1 if it is not known.
             task: The fields of a `projections.ProjectionTask`.
-            ticket: Names this call for `steps` and `cancel`.
+            ticket: Names this call for `progress` and `cancel`.
 
         Returns:
             "projected" with the fields of a `projections.ProjectionFiles` per image, or "problem" or "refused" with the reason.
@@ -78,11 +79,14 @@ class ProjectorService(InferenceService[Bundle]):
                 raise _CancelledError
             self._steps[ticket] = steps
 
+        def on_previews(previews: list[projections.ProjectionPreview]) -> None:
+            self._previews[ticket] = [asdict(preview) for preview in previews]
+
         try:
             projector = self._projector(bundle)
             known_labels = [None if label < 0 else label for label in labels]
             results = projections.project_images(
-                projector, images, known_labels, projections.ProjectionTask.from_dict(task), on_steps
+                projector, images, known_labels, projections.ProjectionTask.from_dict(task), on_steps, on_previews
             )
         except _CancelledError:
             return {"problem": "the projection was cancelled"}
@@ -95,13 +99,19 @@ class ProjectorService(InferenceService[Bundle]):
             return {"problem": without_place(error, bundle.location)}
         finally:
             self._steps.pop(ticket, None)
+            self._previews.pop(ticket, None)
             self._cancelled.discard(ticket)
         return {"projected": [asdict(result) for result in results]}
 
     @bentoml.api
-    async def steps(self, ticket: str) -> int:  # on the event loop, so that it does not wait for the call to end
-        """The sum of the steps of all images of a running call; 0 before its begin and after its end."""
-        return self._steps.get(ticket, 0)
+    async def progress(self, ticket: str) -> dict[str, Any]:  # on the event loop: it does not wait for the call to end
+        """How far a running call is.
+
+        Returns:
+            "steps": the sum of the steps of all images, 0 before the begin and after the end of the call; "previews": the
+            fields of the last `projections.ProjectionPreview` of each current image.
+        """
+        return {"steps": self._steps.get(ticket, 0), "previews": self._previews.get(ticket, [])}
 
     @bentoml.api
     async def cancel(self, ticket: str) -> None:

@@ -1,16 +1,19 @@
 """The work of a projection job: project the images of a shard at once, and list the results at the end.
 
 This module implements `services.jobs.execution.JobKind`. Uploaded images are kept in the folder of the job, as squares at the
-resolution of the generator, until the job has ended; then they are removed. They are stored nowhere else.
+resolution of the generator, until the job has ended; then they are removed, with the previews of its reconstructions. They are
+stored nowhere else.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -22,13 +25,13 @@ from dermis.bundle import Bundle
 from dermis.dataset.request import classes_of
 from dermis.dataset.shards import MAX_C2PA_BYTES, max_image_bytes
 from dermis.dataset.store import PARTIAL, Store
-from dermis.errors import DataError
+from dermis.errors import DataError, StorageError
 from dermis.image_metadata import origin_of
 from dermis.imaging import decode, encode
 from dermis.projection.result import fields_of, from_bytes
 from dermis.projection.schedule import SCHEDULES, Schedule, Space, Start
 from services.errors import DatabaseUnavailableError, InferenceFailedError, InferenceUnavailableError
-from services.inference.projections import ProjectionFiles, ProjectionTask
+from services.inference.projections import PREVIEW_DISTANCES, ProjectionFiles, ProjectionPreview, ProjectionTask
 from services.jobs.context import (
     JobContext,
     StoppedError,
@@ -44,6 +47,10 @@ from services.problems import ProblemError
 IMAGES_PER_SHARD = 8
 LISTING = "projections.json"
 _REPORT_SECONDS = 1.0
+_PREVIEWED_SHARDS = 4
+_PREVIEW_BYTES = IMAGES_PER_SHARD * (
+    400_000 + 50 * PREVIEW_DISTANCES
+)  # maximum size of the file of previews of a shard
 _MAX_FRAMES = 120  # of a video
 _RECORD_BYTES = 10_000  # of the list of results, and of the header of the latents
 
@@ -70,6 +77,23 @@ class ProjectionOptions(BaseModel):
         )
 
 
+@dataclass(frozen=True)
+class Preview:
+    """An image of a running projection as it is at the moment.
+
+    Attributes:
+        index: Position of the image in the request.
+        step: Steps that have been done for it.
+        distances: (step, distance) of steps so far; the last one is that of `image`.
+        image: PNG of the generator's image.
+    """
+
+    index: int
+    step: int
+    distances: Sequence[tuple[int, float]]
+    image: bytes
+
+
 def path(job_id: str) -> str:
     """The path of a projection in the API."""
     return f"/v1/projections/{job_id}"
@@ -88,7 +112,8 @@ def max_bytes(options: ProjectionOptions, bundle: Bundle) -> int:
     # ws, the image, and noise maps of which there are two at each resolution.
     latents = 4 * network.num_ws * network.w_dim + 3 * pixels + 11 * pixels
     video = _MAX_FRAMES * (2 * pixels + 1000) if options.video else 0
-    return options.images * (2 * picture + MAX_C2PA_BYTES + latents + video + _RECORD_BYTES)
+    previews = min(options.images, IMAGES_PER_SHARD) * _PREVIEW_BYTES // IMAGES_PER_SHARD
+    return options.images * (2 * picture + MAX_C2PA_BYTES + latents + video + _RECORD_BYTES) + previews
 
 
 def write_inputs(store: Store, images: Sequence[NDArray[np.uint8]]) -> None:
@@ -124,6 +149,7 @@ def run_shard(ctx: JobContext, job: Job, shard: int) -> None:
             if files.video is not None:
                 store.write(f"{number:05d}.gif", files.video)
             store.write(_result_name(number), files.result)  # the last one: an image that has it is done
+        store.remove(_preview_name(shard))
     retry_transient(ctx, lambda: ctx.table.progress(job.id, shard, len(numbers) * options.steps, finished=True))
 
 
@@ -143,9 +169,10 @@ def _project(
     task = ProjectionTask(options.resolved, options.video)
     ticket = uuid.uuid4().hex
     last_report = time.monotonic()
+    last_previews: list[ProjectionPreview] = []
 
     def report() -> None:
-        nonlocal last_report
+        nonlocal last_report, last_previews
         if time.monotonic() - last_report < _REPORT_SECONDS:
             return
         last_report = time.monotonic()
@@ -155,7 +182,11 @@ def _project(
             if stop:
                 run_on_loop(ctx, ctx.inference.projector.cancel(ticket))
             else:
-                ctx.table.progress(job.id, shard, run_on_loop(ctx, ctx.inference.projector.steps(ticket)))
+                steps, previews = run_on_loop(ctx, ctx.inference.projector.progress(ticket))
+                ctx.table.progress(job.id, shard, steps)
+                if previews and previews != last_previews:
+                    _write_previews(ctx.store(job), shard, numbers, previews)
+                    last_previews = previews
         if stop:
             raise StoppedError
 
@@ -165,6 +196,40 @@ def _project(
         lambda: ctx.inference.projector.project(bundle, images, [label] * len(images), task, ticket),
         report,
     )
+
+
+def _write_previews(store: Store, shard: int, numbers: Sequence[int], previews: Sequence[ProjectionPreview]) -> None:
+    """Store the previews of a shard in one file, so that images and numbers belong together. A failure changes nothing."""
+    rows = [
+        {
+            "index": numbers[preview.number],
+            "step": preview.step,
+            "distances": [[step, round(distance, 5)] for step, distance in preview.distances],
+            "image": base64.b64encode(preview.image).decode("ascii"),
+        }
+        for preview in previews
+    ]
+    with suppress(StorageError):
+        store.write(_preview_name(shard), json.dumps(rows).encode())
+
+
+def previews(store: Store, job: Job) -> list[Preview]:
+    """The previews of a running job, by index of the image. Those that are not there yet, or not any more, are left out."""
+    found = []
+    # Shards begin in order, so those that are running are near the number of those that are finished.
+    for shard in range(
+        max(0, job.shards_done - _PREVIEWED_SHARDS), min(job.shards_total, job.shards_done + _PREVIEWED_SHARDS)
+    ):
+        name = _preview_name(shard)
+        try:
+            rows = json.loads(store.read(name, limit=_PREVIEW_BYTES)) if store.size(name) is not None else []
+        except StorageError:  # the shard has ended meanwhile
+            continue
+        found += [
+            Preview(row["index"], row["step"], [(s, d) for s, d in row["distances"]], base64.b64decode(row["image"]))
+            for row in rows
+        ]
+    return sorted(found, key=lambda preview: preview.index)
 
 
 def finish(ctx: JobContext, job: Job) -> None:
@@ -215,6 +280,10 @@ def _is_done(store: Store, number: int) -> bool:
 
 def _input_name(number: int) -> str:
     return f"{PARTIAL}/input-{number:05d}.png"
+
+
+def _preview_name(shard: int) -> str:
+    return f"{PARTIAL}/previews-{shard:05d}.json"
 
 
 def _result_name(number: int) -> str:

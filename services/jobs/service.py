@@ -29,7 +29,7 @@ from services.image_signing import NO_CERTIFICATE
 from services.jobs import execution, projection, workflow
 from services.jobs.context import FileInfo, JobContext, ShutdownError
 from services.jobs.lease import Lease, executor_slot
-from services.jobs.projection import ProjectionOptions
+from services.jobs.projection import Preview, ProjectionOptions
 from services.jobs.statistics import Statistics
 from services.jobs.table import Job
 from services.quotas import DAY
@@ -338,6 +338,10 @@ class ProjectionJobs:
     def results(self, job: Job) -> list[Mapping[str, Any]]:
         """The results of a job that has succeeded: one row per image, with the names of its files."""
         return projection.results(self._ctx.store(job))
+
+    def previews(self, job: Job) -> list[Preview]:
+        """How the images of a running job look at the moment, as far as a worker has told it."""
+        return projection.previews(self._ctx.store(job), job)
 
     def latents(self, job: Job, image: int) -> NDArray[np.float32]:
         """ws [num_ws, w_dim] of one image of a job that has succeeded."""

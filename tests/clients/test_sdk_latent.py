@@ -26,8 +26,9 @@ from dermis_client import (
 from dermis.bundle import Bundle
 from dermis.imaging import Images, decode, encode
 from dermis.projection.result import from_bytes
-from service_kit import Parts, assemble, listening
+from service_kit import Parts, assemble, listening, wait_for
 from services.errors import InferenceFailedError
+from services.inference.projections import ProjectionPreview
 from tiny_index import make_complete_bundle
 
 pytest.importorskip("faiss", reason="FAISS is not installed")
@@ -101,12 +102,36 @@ def test_client_edits_samples_and_projections(client: DermisClient, tmp_path: Pa
         client.edits.create(projections=[("pr_" + "0" * 32, 0)])
 
 
+def test_client_places_images_on_the_map(client: DermisClient, served: tuple[Parts, str], files: list[Path]) -> None:
+    around = client.embeddings.retrieve()
+    assert (around.training.counted, around.training.positions, around.uploads) == (60, None, True)
+    made = client.embeddings.place_generated({"benign": 2}, seed=5, images=True)
+    again = client.images.generate({"benign": 2}, seed=5)
+    assert [one.image.content for one in made if one.image] == [image.content for image in again]
+    checked = client.authenticity.check_generated({"benign": 2}, seed=5)
+    assert [one.verdict.distance for one in made if one.verdict] == [one.distance for one in checked]
+    assert len(made[0].position) == len(around.explained) and made.model == checked.model
+    placed = client.embeddings.place([files[0], files[5]])
+    assert [one.name for one in placed] == [str(files[0]), str(files[5])] and placed[0].verdict is None
+    with pytest.raises(NotFoundError):
+        client.embeddings.place_projections(["pr_" + "0" * 32])
+    with pytest.raises(InvalidRequestError):
+        client.embeddings.place_projections(["../datasets"])
+
+
 def test_client_projects_files_and_downloads_results(
     client: DermisClient, served: tuple[Parts, str], files: list[Path], tmp_path: Path
 ) -> None:
     parts, _ = served
     parts.projector.gate.clear()
     begun = client.projections.create(files[:3], steps=2, video=True, class_name="benign", idempotency_key="one")
+    with pytest.raises(NotFoundError, match="no such preview"):
+        client.projections.preview(begun.id)
+    parts.projector.previews = [ProjectionPreview(1, 7, [(1, 3.0), (7, 2.0)], encode(noise(1)[0]))]
+    wait_for(lambda: client.projections.retrieve(begun.id).previews)
+    preview = (client.projections.retrieve(begun.id).previews or [])[0]
+    assert (preview.index, preview.step, preview.distance, preview.distances[0].distance) == (1, 7, 2.0, 3.0)
+    assert np.array_equal(np.asarray(client.projections.preview(begun.id, 1)), noise(1)[0])
     with pytest.raises(ConflictError, match=r"running|queued"):
         client.projections.download(begun.id, tmp_path / "early")
     assert (

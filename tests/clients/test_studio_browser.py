@@ -113,6 +113,9 @@ def project(page: Any) -> None:
     page.locator("input[type=file]").set_input_files(picture())
     page.get_by_alt_text("The chosen image").wait_for()
     press(page, "Project")
+    shows(page, "Reconstruction after", OPTIMISATION_SECONDS)  # while it is being made
+    page.get_by_role("img", name=re.compile("Distance after [0-9]+ of")).wait_for()
+    assert violations(page) == []
     shows(page, "Reconstruction.", OPTIMISATION_SECONDS)
     page.once("dialog", lambda dialog: dialog.accept())
     press(page, "Delete")
@@ -182,6 +185,67 @@ def datasets_without_images(page: Any) -> str:
     return "at least one image"
 
 
+def embedding_map(page: Any) -> None:
+    number = page.get_by_label("number input for Generated images")
+    number.fill("20")
+    number.press("Enter")
+    press(page, "Draw map")
+    shows(page, "20 images. The map shows")
+    canvas = page.get_by_role("application")
+    canvas.focus()
+    page.keyboard.press("Enter")  # the image nearest to the middle
+    about = page.locator(".ds-em-about")
+    about.get_by_text("Nearest images of the map").wait_for()
+    assert (
+        canvas.evaluate(
+            "c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.filter((v, k) => k % 4 == 3 && v > 0).length"
+        )
+        > 1000
+    )
+    chosen = about.locator("h3").first.inner_text()
+    about.get_by_role("listitem").first.get_by_role("button").press("Enter")
+    page.wait_for_function("name => document.querySelector('.ds-em-about h3').textContent !== name", arg=chosen)
+    page.get_by_label("Colour and shape").select_option("verdict")
+    with page.expect_download() as saved:
+        press(page, "Save as CSV")
+    rows = Path(saved.value.path()).read_text().splitlines()
+    assert sum("generated" in row for row in rows) == 20 and "training images in a cube" in rows[-1]
+    with page.expect_download() as saved:
+        press(page, "Save as PNG")
+    assert min(Image.open(saved.value.path()).size) > 300
+
+
+def embedding_map_of_unknown_projection(page: Any) -> str:
+    page.get_by_label("Projections").fill(NO_SUCH)
+    press(page, "Draw map")
+    return "there is no projection"
+
+
+def create_study(page: Any, images: int) -> None:
+    page.wait_for_load_state("networkidle")
+    page.get_by_label("Name").first.fill("Pilot")
+    page.get_by_label("Images", exact=False).first.fill(str(images))
+    press(page, "Create study")
+    shows(page, f"{images // 2} real images are needed")
+
+
+def studies(page: Any) -> None:
+    create_study(page, 4)
+    delete_study(page)
+
+
+def delete_study(page: Any) -> None:
+    page.once("dialog", lambda dialog: dialog.accept())
+    press(page, "Delete")
+    shows(page, "are deleted")
+
+
+def study_without_name(page: Any) -> str:
+    page.wait_for_load_state("networkidle")
+    press(page, "Create study")
+    return "the study has no name"
+
+
 def models(page: Any) -> None:
     shows(page, "held-out images of other")
 
@@ -193,6 +257,8 @@ PAGES = {
     "authenticity": Steps("authenticity", authenticity, authenticity_with_huge_seed),
     "classify": Steps("classify", classify, classify_broken),
     "datasets": Steps("datasets", datasets, datasets_without_images),
+    "map": Steps("map", embedding_map, embedding_map_of_unknown_projection),
+    "studies": Steps("studies", studies, study_without_name),
     "models": Steps("models", models),
 }
 
@@ -268,6 +334,97 @@ def test_page_shows_an_error_and_what_to_do(browser: Browser, name: str) -> None
     assert text in problem.inner_text()
     assert problem.locator(".ds-remedy").inner_text()
     assert violations(page) == []
+
+
+def answer(reader: Any, position: int, *keys: str) -> None:
+    """Answer an image of a study with the keyboard."""
+    shows(reader, f"Image {position} of 4")
+    reader.locator("#image:not([hidden])").wait_for()
+    for key in keys:
+        reader.keyboard.press(key)
+
+
+@pytest.mark.full
+def test_reader_study_from_its_creation_to_its_results(browser: Browser) -> None:
+    page = browser.open("studies")
+    create_study(page, 4)
+    page.get_by_label("Real images: benign").set_input_files([picture(160), picture(200)])
+    shows(page, "2 of 2 images are uploaded")
+    assert violations(page) == []
+    press(page, "Choose the images and open the study")
+    page.get_by_label("Name or code").fill("Reader A")
+    press(page, "Create link")
+    link = page.locator(".ds-code code").inner_text()
+    page.locator(".ds-state", has_text="Open").first.wait_for()
+    assert violations(page) == []
+
+    reader = browser.page(width=820, height=1180)
+    reader.goto(link)
+    reader.get_by_role("button", name="Begin").wait_for()
+    assert violations(reader) == []
+    reader.get_by_role("button", name="Begin").press("Enter")
+    answer(reader, 1, "g", "4", "Enter")
+    answer(reader, 2, "r", "2", "Enter")
+    answer(reader, 3, "g")
+    assert violations(reader) == []
+    reader.reload()
+    reader.get_by_role("button", name="Continue with image 3").press("Enter")
+    answer(reader, 3)
+    assert reader.get_by_label("Generated").is_checked()  # what was chosen before the page was loaded again
+    reader.keyboard.press("Backspace")
+    answer(reader, 2)
+    assert reader.get_by_label("Real").is_checked()
+    answer(reader, 2, "Enter")
+    answer(reader, 3, "5", "Enter")
+    answer(reader, 4, "r", "1", "Enter")
+    shows(reader, "You have answered all 4 images")
+    assert violations(reader) == []
+
+    press(page, "Refresh")
+    shows(page, "Results so far")
+    assert "4 of 4" in page.locator(".ds-study").inner_text()
+    assert violations(page) == []
+    page.locator("[data-ds-theme]").click()
+    assert violations(page) == []
+    with page.expect_download() as saved:
+        page.get_by_role("link", name="Answers as CSV").click()
+    rows = Path(saved.value.path()).read_text().splitlines()
+    assert len(rows) == 1 + 4 and sum(",real," in row for row in rows) >= 2
+    page.reload()  # the address names the study
+    shows(page, "Results so far")
+    page.once("dialog", lambda dialog: dialog.accept())
+    press(page, "Close study")
+    shows(page, "No more answers are taken")
+    reader.reload()
+    shows(reader, "The study is closed")
+    delete_study(page)
+    reader.reload()
+    shows(reader, "This link does not work")
+
+
+@pytest.mark.full
+def test_what_is_entered_while_a_page_loads_is_kept(browser: Browser) -> None:
+    page = browser.page()
+    held: list[Any] = []
+    page.route("**/gradio_api/queue/join*", held.append)  # the events of the page wait
+    page.goto(f"{browser.address}/studio/authenticity?class_name=benign&seed=5&index=3")
+    page.wait_for_function("[...document.querySelectorAll('input[type=number]')].some(field => field.value === '5')")
+    page.get_by_label("Seed").fill("77")
+    page.unroute("**/gradio_api/queue/join*")
+    for route in held:
+        route.continue_()
+    shows(page, "Limits of this answer")
+    assert (page.get_by_label("Seed").input_value(), page.get_by_label("Index").input_value()) == ("77", "3")
+
+
+@pytest.mark.full
+def test_a_refused_number_names_its_field(browser: Browser) -> None:
+    page = browser.open("explore")
+    page.wait_for_load_state("networkidle")
+    field = page.get_by_label("Its seed")
+    field.evaluate("e => { e.value = '-3'; e.dispatchEvent(new Event('input', { bubbles: true })); }")
+    press(page, "Make film")
+    shows(page, "Its seed: value -3 is less than")
 
 
 @pytest.mark.full

@@ -304,6 +304,7 @@ def _routes() -> str:
         queries = {
             "/v1/datasets": ["?limit=1", "?state=failed", "?limit=0", "?cursor=x"],
             "/v1/directions": ["?model=unknown"],
+            "/v1/embeddings": ["?model=unknown"],
         }
         routes = set(_get_routes(running.client.app))
         document = running.client.get("/openapi.json").json()
@@ -387,7 +388,8 @@ def _same(value: Any, route: str = "", field: str = "") -> Any:
     if isinstance(value, int | float) and not isinstance(value, bool):
         of_file = field == "bytes" and route.endswith("/files")
         of_projection = isinstance(value, float) and route.startswith("/v1/projections/")
-        return "<number>" if of_file or of_projection else value
+        of_map = route.startswith("/v1/embeddings")
+        return "<number>" if of_file or of_projection or of_map else value
     if isinstance(value, str):
         if field in ("request_id", "next_cursor") or (field == "sha256" and "/files" in route):
             return f"<{field}>"

@@ -21,6 +21,7 @@ from starlette.testclient import TestClient
 from dermis.authenticity.attack import Exposure, exposure
 from dermis.authenticity.checker import Checker
 from dermis.authenticity.index import Nearest, open_index
+from dermis.authenticity.training_map import TrainingMap, training_map
 from dermis.bundle import Bundle
 from dermis.classifier.onnx_session import Classifier
 from dermis.dataset.manifest import finalize
@@ -38,7 +39,7 @@ from services.inference import projections
 from services.inference.client import InferenceClients
 from services.inference.heat_maps import EncodedHeatMap
 from services.inference.pixels import Comparison
-from services.inference.projections import ProjectionFiles, ProjectionTask
+from services.inference.projections import ProjectionFiles, ProjectionPreview, ProjectionTask
 from services.inference.samples import Image, Options, Samples, pack_rows
 from services.jobs.context import JobContext
 from services.jobs.service import JobService
@@ -137,6 +138,9 @@ class LocalAuthenticity(LocalClient):
             nearest = checker.nearest(inputs, **asdict(comparison or Comparison()))
             return replace(nearest, neighbours=None)
 
+    async def training_map(self, bundle: Bundle) -> TrainingMap:
+        return training_map(open_index(bundle, device="cpu", threads=1))
+
     async def expose(self, bundle: Bundle, embeddings: NDArray[np.float32]) -> Exposure:
         return exposure(open_index(bundle, device="cpu", threads=1), embeddings)
 
@@ -153,6 +157,7 @@ class LocalProjector(LocalClient):
     calls: int = 0
     steps_done: dict[str, int] = field(default_factory=dict)
     cancelled: list[str] = field(default_factory=list)
+    previews: list[ProjectionPreview] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -169,8 +174,8 @@ class LocalProjector(LocalClient):
         projector = ImageProjector(bundle, distance="lite0", device="cpu", dtype="float32", batch_size=len(images))
         return projections.project_images(projector, images, labels, task, lambda steps: None)
 
-    async def steps(self, ticket: str) -> int:
-        return self.steps_done.get(ticket, 0)
+    async def progress(self, ticket: str) -> tuple[int, list[ProjectionPreview]]:
+        return self.steps_done.get(ticket, 0), self.previews
 
     async def cancel(self, ticket: str) -> None:
         self.cancelled.append(ticket)

@@ -71,7 +71,9 @@ def test_async_client_creates_downloads_and_deletes_dataset(gateway: FakeGateway
     assert dermis_client.verify(tmp_path)
 
 
-RESOURCES = ["datasets", "images", "classifications", "authenticity", "edits", "projections", "models", "webhooks"]
+RESOURCES = [
+    "datasets", "images", "classifications", "authenticity", "embeddings", "edits", "projections", "models", "webhooks",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["Dataset", "DermisClient", *(name.capitalize() for name in RESOURCES)])

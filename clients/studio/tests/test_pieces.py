@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 import json
 import shlex
 from typing import Any
 
 import gradio as gr
 import pytest
-from dermis_client import APIConnectionError, DermisError, Model, Study, StudyResults
+from dermis_client import APIConnectionError, DermisError, Embedding, EmbeddingMap, Model, Study, StudyResults
 from dermis_client.errors import RateLimitError, UnprocessableEntityError
 from dermis_client.models import Problem
 from dermis_client.studies import StudyImages
 from dermis_studio import markup, scales, snippets
-from dermis_studio.pages import study_view
+from dermis_studio.pages import map_points, study_view
 from dermis_studio.samples import SampleRef, words_of
 from dermis_studio.sources import SourceFields
+from PIL import Image
 
 EVIL = '<script>alert("x")</script>&'
 
@@ -50,9 +54,10 @@ def test_loading_a_page_keeps_what_was_entered_meanwhile() -> None:
     with gr.Blocks():
         fields = SourceFields()
     kept = dict(zip(fields.outputs, fields.updates(model, {}), strict=True))
-    assert all("value" not in kept[field] for field in (fields.kind, fields.seed, fields.index))
+    assert "value" not in kept[fields.kind]
     named = dict(zip(fields.outputs, fields.updates(model, {"class_name": "benign", "seed": "7"}), strict=True))
-    assert (named[fields.kind]["value"], named[fields.seed]) == ("sample", 7)
+    assert "value" not in named[fields.kind] and named[fields.class_name]["value"] == "benign"
+    assert fields.seed not in named and fields.index not in named  # the browser fills them when the page is loaded
     only_files = dict(zip(fields.outputs, fields.updates(model, {}, samples=False), strict=True))
     assert only_files[fields.kind]["value"] == "file"
 
@@ -174,3 +179,56 @@ def test_study_is_described_without_markup_from_outside() -> None:
     collecting = study.model_copy(update={"state": "collecting", "classes": {"nevus": StudyImages(uploaded=1)}})
     waiting = study_view.described(collecting)
     assert "Upload 1 more" in waiting and 'data-act="open"' in waiting and " disabled>Choose the images" in waiting
+
+
+def known_map(**training: Any) -> EmbeddingMap:
+    counted: dict[str, Any] = {
+        "counted": 4543,
+        "side": 0.25,
+        "smallest": 20,
+        "cubes": [{"centre": [0, 0, 0], "images": 120}],
+    }
+    model = {"name": "demo", "digest": "0" * 64, "index": "1" * 64}
+    return EmbeddingMap.model_validate(
+        {"model": model, "extractor": "e", "metric": "cosine", "explained": [0.5, 0.2], "training": counted | training}
+    )
+
+
+def test_map_sends_points_as_an_attribute_and_says_how_training_images_are_shown() -> None:
+    verdict = {"index": 0, "authentic": False, "distance": 0.5, "percentile": 30}
+    embedding = Embedding.model_validate({"index": 0, "position": [0.12345, 2, 3, 4], "verdict": verdict})
+    picture = map_points.thumbnail(Image.new("RGB", (300, 150), "red"))
+    points = [
+        map_points.Point(EVIL, map_points.GENERATED, EVIL, embedding, picture, "seed=1", [("explore", "Explore")]),
+        map_points.Point("own", map_points.OWN, map_points.NOT_KNOWN, embedding.model_copy(update={"verdict": None})),
+    ]
+    shown = map_points.element(known_map(), points, 1)
+    assert "<script" not in shown and "at least 20 training images" in shown and "about 120 of 4,543" in shown
+    sent = json.loads(html.unescape(shown.partition('data-map="')[2].partition('"')[0]))
+    assert sent["points"][0]["at"] == [0.1235, 2.0, 3.0, 4.0] and sent["points"][0]["verdict"].startswith("Near to")
+    assert sent["points"][1]["verdict"] == map_points.NOT_COMPARED and not sent["points"][1]["picture"]
+    assert (sent["cubes"], sent["chosen"], sent["positions"]) == ([[0, 0, 0, 120]], 1, [])
+    assert sent["sheet"].startswith("data:image/jpeg;base64,")
+    assert "not shown" in map_points.training_words(known_map(cubes=[]))
+    assert "Do not pass this page on" in map_points.training_words(known_map(positions=[[0, 0, 0]]))
+
+
+def test_thumbnails_are_in_the_order_of_the_points() -> None:
+    colours = ["#ff0000", "#00ff00", "#0000ff"]
+    pictures = [None, *(map_points.thumbnail(Image.new("RGB", (64, 64), colour)) for colour in colours)]
+    sheet = map_points._sheet([*pictures, *[None] * 20, pictures[1]])
+    assert sheet is not None
+    image = Image.open(io.BytesIO(base64.b64decode(sheet.partition(",")[2])))
+    side = map_points.THUMBNAIL_PIXELS
+    assert image.size == (20 * side, 2 * side)
+    for column, row, channel in ((1, 0, 0), (2, 0, 1), (3, 0, 2), (4, 1, 0)):
+        pixel = image.getpixel((int((column + 0.5) * side), int((row + 0.5) * side)))
+        assert isinstance(pixel, tuple) and pixel[channel] > 200 and sum(pixel) < 400, (column, row)
+
+
+def test_chart_of_distances_ends_at_the_last_step() -> None:
+    chart = scales.distance_chart([(1, 4.0), (50, 2.0), (100, 1.0)], 200)
+    points = chart.partition('points="')[2].partition('"')[0].split()
+    assert points == ["41.6,8.0", "120.0,48.0", "200.0,68.0"]  # 40 to 360 px for 200 steps, 8 to 88 px for 4 to 0
+    assert "Distance after 100 of 200 steps: 1.000; at the beginning 4.000." in chart
+    assert scales.distance_chart([], 200) == ""

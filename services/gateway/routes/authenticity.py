@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from functools import partial
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from dermis.authenticity.index import Nearest
-from dermis.authenticity.verdict import verdicts_of
+from dermis.authenticity.verdict import Verdicts, verdicts_of
 from dermis.bundle import Bundle
 from dermis.bundle.index import IndexDescription
 from dermis.classifier.preprocess import batch
@@ -38,6 +39,7 @@ from services.gateway.schemas.authenticity import AuthenticityList, Authenticity
 from services.gateway.schemas.images import ImagesRequest
 from services.inference.pixels import Comparison
 from services.problems import ProblemError
+from services.settings import Settings
 
 router = APIRouter(prefix="/v1/authenticity", tags=["authenticity"])
 
@@ -96,6 +98,22 @@ async def check_authenticity(
         check_scope(principal, "authenticity:uploads")
         bundle, index, nearest, repeated = await _compare_uploads(request, context, principal, model)
         verdicts = verdicts_of(nearest, index, step=context.settings.authenticity_distance_step)
+    response_body = AuthenticityList(model=model_and_index(bundle, index), data=verdict_rows(verdicts, repeated))
+    return Response(response_body.model_dump_json(), media_type=_JSON, headers=model_header(bundle))
+
+
+def model_and_index(bundle: Bundle, index: IndexDescription) -> AuthenticityModel:
+    """The reference to a bundle and its index."""
+    return AuthenticityModel(name=bundle.name, digest=bundle.digest, index=index.digest)
+
+
+def verdict_rows(verdicts: Verdicts, repeated: Sequence[bool]) -> list[AuthenticityVerdict]:
+    """The verdict on each image, as it is sent.
+
+    Args:
+        verdicts: Verdicts on N images.
+        repeated: Whether each of them is that on an earlier image.
+    """
     copies = [None] * len(verdicts.distances) if verdicts.copies is None else verdicts.copies.tolist()
     rows = zip(
         verdicts.authentic.tolist(),
@@ -105,43 +123,33 @@ async def check_authenticity(
         repeated,
         strict=True,
     )
-    response_body = AuthenticityList(
-        model=AuthenticityModel(name=bundle.name, digest=bundle.digest, index=index.digest),
-        data=[
-            AuthenticityVerdict(
-                index=i,
-                authentic=authentic,
-                distance=round(distance, 6),  # without the error of float32
-                percentile=int(percentile),
-                copy_detected=copy_detected,
-                repeated=is_repeated,
-            )
-            for i, (authentic, distance, percentile, copy_detected, is_repeated) in enumerate(rows)
-        ],
-    )
-    return Response(response_body.model_dump_json(), media_type=_JSON, headers=model_header(bundle))
+    return [
+        AuthenticityVerdict(
+            index=i,
+            authentic=authentic,
+            distance=round(distance, 6),  # without the error of float32
+            percentile=int(percentile),
+            copy_detected=copy_detected,
+            repeated=is_repeated,
+        )
+        for i, (authentic, distance, percentile, copy_detected, is_repeated) in enumerate(rows)
+    ]
 
 
 async def _compare_uploads(
     request: Request, context: Context, principal: Principal, model: str | None
 ) -> tuple[Bundle, IndexDescription, Nearest, list[bool]]:
     """Compare uploads. Images that resemble earlier ones get the answers on those, and are marked in the last list."""
-    if not context.settings.compares_uploads:
-        raise ProblemError(
-            "uploads-disabled",
-            "uploaded images are not compared, because the result shows whether an image is a training image; the operator of "
-            "the service can set DERMIS_AUTHENTICITY_UPLOADS=true. To compare generated images, send the JSON body of "
-            "/v1/images",
-        )
+    check_uploads_allowed(context.settings)
     bundle = await served_bundle(context, principal, model)
-    index = _index_of(bundle)
+    index = index_of(bundle)
     with context.limits.uploads.hold(principal.tenant):
         admit = partial(count_pixels, context, request, principal)
         inputs = np.stack(await context.uploads.images(request, index.resolution, admit=admit))
-        await context.quotas.count(request, principal, _comparisons(len(inputs)))
+        await context.quotas.count(request, principal, comparisons(len(inputs)))
         context.limits.comparisons.add(principal.tenant, len(inputs))
         # The copy detector is left out: it finds training images better than distances do.
-        nearest = await _nearest(context, bundle, inputs, Comparison(detect_copies=False))
+        nearest = await nearest_of(context, bundle, inputs, Comparison(detect_copies=False))
         answers = await asyncio.to_thread(
             lambda: context.compared.answer(
                 (principal.tenant, index.digest), fingerprints(inputs), nearest.distances, nearest.radii
@@ -151,12 +159,26 @@ async def _compare_uploads(
     return bundle, index, nearest, answers.repeated.tolist()
 
 
+def check_uploads_allowed(settings: Settings) -> None:
+    """Check that the service compares uploads.
+
+    Raises:
+        ProblemError: It does not.
+    """
+    if not settings.compares_uploads:
+        raise ProblemError(
+            "uploads-disabled",
+            "uploaded images are not compared, because the result shows whether an image is a training image; the operator of "
+            "the service can set DERMIS_AUTHENTICITY_UPLOADS=true. For generated images, send the JSON body of /v1/images",
+        )
+
+
 async def _compare_generated(
     request: Request, context: Context, principal: Principal
 ) -> tuple[Bundle, IndexDescription, Nearest]:
     body = await read_model(request, ImagesRequest)
     bundle = await served_bundle(context, principal, body.model)
-    index = _index_of(bundle)
+    index = index_of(bundle)
     rows = rows_of(body, bundle, class_of_each(body, bundle, context.settings.max_images))
     images = np.stack(
         await generate_within_limits(
@@ -165,18 +187,23 @@ async def _compare_generated(
             principal,
             len(rows),
             lambda: context.inference.generator.images(rows),
-            _comparisons(len(rows)),
+            comparisons(len(rows)),
         )
     )
-    return bundle, index, await _nearest(context, bundle, batch(as_rgb(images), index.resolution), Comparison())
+    return bundle, index, await nearest_of(context, bundle, batch(as_rgb(images), index.resolution), Comparison())
 
 
-def _comparisons(images: int) -> dict[str, int]:
+def comparisons(images: int) -> dict[str, int]:
     """What comparing images needs of quotas. They stay counted if the comparison fails."""
     return {"authenticity_per_minute": images, "authenticity_per_day": images}
 
 
-async def _nearest(context: Context, bundle: Bundle, inputs: Images, comparison: Comparison) -> Nearest:
+async def nearest_of(context: Context, bundle: Bundle, inputs: Images, comparison: Comparison) -> Nearest:
+    """The comparison of images with the training images, within the limit of time.
+
+    Raises:
+        ProblemError: It takes too long.
+    """
     try:
         async with asyncio.timeout(context.settings.image_timeout_seconds):
             return await context.inference.authenticity.nearest(bundle, inputs, comparison)
@@ -184,7 +211,12 @@ async def _nearest(context: Context, bundle: Bundle, inputs: Images, comparison:
         raise ProblemError("overloaded", "the comparison is busy; try again", headers=_BUSY) from None
 
 
-def _index_of(bundle: Bundle) -> IndexDescription:
+def index_of(bundle: Bundle) -> IndexDescription:
+    """The index of a bundle.
+
+    Raises:
+        RequestError: It has none.
+    """
     if bundle.authenticity is None:
         raise RequestError("model", f"{bundle.name} has no index; /v1/models shows which models have one", "no-index")
     return bundle.authenticity

@@ -99,7 +99,7 @@ async def edit_images(request: Request, context: ContextDep, principal: _Sender)
         rows = _sample_rows(body, bundle, strengths)
         generate = partial(context.inference.generator.images, rows)
     else:
-        projected = await _latents(context, principal, body.projections, bundle)
+        projected = await projected_latents(context, principal, body.projections, bundle)
         ws = _edited_latents(body, bundle, strengths, projected)
         generate = partial(context.inference.generator.draw, bundle, ws, body.noise)
     count = body.sources * len(strengths)
@@ -159,7 +159,7 @@ def _sample_rows(body: EditsRequest, bundle: Bundle, strengths: list[float | Non
     return np.concatenate(rows)
 
 
-async def _latents(
+async def projected_latents(
     context: Context, principal: Principal, projections: Sequence[EditedProjection], bundle: Bundle
 ) -> NDArray[np.float32]:
     """ws [N, num_ws, w_dim] of projections.

@@ -68,7 +68,7 @@ async def generate_images(request: Request, context: ContextDep, principal: _Sen
         image_format = next(name for name, kind in MEDIA_TYPES.items() if kind == media_type)
         data = await asyncio.to_thread(_one_image, body, bundle, images, image_format, encode_image)
         return Response(data, media_type=media_type, headers=response_headers)
-    samples = await asyncio.to_thread(_samples, body, bundle, names, images, encode_image)
+    samples = await asyncio.to_thread(samples_of, body, bundle, names, images, encode_image)
     response_body = SampleList(model=model_ref(bundle), data=samples)
     return Response(
         response_body.model_dump_json(by_alias=True), media_type="application/json", headers=response_headers
@@ -126,9 +126,18 @@ def _origin(body: ImagesRequest, bundle: Bundle, index: int | None) -> ImageOrig
     return origin_of(bundle).of_sample(body.seed, index, [option.edit for option in body.edits or ()])
 
 
-def _samples(
+def samples_of(
     body: ImagesRequest, bundle: Bundle, names: Sequence[str], images: Sequence[Image], encode_image: Encode
 ) -> list[Sample]:
+    """The encoded samples of a call.
+
+    Args:
+        body: The request.
+        bundle: The model.
+        names: Class of each sample.
+        images: The images.
+        encode_image: Encodes one.
+    """
     samples: list[Sample] = []
     for i, (name, image) in enumerate(zip(names, images, strict=True)):
         origin = _origin(body, bundle, body.start_index + i)

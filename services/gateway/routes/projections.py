@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import io
+from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Literal
 
@@ -27,8 +30,9 @@ from services.gateway.dependencies import (
 )
 from services.gateway.files import MEDIA_TYPES, file_response
 from services.gateway.openapi import UPLOAD_PROBLEMS, content, headers, image_body, problems
-from services.gateway.schemas.projections import ProjectionJob, projection_of
+from services.gateway.schemas.projections import PREVIEW_PREFIX, ProjectionJob, preview_name, projection_of
 from services.gateway.uploads import Limit
+from services.jobs.context import FileInfo
 from services.jobs.projection import ProjectionOptions
 from services.jobs.table import Job
 from services.problems import ProblemError
@@ -180,13 +184,30 @@ async def delete_projection(projection_id: str, context: ContextDep, principal: 
 async def download_projection_file(
     projection_id: str, name: str, request: Request, context: ContextDep, principal: _Sender
 ) -> Response:
-    """Download latents, an image or a video."""
+    """Download latents, an image or a video; of a running projection the current image."""
+    if name.startswith(PREVIEW_PREFIX):
+        return await _current_image(context, principal, projection_id, name, request.headers)
     job = await ready_projection(context, principal, projection_id)
     # The name is only compared with those in the list of the job, and never used as a path.
     info = await asyncio.to_thread(context.projections.file, job, name)
     if info is None:
         raise ProblemError("not-found", f"the projection has no such file; /v1/projections/{job.id} lists them")
     return file_response(info, request.headers, lambda: context.projections.open(job, info.name), head=False)
+
+
+async def _current_image(
+    context: Context, principal: Principal, projection_id: str, name: str, headers: Mapping[str, str]
+) -> Response:
+    """A preview of a running projection. It is answered from memory, because the stored one may be replaced meanwhile."""
+    job = await find_projection(context, principal, projection_id)
+    found = await asyncio.to_thread(context.projections.previews, job) if job.state == "running" else []
+    image = next((preview.image for preview in found if preview_name(preview.index) == name), None)
+    if image is None:
+        raise ProblemError(
+            "not-found", f"the projection has no such preview at the moment; /v1/projections/{job.id} lists them"
+        )
+    info = FileInfo(name, len(image), hashlib.sha256(image).hexdigest())
+    return file_response(info, headers, lambda: io.BytesIO(image), inline=True, more={"Cache-Control": "no-store"})
 
 
 async def find_projection(context: Context, principal: Principal, projection_id: str) -> Job:
@@ -219,4 +240,5 @@ async def ready_projection(context: Context, principal: Principal, projection_id
 
 async def _body_of(context: Context, job: Job) -> ProjectionJob:
     results = await asyncio.to_thread(context.projections.results, job) if job.state == "succeeded" else None
-    return projection_of(job, results, context.settings.projection_keep_seconds)
+    previews = await asyncio.to_thread(context.projections.previews, job) if job.state == "running" else None
+    return projection_of(job, results, context.settings.projection_keep_seconds, previews)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from services.gateway.schemas.common import ModelRef, ResponseBody, utc_time, utc_time_or_none
-from services.jobs.projection import IMAGES_PER_SHARD, ProjectionOptions
+from services.jobs.projection import IMAGES_PER_SHARD, Preview, ProjectionOptions
 from services.jobs.table import Job
 from services.problems import Problem
 
@@ -41,6 +41,30 @@ class ProjectedImage(ResponseBody):
     )
 
 
+class PreviewDistance(ResponseBody):
+    """The distance after a step."""
+
+    step: int
+    distance: float
+
+
+class ProjectionPreview(ResponseBody):
+    """An image of a running projection as it is at the moment."""
+
+    index: int = Field(ge=0, description="Position of the image in the request, from 0.")
+    step: int = Field(description="Steps that have been done for it.")
+    distance: float = Field(
+        description="Distance between `file` and the uploaded image. Early steps add noise to the latent."
+    )
+    distances: list[PreviewDistance] = Field(
+        description="Up to 100 of the distances so far, the last one of this step."
+    )
+    file: str = Field(
+        description="Path of the current image (PNG, at most 256 px). Its content changes, and it is removed when the "
+        "projection ends."
+    )
+
+
 class ProjectionJob(ResponseBody):
     """A projection job."""
 
@@ -61,18 +85,35 @@ class ProjectionJob(ResponseBody):
     )
     error: Problem | None
     data: list[ProjectedImage] | None = Field(description="One entry for each image; null before it has succeeded.")
+    previews: list[ProjectionPreview] | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description="The images that are being projected at the moment; only while the state is running.",
+    )
 
 
+PREVIEW_PREFIX = "preview-"
 _KINDS_OF_FILES = {"safetensors": "latents", "png": "image", "gif": "video"}
 
 
-def projection_of(job: Job, results: Sequence[Mapping[str, Any]] | None, keep_seconds: float) -> ProjectionJob:
+def preview_name(index: int) -> str:
+    """The name of the file of a preview."""
+    return f"{PREVIEW_PREFIX}{index:05d}.png"
+
+
+def projection_of(
+    job: Job,
+    results: Sequence[Mapping[str, Any]] | None,
+    keep_seconds: float,
+    previews: Sequence[Preview] | None = None,
+) -> ProjectionJob:
     """The body that describes a projection job.
 
     Args:
         job: The job.
         results: One row for each image, with the names of its files; None before the job has succeeded.
         keep_seconds: Time after its end at which the service deletes a projection.
+        previews: The current images of a running job.
     """
     options = ProjectionOptions.model_validate(job.request)
     finished = utc_time_or_none(job.finished_at)
@@ -97,6 +138,17 @@ def projection_of(job: Job, results: Sequence[Mapping[str, Any]] | None, keep_se
         expires_at=None if finished is None else finished + datetime.timedelta(seconds=keep_seconds),
         error=None if job.error is None else Problem.model_validate(job.error),
         data=None if results is None else [_projected_image(job.id, row) for row in results],
+        previews=None if previews is None else [_preview(job.id, preview) for preview in previews],
+    )
+
+
+def _preview(job_id: str, preview: Preview) -> ProjectionPreview:
+    return ProjectionPreview(
+        index=preview.index,
+        step=preview.step,
+        distance=preview.distances[-1][1],
+        distances=[PreviewDistance(step=step, distance=distance) for step, distance in preview.distances],
+        file=f"/v1/projections/{job_id}/files/{preview_name(preview.index)}",
     )
 
 

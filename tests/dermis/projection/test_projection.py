@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 from dermis.bundle import Bundle
 from dermis.errors import DermisError, RequestError
-from dermis.projection.projector import ImageProjector, Target, _autocorrelation
+from dermis.projection.projector import ImageProjector, ProjectionState, Target, _autocorrelation
 from dermis.projection.result import Projection
 from dermis.projection.schedule import OFFICIAL, Schedule
 from dermis.synthesizer import Synthesizer
@@ -90,6 +91,35 @@ def test_projection_does_not_depend_on_other_images(projector: ImageProjector, d
         assert all(np.array_equal(a, b) for a, b in zip(alone.noise, together[number].noise, strict=True))
     backwards = project(projector, drawn[::-1], SHORT)[::-1]
     assert all(np.array_equal(a.ws, b.ws) for a, b in zip(together, backwards, strict=True))
+
+
+def test_states_show_the_images_and_distances_of_each_step_and_change_nothing(
+    projector: ImageProjector, drawn: list[Target]
+) -> None:
+    states: list[tuple[int, int, float, np.ndarray]] = []
+
+    def record(state: ProjectionState) -> None:
+        rows = zip(state.numbers, state.steps, state.distances, state.images(), strict=True)
+        states.extend((number, step, distance, image.copy()) for number, step, distance, image in rows)
+
+    schedule = Schedule(steps=12, noise_maps=False, latent_noise=0.0, pixels=1.0)
+    watched = dict(projector.project(drawn[:4], schedule, on_state=record, frame_every=1))
+    with_pixels = list(states)
+    states.clear()
+    dict(projector.project(drawn[:4], replace(schedule, pixels=0.0), on_state=record))
+    assert [row[2] for row in states[:3]] == [row[2] for row in with_pixels[:3]]  # without the error of pixels
+    states[:] = with_pixels
+    alone = dict(projector.project(drawn[:4], schedule))
+    assert [(number, step) for number, step, *_ in states if number == 3] == [(3, step) for step in range(1, 13)]
+    assert len(states) == 4 * 12
+    for number, step, distance, image in states:
+        frames = watched[number].frames
+        assert frames is not None
+        np.testing.assert_array_equal(image, frames[step - 1])  # what the film records at this step
+        if step == 12:  # the last rate is small, so the result is nearly this image
+            assert distance == pytest.approx(watched[number].distance, rel=0.15)
+    for number, projection in alone.items():
+        np.testing.assert_array_equal(projection.ws, watched[number].ws)
 
 
 def test_projector_reads_images_on_demand(projector: ImageProjector, drawn: list[Target]) -> None:

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dermis.authenticity.checker import Checker
+from dermis.authenticity.training_map import training_map
 from dermis.bundle import Bundle
 from dermis.dataset.store import Store
 from dermis.directions.edit import Edit, apply_edits
@@ -22,6 +24,7 @@ from dermis.projection.result import from_bytes
 from dermis.synthesizer import Synthesizer
 from service_kit import Service, service, wait_for
 from services.errors import InferenceUnavailableError
+from services.inference.projections import ProjectionPreview
 from tiny import make_bundle
 from tiny_index import make_complete_bundle
 
@@ -104,6 +107,55 @@ def test_projection_returns_latents_and_removes_uploaded_images(
     assert stored(running, job) == [] and running.client.get(f"/v1/projections/{job['id']}").status_code == 404
 
 
+def test_running_projection_shows_its_image_and_leaves_nothing(running: Service) -> None:
+    picture = encode(noise(1, seed=9)[0])
+    running.projector.previews = [ProjectionPreview(0, 40, [(1, 2.5), (40, 1.25)], picture)]
+    running.projector.gate.clear()
+    job = ask(running, noise(1))
+    path = f"/v1/projections/{job['id']}"
+    wait_for(lambda: running.client.get(path).json().get("previews"))
+    address = f"{path}/files/preview-00000.png"
+    assert running.client.get(path).json()["previews"] == [
+        {
+            "index": 0,
+            "step": 40,
+            "distance": 1.25,
+            "distances": [{"step": 1, "distance": 2.5}, {"step": 40, "distance": 1.25}],
+            "file": address,
+        }
+    ]
+    shown = running.client.get(address)
+    assert (shown.status_code, shown.content, shown.headers["cache-control"]) == (200, picture, "no-store")
+    assert running.client.get(f"{path}/files/preview-00001.png").status_code == 404
+    running.projector.gate.set()
+    assert wait(running, job)["state"] == "succeeded"
+    assert "preview" not in running.client.get(path).text
+    assert running.client.get(address).status_code == 404
+    assert not any("preview" in name for name in stored(running, job))
+
+
+@pytest.mark.full
+def test_preview_that_cannot_be_stored_does_not_stop_the_projection(
+    running: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = []
+
+    def refuse(self: Store, name: str, data: bytes) -> None:
+        if "preview" in name:
+            refused.append(name)
+            raise StorageError(f"{name}: no space left", kind="storage-full")
+        write(self, name, data)
+
+    write = Store.write
+    monkeypatch.setattr(Store, "write", refuse)
+    running.projector.previews = [ProjectionPreview(0, 1, [(1, 2.0)], encode(noise(1)[0]))]
+    running.projector.gate.clear()
+    job = ask(running, noise(1))
+    wait_for(lambda: refused)
+    running.projector.gate.set()
+    assert wait(running, job)["state"] == "succeeded"
+
+
 def test_idempotency_key_returns_same_job_and_refuses_other_body(running: Service) -> None:
     first = ask(running, noise(1), **{"Idempotency-Key": "k"})
     again = ask(running, noise(1), **{"Idempotency-Key": "k"})
@@ -123,10 +175,12 @@ def test_job_waits_for_unavailable_projector(running: Service) -> None:
 
 
 def test_deleting_running_projection_removes_its_images(running: Service) -> None:
+    running.projector.previews = [ProjectionPreview(0, 1, [(1, 2.0)], encode(noise(1)[0]))]
     running.projector.gate.clear()
     job = ask(running, noise(2))
     wait_for(lambda: running.projector.calls == 1)
     assert any("input" in name for name in stored(running, job))
+    wait_for(lambda: any("preview" in name for name in stored(running, job)))
     wait_for(lambda: running.client.get(f"/v1/projections/{job['id']}").json()["progress"]["steps_done"] == 1)
     assert running.client.get(f"/v1/projections/{job['id']}").json()["state"] == "running"
     assert running.client.delete(f"/v1/projections/{job['id']}").status_code == 204
@@ -182,6 +236,13 @@ def test_a_projection_can_be_edited(running: Service, bundle: Bundle) -> None:
         data = base64.b64decode(row["b64"])
         assert b"digitalsourcetype/compositeWithTrainedAlgorithmicMedia" in data
         assert f'dermis:edits="axis-1={strength}"'.encode() in data and b"dermis:seed" not in data
+    placed = running.client.post("/v1/embeddings/projections", json={"projections": body["projections"]}).json()["data"]
+    with Checker(bundle, device="cpu", threads=1) as checker:
+        position = training_map(checker.index).project(checker.nearest(expected[1:2]).embeddings)
+    np.testing.assert_allclose([placed[0]["position"]], position, atol=6e-4)  # where the reconstruction is
+    assert placed[0].keys() == {"index", "position"}
+    missing = {"projections": [{"id": f"pr_{'0' * 32}"}]}
+    assert running.client.post("/v1/embeddings/projections", json=missing).status_code == 404
     for change, field in (
         ({"projections": [{"id": job["id"], "image": 2}]}, "projections.0.image"),
         ({"samples": [{"class": "benign"}]}, "body"),
@@ -221,11 +282,11 @@ def test_upload_that_cannot_be_stored_leaves_no_job(running: Service, monkeypatc
 
 
 def test_projection_succeeds_while_its_progress_is_unknown(running: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def silent(_ticket: str) -> int:
+    async def silent(_ticket: str) -> tuple[int, list[ProjectionPreview]]:
         raise InferenceUnavailableError("no answer")
 
     running.projector.gate.clear()
-    monkeypatch.setattr(running.projector, "steps", silent)
+    monkeypatch.setattr(running.projector, "progress", silent)
     job = ask(running, noise(1))
     wait_for(lambda: running.projector.calls == 1)
     time.sleep(1.5)  # it has been called by then

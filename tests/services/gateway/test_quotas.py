@@ -252,7 +252,7 @@ def test_uploads_comparisons_and_projections_are_limited(
     served.projector.gate.set()
     clock.time += 60
     # Comparisons stay counted if they fail, so the index is not needed here.
-    monkeypatch.setattr(authenticity, "_nearest", fail)
+    monkeypatch.setattr(authenticity, "nearest_of", fail)
     compared = {"classes": {"benign": 2}}
     assert tenant.send("post", "/v1/authenticity", json=compared).status_code == 503
     assert tenant.send("post", "/v1/authenticity", files=SMALL).status_code == 503
@@ -439,7 +439,7 @@ def test_failure_after_the_end_of_a_window_frees_nothing_of_the_next_one(clock: 
 
 
 def test_refused_request_is_counted_in_no_quota(served: Service, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(authenticity, "_nearest", fail)
+    monkeypatch.setattr(authenticity, "nearest_of", fail)
     tenant = Tenant(served, "both")
 
     def compare(count: int) -> Any:

@@ -51,6 +51,9 @@ REACHES: dict[str, set[str]] = {
     "get /v1/projections/{projection_id}/files/{name}": {"projection"},
     "post /v1/classifications": {"model"},
     "post /v1/authenticity": {"model"},
+    "get /v1/embeddings": {"model"},
+    "post /v1/embeddings": {"model"},
+    "post /v1/embeddings/projections": {"model", "projection"},
     "get /v1/models": {"list"},
     "get /v1/models/{name}": {"model"},
     "post /v1/webhooks": set(),
@@ -193,6 +196,14 @@ def variants(operation: str, model: str, ids: Mapping[str, str]) -> list[dict[st
         "post /v1/authenticity": [
             {"json": {"classes": {"benign": 1}, "model": model}},
             {"params": {"model": model}} | files,
+        ],
+        "get /v1/embeddings": [{"params": {"model": model}}],
+        "post /v1/embeddings": [
+            {"json": {"classes": {"benign": 1}, "model": model}},
+            {"params": {"model": model}} | files,
+        ],
+        "post /v1/embeddings/projections": [
+            {"json": {"projections": [{"id": ids["projection"]}], "model": model}},
         ],
         "get /v1/datasets/{dataset_id}/report": [{}, {"params": {"format": "html"}}],
         "get /v1/datasets/{dataset_id}/files/{name}": [{}, {"headers": {"Range": "bytes=0-3"}}],

@@ -14,6 +14,7 @@ Example:
 from dermis_client._client import AsyncDermisClient, DermisClient
 from dermis_client._downloads import Download, DownloadProgress
 from dermis_client._version import __version__
+from dermis_client.embeddings import Cube, Embedding, EmbeddingMap, EmbeddingsResult, TrainingImages
 from dermis_client.errors import (
     APIConnectionError,
     APIResponseError,
@@ -46,8 +47,10 @@ from dermis_client.latent import (
     Direction,
     EditedImage,
     EditsResult,
+    PreviewDistance,
     ProjectedImage,
     Projection,
+    ProjectionPreview,
     Verdict,
 )
 from dermis_client.models import (
@@ -108,6 +111,7 @@ __all__ = [
     "Classification",
     "ClassificationsResult",
     "ConflictError",
+    "Cube",
     "Dataset",
     "DatasetCancelled",
     "DatasetEvent",
@@ -124,6 +128,9 @@ __all__ = [
     "DownloadProgress",
     "EditedImage",
     "EditsResult",
+    "Embedding",
+    "EmbeddingMap",
+    "EmbeddingsResult",
     "ExceededQuota",
     "FieldError",
     "GeneratedImage",
@@ -140,11 +147,13 @@ __all__ = [
     "NewWebhook",
     "NotFoundError",
     "PermissionDeniedError",
+    "PreviewDistance",
     "Problem",
     "Progress",
     "ProjectedImage",
     "Projection",
     "ProjectionFailed",
+    "ProjectionPreview",
     "QuotaUsage",
     "RateLimitError",
     "ReaderAgreement",
@@ -165,6 +174,7 @@ __all__ = [
     "StudyRates",
     "StudyResults",
     "TooLargeError",
+    "TrainingImages",
     "UnprocessableEntityError",
     "UnsupportedMediaTypeError",
     "Usage",

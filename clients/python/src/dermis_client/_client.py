@@ -15,6 +15,7 @@ from dermis_client.resources.authenticity import AsyncAuthenticity, Authenticity
 from dermis_client.resources.classifications import AsyncClassifications, Classifications
 from dermis_client.resources.datasets import AsyncDatasets, Datasets
 from dermis_client.resources.edits import AsyncEdits, Edits
+from dermis_client.resources.embeddings import AsyncEmbeddings, Embeddings
 from dermis_client.resources.images import AsyncImages, Images
 from dermis_client.resources.models import AsyncModels, Models
 from dermis_client.resources.projections import AsyncProjections, Projections
@@ -56,6 +57,7 @@ class DermisClient:
         classifications: Classify images.
         authenticity: Compare images with the training images of a model.
         edits: Edit images along directions of the latent space.
+        embeddings: A map of images beside the training images of a model.
         projections: Find the latents of images.
         models: The models that the service offers.
         studies: Blinded studies in which readers tell generated from real images.
@@ -68,6 +70,7 @@ class DermisClient:
     classifications: Classifications
     authenticity: Authenticity
     edits: Edits
+    embeddings: Embeddings
     projections: Projections
     models: Models
     studies: Studies
@@ -110,6 +113,7 @@ class DermisClient:
         self.datasets, self.images, self.models = Datasets(transport), Images(transport), Models(transport)
         self.classifications, self.authenticity = Classifications(transport), Authenticity(transport)
         self.edits, self.projections = Edits(transport), Projections(transport)
+        self.embeddings = Embeddings(transport)
         self.studies = Studies(transport)
         self.usage, self.webhooks = UsageResource(transport), Webhooks(transport)
 
@@ -192,6 +196,7 @@ class AsyncDermisClient:
     classifications: AsyncClassifications
     authenticity: AsyncAuthenticity
     edits: AsyncEdits
+    embeddings: AsyncEmbeddings
     projections: AsyncProjections
     models: AsyncModels
     studies: AsyncStudies
@@ -222,6 +227,7 @@ class AsyncDermisClient:
         )
         self.classifications, self.authenticity = AsyncClassifications(transport), AsyncAuthenticity(transport)
         self.edits, self.projections = AsyncEdits(transport), AsyncProjections(transport)
+        self.embeddings = AsyncEmbeddings(transport)
         self.studies = AsyncStudies(transport)
         self.usage, self.webhooks = AsyncUsageResource(transport), AsyncWebhooks(transport)
 

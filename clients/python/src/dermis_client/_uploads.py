@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias, TypeVar
 
 from dermis_client._flow import Flow, compute
+from dermis_client.embeddings import EmbeddingsResult
 from dermis_client.errors import APIResponseError, APIStatusError, DermisError, InvalidRequestError, TooLargeError
 from dermis_client.latent import AuthenticityResult
 from dermis_client.models import ClassificationsResult
 
 Source: TypeAlias = str | os.PathLike[str] | bytes | IO[bytes]
 R = TypeVar("R")
-ResultT = TypeVar("ResultT", AuthenticityResult, ClassificationsResult)
+ResultT = TypeVar("ResultT", AuthenticityResult, ClassificationsResult, EmbeddingsResult)
 
 # Every service accepts this much unless its operator has set less; a request that is still too large is divided.
 MAX_FILES = 16

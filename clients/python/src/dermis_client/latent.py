@@ -233,8 +233,38 @@ class ProjectedImage(ResponseRecord):
     files: dict[str, str] = Field(default_factory=dict)
 
 
+class PreviewDistance(ResponseRecord):
+    """The distance after a step of a running projection."""
+
+    step: Count
+    distance: float
+
+
+class ProjectionPreview(ResponseRecord):
+    """An image of a running projection at one moment.
+
+    Attributes:
+        index: Position of the image in the request.
+        step: Steps that have been done for it.
+        distance: Distance between the current image and the uploaded one.
+        distances: Distances after some of the steps so far.
+        file: Path of the current image; `client.projections.preview` fetches it.
+    """
+
+    index: Count
+    step: Count
+    distance: float
+    distances: list[PreviewDistance] = Field(default_factory=list)
+    file: str
+
+
 class Projection(ResponseRecord):
-    """A projection at one moment. data: the projection of each image; None until the job has succeeded."""
+    """A projection at one moment.
+
+    Attributes:
+        data: The projection of each image; None until the job has succeeded.
+        previews: The images that are being projected at the moment; None unless the job is running.
+    """
 
     id: str
     state: str
@@ -250,6 +280,7 @@ class Projection(ResponseRecord):
     expires_at: datetime | None = None
     error: Problem | None = None
     data: list[ProjectedImage] | None = None
+    previews: list[ProjectionPreview] | None = None
 
     @property
     def finished(self) -> bool:

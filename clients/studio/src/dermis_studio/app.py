@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import warnings
@@ -16,7 +17,17 @@ from fastapi import FastAPI
 
 from dermis_studio import frame
 from dermis_studio.access import Visitors
-from dermis_studio.pages import authenticity, classify, datasets, explore, generate, models, project, studies
+from dermis_studio.pages import (
+    authenticity,
+    classify,
+    datasets,
+    embedding_map,
+    explore,
+    generate,
+    models,
+    project,
+    studies,
+)
 from dermis_studio.service import Service
 from dermis_studio.site import StudioSite
 from dermis_studio.studio import Studio
@@ -29,6 +40,7 @@ _BUILDERS = {
     "authenticity": authenticity.build,
     "classify": classify.build,
     "datasets": datasets.build,
+    "map": embedding_map.build,
     "studies": studies.build,
     "models": models.build,
 }
@@ -67,6 +79,10 @@ def create_site(
     for block in blocks.blocks.values():
         if isinstance(block, gr.Dropdown | gr.Radio):
             setattr(block, "preprocess", _as_sent)  # noqa: B010  (a method cannot be assigned)
+        if isinstance(block, gr.Dropdown):
+            # A process that was started since the page was loaded does not know its choices, and would warn of each value.
+            setattr(block, "_warn_if_invalid_choice", lambda value: None)  # noqa: B010
+    _name_numbers()
     blocks.queue(default_concurrency_limit=16, max_size=_MAX_WAITING, api_open=False)
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     with warnings.catch_warnings():
@@ -85,6 +101,27 @@ def _as_sent(payload: Any) -> Any:
     if not all(value is None or isinstance(value, str) for value in values):
         raise gr.Error("A choice has to be a text. Load the page again.")
     return payload
+
+
+def _name_numbers() -> None:
+    """Let Gradio name the field when it refuses a number.
+
+    It makes copies of a component for the sessions of the pages, so this changes the class and not the components.
+    """
+    refuse = gr.Number.preprocess
+    if getattr(refuse, "names_field", False):
+        return
+
+    @functools.wraps(refuse)
+    def preprocess(self: gr.Number, payload: Any) -> Any:
+        try:
+            return refuse(self, payload)
+        except gr.Error as error:
+            message = str(error.message)
+            raise gr.Error(f"{self.label}: {message[:1].lower()}{message[1:]}", print_exception=False) from None
+
+    setattr(preprocess, "names_field", True)  # noqa: B010
+    setattr(gr.Number, "preprocess", preprocess)  # noqa: B010
 
 
 def _mount(app: FastAPI, blocks: gr.Blocks, prefix: str) -> None:

@@ -32,6 +32,7 @@ PAGES = (
     Page("authenticity", "Authenticity", ("authenticity:generated", "authenticity:uploads")),
     Page("classify", "Classify", ("classify",)),
     Page("datasets", "Datasets", ("datasets:read",)),
+    Page("map", "Map", ("authenticity:generated",)),
     Page("studies", "Reader study", ("studies",)),
     Page("models", "Models", ("models:read",)),
 )
@@ -56,13 +57,20 @@ _THEME_SCRIPT = """
 """
 
 
-def _head(prefix: str, title: str) -> str:
+_SCRIPTS = {"map": ("embedding_map.js",)}  # of single pages, by their paths
+
+
+def _head(prefix: str, title: str, page: Page | None = None) -> str:
+    more = "".join(
+        f'<script defer src="{prefix}/own/{name}?v={__version__}"></script>'
+        for name in _SCRIPTS.get("" if page is None else page.path, ())
+    )
     return (
         f"<title>{escape(title)}</title>"
         f'<link rel="icon" type="image/svg+xml" href="{prefix}/own/icon.svg">'
         f'<link rel="stylesheet" href="{prefix}/own/studio.css?v={__version__}">'
         f"<script>{_THEME_SCRIPT}</script>"
-        f'<script defer src="{prefix}/own/studio.js?v={__version__}"></script>'
+        f'<script defer src="{prefix}/own/studio.js?v={__version__}"></script>{more}'
     )
 
 
@@ -122,7 +130,7 @@ def framed(content: str, prefix: str, page: Page, visitor: Visitor) -> str:
     if not (app and end and head_end):
         raise ValueError("the page of Gradio has another form; install the version that dermis-studio requires")
     return (
-        f"{head}{_head(prefix, f'{page.name} - dermis studio')}{head_end}{body}{_header(prefix, page, visitor)}"
+        f"{head}{_head(prefix, f'{page.name} - dermis studio', page)}{head_end}{body}{_header(prefix, page, visitor)}"
         f'<div id="ds-main" tabindex="-1"><div class="ds-starting" role="status">Loading the page</div>'
         f"{app}{element}{end}</div>{_FOOTER}{rest}"
     )

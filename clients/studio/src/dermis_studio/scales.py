@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 
 _WIDTH = 360
@@ -108,4 +108,38 @@ def distance_scale(value: float, baseline: Mapping[str, float]) -> str:
         f'<text class="ds-value" x="{x:.1f}" y="12" text-anchor="{anchor}">this image {value:.2f}</text></svg>'
         '<figcaption class="ds-muted">Bars: how far training images are from their nearest neighbour among the training images '
         f"({first[0]:.0f} % are left of the bars, {100 - last[0]:.0f} % right of them).</figcaption></figure>"
+    )
+
+
+def distance_chart(distances: Sequence[tuple[int, float]], steps: int) -> str:
+    """Draw how the distance of a projection has decreased.
+
+    Args:
+        distances: (step, distance) in the order of the steps.
+        steps: Steps of the whole projection, for the width.
+    """
+    if not distances:
+        return ""
+    left, top, bottom = 40, 8, 88
+    highest = max(distance for _, distance in distances) or 1.0
+    last_step, last = distances[-1]
+
+    def at(step: int, distance: float) -> tuple[float, float]:
+        share = min(step / max(steps, last_step, 1), 1.0)
+        return left + (_WIDTH - left) * share, bottom - (bottom - top) * distance / highest
+
+    points = [at(*pair) for pair in distances]
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    x, y = points[-1]
+    words = f"Distance after {last_step:,} of {steps:,} steps: {last:.3f}; at the beginning {distances[0][1]:.3f}."
+    return (
+        f'<figure class="ds-scale ds-chart"><svg viewBox="0 0 {_WIDTH} 106" role="img" aria-label="{words}">'
+        f'<line x1="{left}" x2="{_WIDTH}" y1="{bottom}" y2="{bottom}" stroke="var(--ds-control)"/>'
+        f'<line x1="{left}" x2="{left}" y1="{top}" y2="{bottom}" stroke="var(--ds-control)"/>'
+        f'<text x="{left - 5}" y="{top + 8}" text-anchor="end">{highest:.2f}</text>'
+        f'<text x="{left - 5}" y="{bottom}" text-anchor="end">0</text>'
+        f'<text x="{left}" y="102">step 0</text><text x="{_WIDTH}" y="102" text-anchor="end">{steps:,}</text>'
+        f'<polyline points="{line}" fill="none" stroke="var(--ds-accent)" stroke-width="2" stroke-linejoin="round"/>'
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="var(--ds-accent)"/></svg>'
+        f'<figcaption class="ds-muted">{words}</figcaption></figure>'
     )

@@ -46,7 +46,12 @@ _APP_ID = "/gradio_api/app_id"  # pages ask for it after a restart
 _STREAM = "/gradio_api/queue/data"
 _JOIN = "/gradio_api/queue/join"
 _CALLS = frozenset({_JOIN, "/gradio_api/cancel", "/gradio_api/reset"})
-_OWN = {"studio.css": "text/css", "studio.js": "text/javascript", "icon.svg": "image/svg+xml"}
+_OWN = {
+    "studio.css": "text/css",
+    "studio.js": "text/javascript",
+    "embedding_map.js": "text/javascript",
+    "icon.svg": "image/svg+xml",
+}
 _IMMUTABLE = b"max-age=31536000, immutable"  # the names of these files contain their hashes
 _HASHED = re.compile(r"/assets/[\w.-]+-[\w-]{6,}\.\w+|/static/fonts/.*")
 

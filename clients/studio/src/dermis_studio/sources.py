@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dermis_studio import markup
 from dermis_studio.samples import SampleRef, enlarged, generate_one, png
-from dermis_studio.studio import html, whole
+from dermis_studio.studio import AddressField, fill_from_address, html
 
 MAX_FILE_BYTES = 32 << 20
 MAX_PIXELS = 100_000_000
@@ -152,7 +152,7 @@ class SourceFields:
             self.file = drop()
         self._note = html()
         self.inputs = [self.kind, self.class_name, self.seed, self.index, self.file]
-        self.outputs = [self.kind, self._sample, self._file, self.class_name, self.seed, self.index, self._note]
+        self.outputs = [self.kind, self._sample, self._file, self.class_name, self._note]
         self.kind.change(
             lambda kind: (gr.update(visible=kind == SAMPLE), gr.update(visible=kind == FILE)),
             self.kind,
@@ -164,11 +164,11 @@ class SourceFields:
     def updates(
         self, model: Model, query: dict[str, str], note: str = "", *, samples: bool = True, files: bool = True
     ) -> list[Any]:
-        """Return updates of `outputs`. What the visitor has entered stays, unless the address names a sample.
+        """Return updates of `outputs`. What the visitor has entered stays.
 
         Args:
             model: The model.
-            query: The query of the address, which may name a sample.
+            query: The query of the address, which may name a class.
             note: A text below the fields; HTML.
             samples: Whether the visitor may choose samples.
             files: Whether the visitor may choose files.
@@ -177,7 +177,7 @@ class SourceFields:
         kind = choices[0][1] if choices else SAMPLE
         classes = model.classes
         asked = query.get("class_name")
-        if len(choices) > 1 and not asked:
+        if len(choices) > 1:
             source = [gr.update(choices=choices, visible=True), gr.skip(), gr.skip()]
         else:
             source = [
@@ -188,10 +188,12 @@ class SourceFields:
         return [
             *source,
             gr.update(choices=classes, value=asked if asked in classes else (classes[0] if classes else None)),
-            whole(query.get("seed")),
-            whole(query.get("index")),
             note,
         ]
+
+    def fill_from_address(self, blocks: gr.Blocks) -> None:
+        """Fill seed and index from the address of the page, which may name a sample."""
+        fill_from_address(blocks, AddressField("seed", self.seed), AddressField("index", self.index))
 
 
 async def picture(client: AsyncDermisClient, model: Model, values: tuple[Any, ...], query: dict[str, str]) -> Picture:

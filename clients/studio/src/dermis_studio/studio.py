@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from html import escape
 from typing import Any, ParamSpec, TypeVar
 
@@ -86,12 +88,38 @@ def html(value: str = "", **options: Any) -> gr.HTML:
     return gr.HTML(value, apply_default_css=False, **options)
 
 
-def whole(text: str | None) -> Any:
-    """Return the whole number of an address, or an update that keeps what the field has.
+# Runs in the browser as soon as the page is there, so that it replaces nothing that a visitor has entered.
+_FROM_ADDRESS = """(...values) => {
+  const query = new URLSearchParams(window.location.search);
+  return NAMES.map(([name, whole, only], place) => {
+    const text = query.get(name);
+    if (text === null) return values[place];
+    if (only !== null) return only;
+    return whole ? (/^\\d+$/.test(text) ? Number(text) : values[place]) : text;
+  });
+}"""
 
-    A visitor may have entered something before the answer to the loading of the page arrives.
+
+@dataclass(frozen=True)
+class AddressField:
+    """A field that the query of the address of a page can fill.
+
+    Attributes:
+        name: Name in the query.
+        component: The field.
+        value: The value that the field gets if the query has the name; None for that of the query.
     """
-    return int(text) if text is not None and text.isdecimal() else gr.skip()
+
+    name: str
+    component: Any
+    value: str | None = None
+
+
+def fill_from_address(blocks: gr.Blocks, *fields: AddressField) -> None:
+    """Fill fields from the address of the page when it is loaded. A number that is not whole fills nothing."""
+    names = [[field.name, isinstance(field.component, gr.Number), field.value] for field in fields]
+    components = [field.component for field in fields]
+    blocks.load(None, components, components, js=_FROM_ADDRESS.replace("NAMES", json.dumps(names)), **PRIVATE)
 
 
 def heading(title: str, text: str) -> None:

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, SupportsIndex
 
+from PIL import Image
+
 from dermis_client._files import write_atomically
 from dermis_client._flow import Flow, Request, call, compute, parse
 from dermis_client._progress import projection_progress
@@ -18,6 +20,7 @@ from dermis_client._transport import AsyncTransport, SyncTransport
 from dermis_client._uploads import Source, form_parts, read_file, sources_of, with_file_names
 from dermis_client._waiting import STATUS_TIMEOUT, wait_until_finished
 from dermis_client.errors import APIResponseError, APIStatusError, ProjectionFailed, WaitTimeoutError
+from dermis_client.images import decode
 from dermis_client.latent import Projection
 
 MAX_FILE_BYTES = 256 << 20  # maximum size of one file of a projection: latents, an image or a video
@@ -66,6 +69,13 @@ def retrieve_projection(projection_id: str, max_retries: int) -> Flow[Projection
     """GET /v1/projections/{id}."""
     response = yield from call(Request("GET", job_path("projection", projection_id)), max_retries)
     return parse(response, Projection.model_validate)
+
+
+def preview_projection(projection_id: str, image: SupportsIndex, max_retries: int) -> Flow[bytes]:
+    """GET the current image of a running projection."""
+    name = f"preview-{whole('image', image):05d}.png"
+    path = job_path("projection", projection_id, "files", name)
+    return (yield from call(Request("GET", path, max_bytes=MAX_FILE_BYTES), max_retries)).content
 
 
 def delete_projection(projection_id: str, max_retries: int) -> Flow[None]:
@@ -234,6 +244,23 @@ class Projections:
                 )
             )
 
+    def preview(self, projection_id: str, image: SupportsIndex = 0) -> Image.Image:
+        """Fetch how an image of a running projection looks at the moment.
+
+        Args:
+            projection_id: Id of the projection.
+            image: Position of the image in the request. `previews` of the record lists those that there are.
+
+        Returns:
+            The current image of the generator, at most 256 px large.
+
+        Raises:
+            NotFoundError: The service has no such projection, or no such preview at the moment.
+            IntegrityError: The image cannot be decoded.
+            APIConnectionError: The service did not respond.
+        """
+        return decode(self._transport.run(preview_projection(projection_id, image, self._max_retries)), "preview")
+
     def download(self, projection_id: str, folder: str | os.PathLike[str]) -> list[Path]:
         """Download latents (safetensors), images and videos.
 
@@ -316,6 +343,11 @@ class AsyncProjections:
                     projection_id, timeout=timeout, poll_interval=poll_interval, patience=patience, report=report
                 )
             )
+
+    async def preview(self, projection_id: str, image: SupportsIndex = 0) -> Image.Image:
+        """Fetch how an image of a running projection looks at the moment; see `Projections.preview`."""
+        content = await self._transport.run(preview_projection(projection_id, image, self._max_retries))
+        return decode(content, "preview")
 
     async def download(self, projection_id: str, folder: str | os.PathLike[str]) -> list[Path]:
         """Download latents, images and videos; see `Projections.download`."""

@@ -76,6 +76,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             yield gr.skip()
 
     inputs = [model, *source.inputs]
+    source.fill_from_address(blocks)
     loaded = blocks.load(load, None, [result, model, *source.outputs, start], **PRIVATE)
     loaded.then(run_if_named, inputs, result, concurrency_limit=None, **PRIVATE)
     model.input(choose_model, model, [result, *source.outputs, start], **PRIVATE)

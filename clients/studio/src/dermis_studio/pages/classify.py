@@ -105,6 +105,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         )
 
     inputs, outputs = [model, threshold, method, *source.inputs], [result, start, stop]
+    source.fill_from_address(blocks)
     loaded = blocks.load(load, None, [result, model, *source.outputs, threshold, start], **PRIVATE)
     loaded.then(run_if_named, inputs, outputs, concurrency_limit=None, **PRIVATE)
     model.input(choose_model, model, [result, *source.outputs, threshold, start], **PRIVATE)

@@ -14,14 +14,15 @@ from dermis_studio.pages import dataset_view as view
 from dermis_studio.samples import NOISE, find_model
 from dermis_studio.studio import (
     PRIVATE,
+    AddressField,
     Studio,
     chosen_model,
+    fill_from_address,
     heading,
     html,
     problem_of,
     query_of,
     shows_problems,
-    whole,
 )
 
 CLASS_FIELDS = 8  # classes with a field of their own; a model with more has one text field for all
@@ -110,7 +111,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 update, chosen = await chosen_model(client, request)
             query = query_of(request)
         except Exception as error:
-            return [gr.update(value=problem_of(error), visible=True)] + [gr.skip()] * (CLASS_FIELDS + 7)
+            return [gr.update(value=problem_of(error), visible=True)] + [gr.skip()] * (CLASS_FIELDS + 6)
         writes = visitor.may("datasets:write")
         note = (
             ""
@@ -122,7 +123,6 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             gr.update(visible=writes),
             update,
             *class_updates(chosen, query.get("class_name")),
-            whole(query.get("seed")),
             gr.update(visible=chosen.authenticity is not None),
             gr.update(visible=chosen.classifier is not None),
             gr.update(interactive=True),
@@ -198,9 +198,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         except Exception as error:
             yield problem_of(error), gr.skip()
 
-    loaded = blocks.load(
-        load, None, [readonly, builder, model, *counts, listed, seed, gate, agreeing, create], **PRIVATE
-    )
+    fill_from_address(blocks, AddressField("seed", seed))
+    loaded = blocks.load(load, None, [readonly, builder, model, *counts, listed, gate, agreeing, create], **PRIVATE)
     loaded.then(reckon, fields, [estimate, code], **PRIVATE)
     following = blocks.load(reopen, None, [current, table], concurrency_limit=None, **PRIVATE)
     model.input(choose_model, model, [estimate, *counts, listed, gate, agreeing], **PRIVATE)

@@ -17,14 +17,15 @@ from dermis_studio.pages import latent_map
 from dermis_studio.samples import SampleRef, enlarged, find_model, options, png
 from dermis_studio.studio import (
     PRIVATE,
+    AddressField,
     Studio,
     chosen_model,
+    fill_from_address,
     heading,
     html,
     problem_of,
     query_of,
     shows_problems,
-    whole,
 )
 
 SLIDERS = 7  # edits of one request
@@ -154,26 +155,15 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 query = query_of(request)
                 directions = await client.edits.directions(chosen.name)
         except Exception as error:
-            return [problem_of(error), *[gr.skip()] * (14 + SLIDERS)]
+            return [problem_of(error), *[gr.skip()] * (6 + SLIDERS)]
         asked = query.get("class_name")
-        source = PROJECTION if query.get("projection") else SAMPLE
-        named = source == PROJECTION or bool(asked)  # otherwise what the visitor has entered meanwhile stays
-        place = query.get("index", "")
         classes = chosen.classes
         return [
             gr.skip(),
             update,
-            source if named else gr.skip(),
-            gr.update(visible=source == SAMPLE) if named else gr.skip(),
-            gr.update(visible=source == PROJECTION) if named else gr.skip(),
             gr.update(choices=classes, value=asked if asked in classes else (classes[0] if classes else None)),
-            whole(query.get("seed")),
-            whole(place),
-            query.get("projection") or gr.skip(),
             *direction_updates(directions),
-            gr.update(visible=source == SAMPLE) if named else gr.skip(),
             gr.update(choices=classes, value=classes[-1] if classes else None),
-            int(place) + 1 if place.isdecimal() else gr.skip(),
         ]
 
     @shows_problems(SLIDERS + 6)
@@ -304,21 +294,20 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     fields = [
         before,
         model,
-        kind,
-        of_sample,
-        of_projection,
         class_name,
-        seed,
-        index,
-        projection,
         chosen_names,
         *sliders,
         across,
         upwards,
-        film,
         end_class,
-        end_index,
     ]
+    fill_from_address(
+        blocks,
+        AddressField("projection", kind, PROJECTION),
+        AddressField("seed", seed),
+        AddressField("index", index),
+        AddressField("projection", projection),
+    )
     loaded = blocks.load(load, None, fields, **PRIVATE)
     edits = {"concurrency_limit": None, "trigger_mode": "always_last", **PRIVATE}
     everything = [*start_fields, *edit_fields]
@@ -328,7 +317,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     chosen_names.change(
         lambda names: gr.update(choices=names, value=names[0] if names else None), chosen_names, swept, **PRIVATE
     )
-    kind.input(
+    kind.change(
         lambda source: (
             gr.update(visible=source == SAMPLE),
             gr.update(visible=source == PROJECTION),

@@ -236,6 +236,7 @@ def described(
             ("explore", "Explore", ("edits",)),
             ("authenticity", "Authenticity", ("authenticity:generated",)),
             ("classify", "Classify", ("classify",)),
+            ("map", "Map", ("authenticity:generated",)),
             ("datasets", "Dataset", ("datasets:write",)),
         )
         if visitor.may(*scopes)

@@ -8,10 +8,10 @@ from html import escape
 from typing import Any
 
 import gradio as gr
-from dermis_client import AsyncDermisClient, Model, ProjectedImage, Projection
+from dermis_client import AsyncDermisClient, DermisError, Model, ProjectedImage, Projection, ProjectionPreview
 from PIL import Image, ImageOps
 
-from dermis_studio import downloads, markup
+from dermis_studio import downloads, markup, scales
 from dermis_studio.access import key_of
 from dermis_studio.pages.dataset_view import when
 from dermis_studio.samples import enlarged, find_model, png
@@ -154,6 +154,8 @@ async def followed(
         projection: The projection.
         content: The image of the visitor, if it is still there.
     """
+    own = "" if content is None else await asyncio.to_thread(_own_figure, content)
+    current, step = "", 0
     while not projection.finished:
         done = projection.progress
         text = f"{done.steps_done:,} of {done.steps_total:,} steps"
@@ -161,9 +163,14 @@ async def followed(
             text += f", {markup.duration(done.eta_seconds)} left"
         fraction = done.fraction if projection.state == "running" else None
         waiting = "Waiting for a free projector" if projection.state == "queued" else text
+        preview = next((each for each in projection.previews or () if each.index == 0), None)
+        if preview is not None and preview.step != step:
+            shown = await _current_figure(client, projection, preview)
+            current, step = (shown, preview.step) if shown else (current, step)
         yield (
             f'<div class="ds-panel '
-            f'ds-section">{_top(projection, "Cancel and delete")}{markup.progress(waiting, fraction)}</div>'
+            f'ds-section">{_top(projection, "Cancel and delete")}{markup.progress(waiting, fraction)}'
+            f'<div class="ds-pair">{own}{current or _waiting_figure(projection)}</div></div>'
         )
         await asyncio.sleep(POLL_SECONDS)
         projection = await client.projections.retrieve(projection.id)
@@ -178,6 +185,34 @@ async def followed(
             f'<div class="ds-problem" role="alert"><h2>{escape(title)}</h2><p>{escape(detail)}</p>'
             '<p class="ds-remedy">Choose another image, or try again.</p></div>'
         )
+
+
+def _own_figure(content: bytes) -> str:
+    """The image of the visitor beside its reconstruction."""
+    return (
+        f'<figure class="ds-figure"><div><img src="{markup.data_url(_square(content), "image/png")}" width="384" height="384" '
+        'alt="Your image"></div><figcaption>Your image: the centred square, at 384 px (Lanczos).</figcaption></figure>'
+    )
+
+
+def _waiting_figure(projection: Projection) -> str:
+    """What is in the place of the reconstruction until there is one."""
+    words = "The reconstruction appears here." if projection.state == "queued" else "The first steps are being made."
+    space = f'<div class="ds-first"><p>{words}</p></div>'
+    return f'<figure class="ds-figure">{space}<figcaption>No reconstruction yet.</figcaption></figure>'
+
+
+async def _current_figure(client: AsyncDermisClient, projection: Projection, preview: ProjectionPreview) -> str:
+    """The current reconstruction and the distances so far; empty if it cannot be fetched, for instance after the end."""
+    try:
+        image = await client.projections.preview(projection.id, preview.index)
+    except DermisError:
+        return ""
+    words = f"Reconstruction after {preview.step:,} steps"
+    distances = [(each.step, each.distance) for each in preview.distances]
+    chart = scales.distance_chart(distances, projection.steps)
+    figure = await asyncio.to_thread(lambda: enlarged(png(image), "image/png", words, f"{words}."))
+    return f"<div>{figure}{chart}</div>"
 
 
 def _top(projection: Projection, words: str) -> str:
@@ -203,11 +238,7 @@ async def described(
     at = f"projections/{escape(projection.id)}"
     pictures = ""
     if content is not None:
-        small = await asyncio.to_thread(_square, content)
-        pictures += (
-            f'<figure class="ds-figure"><div><img src="{markup.data_url(small, "image/png")}" width="384" height="384" '
-            'alt="Your image"></div><figcaption>Your image: the centred square, at 384 px (Lanczos).</figcaption></figure>'
-        )
+        pictures += await asyncio.to_thread(_own_figure, content)
     if "image" in names:
         found = await downloads.projection_file(
             studio.service, key_of(cookies_of(request)), projection.id, names["image"]
@@ -229,7 +260,15 @@ async def described(
         ("Id", f"<code>{escape(projection.id)}</code>"),
         ("Expires", escape(when(projection.expires_at))),
     ]
-    links = f'<a class="ds-button ds-strong" href="explore?projection={escape(projection.id)}">Explore</a>'
+    visitor = await studio.visitor(request)
+    links = "".join(
+        f'<a class="ds-button{strong}" href="{path}?projection={escape(projection.id)}">{words}</a>'
+        for path, words, strong, scope in (
+            ("explore", "Explore", " ds-strong", "edits"),
+            ("map", "Map", "", "authenticity:generated"),
+        )
+        if visitor.may(scope)
+    )
     links += "".join(
         f'<a class="ds-button" href="{at}/{escape(names[kind])}" download>{words}</a>'
         for kind, words in (("latents", "Save latent"), ("image", "Save image"), ("video", "Save film"))

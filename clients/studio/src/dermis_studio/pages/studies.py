@@ -126,14 +126,14 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             create = gr.Button("Create study", variant="primary")
         with gr.Column(elem_classes=["ds-section"]):
             current = html(view.NOTHING, js_on_load=_ON_LOAD)
-            table = html(js_on_load=_ON_LOAD)
+            table = html(markup.progress("Loading the studies", None), js_on_load=_ON_LOAD)
 
     async def load(request: gr.Request) -> Any:
         try:
             async with studio.client(request) as client:
                 (update, _), studies = await asyncio.gather(chosen_model(client, request), client.studies.list())
         except Exception as error:
-            return problem_of(error), gr.skip(), gr.skip(), gr.skip(), gr.skip()
+            return problem_of(error), "", gr.skip(), gr.skip(), gr.skip()
         most = studies.max_images or 200
         return (
             gr.skip(),
@@ -147,7 +147,9 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         """Show the study that the address names."""
         study_id = query_of(request).get("study")
         if not study_id:
+            yield gr.skip(), gr.skip()  # a generator without any value would empty its outputs
             return
+        yield markup.progress("Loading the study", None), gr.skip()
         try:
             async with studio.client(request) as client:
                 async for shown in followed(client, study_id):

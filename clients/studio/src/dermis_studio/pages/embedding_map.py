@@ -1,0 +1,259 @@
+"""The page Map: where generated and projected images are in the features that the index compares."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+
+import gradio as gr
+from dermis_client import AsyncDermisClient, EmbeddingMap, Model
+from PIL import Image
+
+from dermis_studio import downloads, markup
+from dermis_studio.access import Visitor, key_of
+from dermis_studio.pages.generate import shares
+from dermis_studio.pages.map_points import NOT_KNOWN, OWN, PROJECTED, Point, element, of_sample, thumbnail
+from dermis_studio.samples import SampleRef, find_model
+from dermis_studio.sources import content_of, drop, opened
+from dermis_studio.studio import (
+    PRIVATE,
+    AddressField,
+    Studio,
+    chosen_model,
+    cookies_of,
+    fill_from_address,
+    heading,
+    html,
+    problem_of,
+    query_of,
+    shows_problems,
+)
+
+MAX_IMAGES = 480
+CHUNK = 16  # images of one call
+_SHOWN_EVERY = 4  # calls after which the map is shown again
+NOTHING = markup.empty_state(
+    "No map yet",
+    "Press Draw map. Images that the model finds similar are near each other; circles show where the training images are.",
+)
+_NO_INDEX = "<p>This model has no index of its training images, so there is no map of it.</p>"
+_UPLOADS_OFF = (
+    '<p class="ds-muted">Images of your own: project one, then enter its id here. This service does not place uploaded images: '
+    "it could show who is in the training set.</p>"
+)
+_SEPARATORS = re.compile(r"[\s,;]+")
+
+
+def build(studio: Studio, blocks: gr.Blocks) -> None:
+    """Build the page."""
+    heading(
+        "Map of embeddings",
+        "Generated and projected images in the features with which the model compares images, beside where its training images "
+        "are.",
+    )
+    with gr.Row(elem_classes=["ds-work", "ds-wide"]):
+        with gr.Column(elem_classes=["ds-panel", "ds-side"]):
+            model = gr.Dropdown(label="Model", choices=[], visible=False)
+            count = gr.Slider(20, MAX_IMAGES, value=120, step=20, label="Generated images", buttons=[])
+            seed = gr.Number(label="Seed", value=0, precision=0, minimum=0)
+            truncation = gr.Slider(
+                0.0, 1.5, value=1.0, step=0.05, label="Truncation", info="Lower: more typical, less varied.", buttons=[]
+            )
+            with gr.Column(elem_classes=["ds-fields"], visible=False) as of_projections:
+                projections = gr.Textbox(
+                    label="Projections", info="Their ids, which the page Project shows. Up to 8.", max_length=400
+                )
+            with gr.Column(elem_classes=["ds-fields"], visible=False) as of_file:
+                file = drop()
+            note = html()
+            start = gr.Button("Draw map", variant="primary", interactive=False)
+            stop = gr.Button("Stop", variant="stop", visible=False)
+        with gr.Column(elem_classes=["ds-section"]):
+            status = html()
+            drawing = html(NOTHING)
+
+    fields = [status, model, of_projections, of_file, note, start]
+
+    async def load(request: gr.Request) -> Any:
+        try:
+            visitor = await studio.visitor(request)
+            async with studio.client(request) as client:
+                update, chosen = await chosen_model(client, request)
+        except Exception as error:
+            return [problem_of(error), *[gr.skip()] * (len(fields) - 1)]
+        return [gr.skip(), update, *_allowed(chosen, visitor)]
+
+    @shows_problems(len(fields) - 1)
+    async def choose_model(name: str, request: gr.Request) -> Any:
+        visitor = await studio.visitor(request)
+        async with studio.client(request) as client:
+            chosen = await find_model(client, name)
+        return [NOTHING, *_allowed(chosen, visitor)]
+
+    async def draw(
+        request: gr.Request,
+        name: str,
+        count: float,
+        seed: float | None,
+        truncation: float,
+        projections: str | None,
+        file: str | None,
+    ) -> AsyncIterator[Any]:
+        running, ended = (
+            (gr.update(visible=False), gr.update(visible=True)),
+            (gr.update(visible=True), gr.update(visible=False)),
+        )
+        total = int(count)
+        yield markup.progress("Reading the map of the training images", None), gr.skip(), *running
+        try:
+            visitor = await studio.visitor(request)
+            async with studio.client(request) as client:
+                chosen = await find_model(client, name)
+                known = await client.embeddings.retrieve(chosen.name)
+                points = await _named(studio, client, request, visitor, chosen, projections, file)
+                first = 0 if points else None
+                named, done, calls = {point.query for point in points}, 0, 0
+                yield markup.progress(f"0 of {total} images", 0.0), element(known, points, first), *running
+                async for part in _samples(client, visitor, chosen, total, int(seed or 0), truncation):
+                    points += [point for point in part if point.query not in named]
+                    calls, done = calls + 1, done + len(part)
+                    shown = calls % _SHOWN_EVERY == 0 and done < total
+                    drawn = await asyncio.to_thread(element, known, points, first) if shown else gr.skip()
+                    yield markup.progress(f"{done} of {total} images", done / total), drawn, *running
+            words = f"{len(points)} images. {_explained(known)}"
+            yield (
+                f'<p class="ds-muted" role="status">{words}</p>',
+                await asyncio.to_thread(element, known, points, first),
+                *ended,
+            )
+        except Exception as error:
+            yield problem_of(error), gr.skip(), *ended
+
+    def stopped() -> Any:
+        words = '<p class="ds-muted" role="status">Stopped. The map has the images that had been placed.</p>'
+        return words, gr.update(visible=True), gr.update(visible=False)
+
+    fill_from_address(blocks, AddressField("seed", seed), AddressField("projection", projections))
+    blocks.load(load, None, fields, **PRIVATE)
+    model.input(choose_model, model, [drawing, *fields[2:]], **PRIVATE)
+    inputs = [model, count, seed, truncation, projections, file]
+    running = gr.on(
+        [start.click, seed.submit], draw, inputs, [status, drawing, start, stop], concurrency_limit=None, **PRIVATE
+    )
+    stop.click(stopped, None, [status, start, stop], cancels=[running], **PRIVATE)
+
+
+def _allowed(model: Model, visitor: Visitor) -> list[Any]:
+    """Return updates of the fields from `of_projections` on: what the model and the key allow."""
+    index = model.authenticity
+    uploads = index is not None and bool(index.get("uploads"))
+    may_upload = uploads and visitor.may("authenticity:uploads")
+    note = _NO_INDEX if index is None else "" if may_upload else "" if uploads else _UPLOADS_OFF
+    return [
+        gr.update(visible=index is not None and visitor.may("projections")),
+        gr.update(visible=may_upload),
+        note,
+        gr.update(interactive=index is not None),
+    ]
+
+
+def _explained(known: EmbeddingMap) -> str:
+    """Say how much of the embeddings the map shows."""
+    drawn, compared = sum(known.explained[:3]), sum(known.explained)
+    return (
+        f"The map shows three principal components of the training images' embeddings, {drawn:.0%} of their variance. "
+        f"Neighbours are compared in {len(known.explained)} components, {compared:.0%}."
+    )
+
+
+async def _samples(
+    client: AsyncDermisClient, visitor: Visitor, model: Model, total: int, seed: int, truncation: float
+) -> AsyncIterator[list[Point]]:
+    """Place generated images, in calls of a few each."""
+    pages = [
+        (path, words)
+        for path, words, scopes in (
+            ("explore", "Explore", ("edits",)),
+            ("authenticity", "Authenticity", ("authenticity:generated",)),
+            ("classify", "Classify", ("classify",)),
+        )
+        if visitor.may(*scopes)
+    ]
+    index = 0
+    for class_name, number in shares(total, model.classes).items():
+        for offset in range(0, number, CHUNK):
+            part = min(CHUNK, number - offset)
+            placed = await client.embeddings.place_generated(
+                {class_name: part},
+                seed=seed,
+                start_index=index,
+                model=model.name,
+                truncation_psi=truncation,
+                images=visitor.may("images"),
+            )
+            samples = [SampleRef(model.name, class_name, seed, index + place, truncation) for place in range(part)]
+            yield await asyncio.to_thread(
+                lambda samples, placed: [of_sample(*pair, pages) for pair in zip(samples, placed, strict=True)],
+                samples,
+                list(placed),
+            )
+            index += part
+
+
+async def _named(
+    studio: Studio,
+    client: AsyncDermisClient,
+    request: gr.Request,
+    visitor: Visitor,
+    model: Model,
+    projections: str | None,
+    file: str | None,
+) -> list[Point]:
+    """Return the points of the images that the visitor names: an own one, projections, and the sample of the address."""
+    points = []
+    if file:
+        content, _ = content_of(file)
+        placed = await client.embeddings.place(content, model=model.name)
+        picture = await asyncio.to_thread(lambda: thumbnail(opened(content)))
+        points.append(Point("Your image", OWN, NOT_KNOWN, placed[0], picture))
+    ids = [each for each in _SEPARATORS.split(projections or "") if each]
+    if len(ids) > 8:
+        raise ValueError("more than 8 projections are named; remove some of their ids")
+    if ids:
+        named = await client.embeddings.place_projections(ids, model=model.name)
+        for projection_id, embedding in zip(ids, named, strict=True):
+            picture = await _reconstruction(studio, client, request, projection_id)
+            words = f"Projection {projection_id[:11]}"
+            pages = [("explore", "Explore")] if visitor.may("edits") else []
+            points.append(Point(words, PROJECTED, NOT_KNOWN, embedding, picture, f"projection={projection_id}", pages))
+    sample = SampleRef.parse(query_of(request))
+    if sample is not None and sample.class_name in model.classes:
+        placed = await client.embeddings.place_generated(
+            {sample.class_name: 1},
+            seed=sample.seed,
+            start_index=sample.index,
+            model=model.name,
+            truncation_psi=sample.truncation,
+            noise_mode=sample.noise,
+            images=visitor.may("images"),
+        )
+        points.append(of_sample(sample, placed[0], [("explore", "Explore")] if visitor.may("edits") else []))
+    return points
+
+
+async def _reconstruction(
+    studio: Studio, client: AsyncDermisClient, request: gr.Request, projection_id: str
+) -> Image.Image | None:
+    """Return the image of a finished projection, small."""
+    projection = await client.projections.retrieve(projection_id)
+    name = (projection.data or [None])[0]
+    path = "" if name is None else name.files.get("image", "")
+    if not path:
+        return None
+    content = await downloads.projection_file(
+        studio.service, key_of(cookies_of(request)), projection_id, path.rpartition("/")[2]
+    )
+    return await asyncio.to_thread(lambda: thumbnail(Image.open(io.BytesIO(content))))
