@@ -140,9 +140,7 @@ def write_inspection(inspection: Inspection, out: Path) -> None:
         raise DataError(f"{out}: cannot be written ({error.strerror})") from error
 
 
-def _measure_all(
-    records: Sequence[Record], workers: int | None, progress: bool
-) -> list[_Measured | str]:
+def _measure_all(records: Sequence[Record], workers: int | None, progress: bool) -> list[_Measured | str]:
     show = functools.partial(tqdm, desc="inspecting", total=len(records), disable=not progress, unit="img")
     workers = workers or os.cpu_count() or 1
     # Without the metadata, which the other processes do not need.

@@ -34,7 +34,7 @@ class JoinedTable:
 def join_related_tables(table: Table, main: ImageFile | None, listing: Listing | None = None) -> JoinedTable:
     """Add the patient and lesion columns of other tables with the same images.
 
-    If the main table is X_GroundTruth.csv, all columns of X_Metadata.csv are added, and for X_Part3_GroundTruth.csv of ISIC 2017
+    If the main table is X_GroundTruth.csv, all columns of X_Metadata.csv are added, and for X_Part3_GroundTruth.csv (ISIC 2017)
     those of X_Data_metadata.csv. The other tables are those of the listing, and those in the folder of the main table.
 
     Raises:

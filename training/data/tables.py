@@ -152,9 +152,7 @@ def read_table(
         note = _compare(where, grid, names, classes, used, class_column is not None)
     rows = tuple(dict(zip(grid.header, row, strict=True)) for row in grid.cells)
     kind = table_kind(grid.header, named=grid.has_header)
-    return Table(
-        where, id_column, used, tuple(names), tuple(ids), classes, rows, kind, origins, note
-    )
+    return Table(where, id_column, used, tuple(names), tuple(ids), classes, rows, kind, origins, note)
 
 
 def read_image_names(file: Path, image_column: str | None = None) -> tuple[list[str], list[str]]:
@@ -230,7 +228,26 @@ def value_of(row: Mapping[str, str], name: str) -> str:
             value = _skin_type(value)
         if value.lower() not in _NO_VALUE:
             return value
+    return _diagnosis_of_classes(row) if name == "diagnosis" else ""
+
+
+def _diagnosis_of_classes(row: Mapping[str, str]) -> str:
+    """The diagnosis in tables that have it in the columns of the classes: one-hot, and the labels of Fitzpatrick17k."""
+    if "three_partition_label" in row:
+        return row.get("label", "").strip()
+    if _is_one_hot(tuple(row)):
+        hot = [name for name in ONE_HOT_COLUMNS if _is_hot(row.get(name, ""))]
+        return hot[0].lower() if hot and hot[0] != "UNK" else ""
+    if set(TWO_OF_2017) <= row.keys():
+        return next((name for name in TWO_OF_2017 if _is_hot(row[name])), "nevus")
     return ""
+
+
+def _is_hot(value: str) -> bool:
+    try:
+        return float(value.replace(",", ".") or 0) > 0.5
+    except ValueError:
+        return False
 
 
 def _skin_type(value: str) -> str:
