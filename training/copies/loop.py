@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dermis.authenticity.copy_network import REGIONS, CopyNetwork
+from dermis.devices import to_float64
 from dermis.errors import TrainingError
 from dermis.features import bicubic, channels_last
 from dermis.imaging import Images
@@ -202,7 +203,7 @@ def initialise(network: CopyNetwork, images: Images, config: CopiesConfig, devic
     chunks = range(0, len(images), _CHUNK)
     views = ([view_of(image, rng) for image in images[start : start + _CHUNK]] for start in chunks)
     pooled = torch.cat([network.pooled(prepared(np.stack(part), config.size, device))[:, 0] for part in views])
-    pooled = pooled.double()  # so that the rounding of the decomposition does not show in the weights
+    pooled = to_float64(pooled)  # so that the rounding of the decomposition does not show in the weights
     mean = pooled.mean(dim=0)
     values, vectors = torch.linalg.eigh(torch.cov(pooled.T))
     kept = min(config.dim, len(values))
