@@ -246,7 +246,7 @@ def _array(folder: Folder, description: IndexDescription, name: str, shape: tupl
 def on_device(index: Any, device: str) -> Any:
     """Move an index to a GPU if `device` allows it and FAISS has one.
 
-    FAISS uses no Apple and Intel GPUs. Only IVF indexes are moved: vectors of a scalar quantizer cannot be read back from a GPU.
+    FAISS uses no Apple or Intel GPU. Only IVF indexes are moved: vectors of a scalar quantizer cannot be read back from a GPU.
     """
     device = without_torch(device)
     faiss = import_faiss()

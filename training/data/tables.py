@@ -239,7 +239,7 @@ def _diagnosis_of_classes(row: Mapping[str, str]) -> str:
         hot = [name for name in ONE_HOT_COLUMNS if _is_hot(row.get(name, ""))]
         return hot[0].lower() if hot and hot[0] != "UNK" else ""
     if set(TWO_OF_2017) <= row.keys():
-        return next((name for name in TWO_OF_2017 if _is_hot(row[name])), "nevus")
+        return next((name.replace("_", " ") for name in TWO_OF_2017 if is_yes(row[name])), "nevus")
     return ""
 
 

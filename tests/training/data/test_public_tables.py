@@ -82,13 +82,14 @@ COLLECTIONS = {
             for name in ("1.jpg", "1_superpixels.png", "2.jpg", "2_superpixels.png")
         ),
         {"diagnosis": "melanoma", "age_approx": "55", "sex": "female"},
-        ("melanoma", "seborrheic_keratosis"),
+        ("melanoma", "seborrheic keratosis"),
         ("malignant", "benign"),
         "ISIC-2017_Training_Data_metadata.csv adds age_approximate, sex to 2 of 2 images",
     ),
     "ISIC 2018 task 3": Collection(
         {
-            "ISIC2018_Task3_Training_GroundTruth/ISIC2018_Task3_Training_GroundTruth.csv": "image,MEL,NV,BCC,AKIEC,BKL,DF,VASC\n"
+            "ISIC2018_Task3_Training_GroundTruth/ISIC2018_Task3_Training_GroundTruth.csv": "image,MEL,NV,BCC,AKIEC,BKL,DF,"
+            "VASC\n"
             "ISIC_0000001,0.0,1.0,0.0,0.0,0.0,0.0,0.0\nISIC_0000002,1.0,0.0,0.0,0.0,0.0,0.0,0.0\n",
             "ISIC2018_Task3_Training_GroundTruth/ISIC2018_Task3_Training_LesionGroupings.csv": "image,lesion_id,"
             "diagnosis_confirm_type\nISIC_0000001,HAM_0000001,histo\nISIC_0000002,HAM_0000002,histo\n",
