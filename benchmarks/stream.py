@@ -1,9 +1,9 @@
-"""Rate of a stream for PyTorch as a share of the generator's own: `python -m benchmarks.stream [--json] [--bundle B] [--images N]`.
+"""Rate of a stream for PyTorch as a share of the generator's own: `python -m benchmarks.stream [--json] [--images N]`.
 
 A real service is started on a free port, and `SyntheticIterable` reads from it as a training does, in batches of 64. Rounds
-alternate between the generator alone in this process, with the backend and batch size of the service, and the stream. The
-service has no classifier, index and projector to compute with, and nothing trains: the share is that of HTTP, encoding and
-decoding of images. The best round of each counts, so that short activity of other programs does not distort it.
+alternate between the generator alone in this process, with the backend of the service, and the stream. Nothing trains, so the
+difference is the work of the service and of the client besides generating: encoding, HTTP and decoding. The best round of each
+counts, so that short activity of other programs does not distort it.
 """
 
 from __future__ import annotations
