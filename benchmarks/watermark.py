@@ -4,7 +4,8 @@ Embeds 32 bits with the methods of the package invisible-watermark (DWT-DCT, DWT
 how many are still detected after changes, how many real images are taken for marked ones, what embedding costs, and what it
 changes: PSNR, the Frechet distance to real images in the space lite0, and the probability of the bundle's classifier.
 
-The package is no dependency of dermis. It refuses images below 256 x 256 px, so its methods are called directly. Install it:
+The package is no dependency of dermis. It refuses images below 256 x 256 px, so its methods are called directly. `--enlarge 256`
+enlarges all images first, as if the generator made larger ones. Install it:
 `pip install --no-deps invisible-watermark pywavelets opencv-python-headless`.
 """
 
@@ -121,6 +122,11 @@ def real(folder: Path, size: int, count: int | None) -> Images:
     return np.stack([read_training_image(path.read_bytes(), size=size) for path in files])
 
 
+def enlarged(images: Images, size: int) -> Images:
+    """Resize square images [N, H, W, 3]."""
+    return np.stack([np.asarray(Image.fromarray(image).resize((size, size), _BICUBIC)) for image in images])
+
+
 def measure(bundle: Bundle, images: Images, photographs: Images, few: int) -> dict[str, Any]:
     """Measure all methods.
 
@@ -213,11 +219,14 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=2000, help="generated images")
     parser.add_argument("--few", type=int, default=500, help="generated images for detection after changes")
     parser.add_argument("--real", type=int, help="real images; default: all")
+    parser.add_argument("--enlarge", type=int, help="side to which all images are enlarged first")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     bundle = open_bundle(arguments.bundle)
     images = generated(bundle, arguments.count)
     photographs = real(arguments.data, bundle.generator.img_resolution, arguments.real)
+    if arguments.enlarge is not None:
+        images, photographs = enlarged(images, arguments.enlarge), enlarged(photographs, arguments.enlarge)
     result = measure(bundle, images, photographs, arguments.few)
     print(table(result))
     print(f"{result['needed_bits']} of {BITS} bits must agree; {result['resolution']} px")
