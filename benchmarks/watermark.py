@@ -4,8 +4,8 @@ Embeds 32 bits with the methods of the package invisible-watermark (DWT-DCT, DWT
 how many are still detected after changes, how many real images are taken for marked ones, what embedding costs, and what it
 changes: PSNR, the Frechet distance to real images in the space lite0, and the probability of the bundle's classifier.
 
-The package is no dependency of dermis. It refuses images below 256 x 256 px, so its methods are called directly. `--enlarge 256`
-enlarges all images first, as if the generator made larger ones. Install it:
+The package is no dependency of dermis. It refuses images below 256 x 256 px, so its methods are called directly.
+`--enlarge 256` enlarges all images first, as if the generator made larger ones. Install the package:
 `pip install --no-deps invisible-watermark pywavelets opencv-python-headless`.
 """
 
