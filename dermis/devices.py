@@ -52,7 +52,7 @@ def _count(kind: str) -> int:
 def _reason(kind: str) -> str:
     """Why there is no device of a type, if it is known."""
     if kind == "mps":
-        built = torch.backends.mps.is_built()  # type: ignore[no-untyped-call]
+        built = torch.backends.mps.is_built()
         return " (macOS 14 or later is needed)" if built else " (this build of torch has no support for it)"
     return ""
 

@@ -19,7 +19,7 @@ from dermis.synthesizer import choice, torch_device
 from dermis.synthesizer.backend import Backend
 from dermis.synthesizer.torch_cpu import torch_backend
 from dermis.synthesizer.torch_device import device_backend
-from tiny import make_generator
+from plain_synthesis import make_generator
 from training.distributed import joined_ranks
 
 

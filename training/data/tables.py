@@ -450,7 +450,7 @@ def _named_one_hot(grid: Grid) -> list[str]:
     """The class of each row if all columns except ids are named after classes, as in tables of Roboflow; otherwise empty."""
     ids = {*ID_COLUMNS, *(name for group in GROUP_COLUMNS.values() for name in group)}
     names = [name for name in grid.header if name not in ids]
-    if len(names) < 2 or _is_one_hot(names) or not all(map(binary_class, names)):
+    if len(names) < 2 or _is_one_hot(names) or set(names) == {*TWO_OF_2017} or not all(map(binary_class, names)):
         return []
     rows = list(zip(*(grid.column(name) for name in names), strict=True))
     if not all(all(is_yes(value) or is_no(value) for value in row) and sum(map(is_yes, row)) == 1 for row in rows):

@@ -278,10 +278,10 @@ def test_skin_types_are_written_in_one_way(value: str, expected: str) -> None:
 
 
 def test_skin_types_and_tones_are_in_the_prepared_set_its_splits_and_its_reports(tmp_path: Path) -> None:
-    colours = {"light": (224, 180, 160), "dark": (90, 60, 48)}
+    colours = {"very light": (224, 180, 160), "dark": (90, 60, 48)}
     rows = []
     for number in range(24):
-        tone = "dark" if number % 2 else "light"
+        tone = "dark" if number % 2 else "very light"
         _skin(tmp_path / "ddi" / f"{number:06d}.png", colours[tone])
         disease = "verruca-vulgaris" if number % 3 else "melanoma"
         rows.append(f"{number},{number},{number:06d}.png,{56 if number % 2 else 12},{number % 3 == 0},{disease}")
@@ -293,7 +293,7 @@ def test_skin_types_and_tones_are_in_the_prepared_set_its_splits_and_its_reports
         card = archive.read("README.md").decode()
         pixels = np.asarray(Image.open(io.BytesIO(archive.read(prepared[1]["file_name"]))))
     assert [row["skin_type"] for row in prepared[:2]] == ["I-II", "V-VI"]
-    assert [row["ita_class"] for row in prepared[:2]] == ["light", "dark"]
+    assert [row["ita_class"] for row in prepared[:2]] == ["very light", "dark"]
     angle = skin_tone(pixels)
     assert angle is not None and prepared[1]["ita"] == f"{angle:.1f}" and tone_class(angle) == "dark"
     assert "| Fitzpatrick type I-II | 12 |" in card and "| skin tone dark | 12 |" in card
@@ -301,13 +301,13 @@ def test_skin_types_and_tones_are_in_the_prepared_set_its_splits_and_its_reports
     again = read_source(tmp_path / "set.zip")
     counts = attribute_counts(inspect_source(again, workers=1, progress=False))
     assert counts["skin_type"] == {"I-II": {"benign": 8, "malignant": 4}, "V-VI": {"benign": 8, "malignant": 4}}
-    assert counts["skin_tone"]["light"] == {"benign": 8, "malignant": 4}
+    assert counts["skin_tone"]["very light"] == {"benign": 8, "malignant": 4}
     assert counts["skin_tone"]["tan"] == {"benign": 0, "malignant": 0}
     shares = {"train": 0.5, "validation": 0.25, "test": 0.25}
     write_split(again, split_by_patient(again.records, shares, 0), tmp_path / "split")
     with (tmp_path / "split" / "test.csv").open() as file:
         part = list(csv.DictReader(file))
-    assert {(row["skin_type"], row["ita_class"]) for row in part} <= {("I-II", "light"), ("V-VI", "dark")}
+    assert {(row["skin_type"], row["ita_class"]) for row in part} <= {("I-II", "very light"), ("V-VI", "dark")}
     data = load_real(tmp_path / "set.zip", 32, split=tmp_path / "split", progress=False)
     assert set(data.test.attributes["skin_type"]) <= {"I-II", "V-VI"} and "skin_tone" in data.test.attributes
     plain = load_real(tmp_path / "ddi", 32, shares=shares, progress=False)
