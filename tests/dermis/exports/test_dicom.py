@@ -252,7 +252,8 @@ def check_dicomweb(client: Any, dataset: Path) -> None:
     """Find the objects by QIDO-RS, and get each by WADO-RS as it was sent."""
     sent = {pydicom.dcmread(io.BytesIO(data)).SOPInstanceUID: data for _, data in dicom_files(open_source(dataset))}
     accept = {"Accept": "application/dicom+json"}
-    studies = client.get("/dicom-web/studies", params={"PatientID": "SYNTHETIC-*"}, headers=accept).json()
+    # In the address and not in `params`, which would send %2A: Orthanc takes that for the text itself.
+    studies = client.get("/dicom-web/studies?PatientID=SYNTHETIC-*", headers=accept).json()
     (study,) = (each["0020000D"]["Value"][0] for each in studies)
     instances = client.get(f"/dicom-web/studies/{study}/instances", headers=accept).json()
     assert {each["00080018"]["Value"][0] for each in instances} == sent.keys()
