@@ -268,8 +268,13 @@ def split(
     table_console().print(table)
 
 
+_ATTRIBUTE_TITLES = {"skin_type": "Skin types (of the table)", "skin_tone": "Skin tones (ITA, estimated)"}
+
+
 def _show_inspection(inspection: Inspection) -> None:
     from rich.table import Table
+
+    from training.data.inspection import attribute_counts
 
     console, classes = table_console(), inspection.classes
     total = sum(classes.values())
@@ -298,6 +303,11 @@ def _show_inspection(inspection: Inspection) -> None:
         for association in inspection.by_source.associations:
             cells = [f"{100 * inspection.by_source.share(association.artefact, name).share:.1f} %" for name in origins]
             table.add_row(association.artefact, *cells)
+        console.print(table)
+    for attribute, rows in attribute_counts(inspection).items():
+        table = Table(attribute.replace("_", " "), *classes, title=_ATTRIBUTE_TITLES[attribute])
+        for value, counts in rows.items():
+            table.add_row(value, *(f"{counts[name]:,}" for name in classes))
         console.print(table)
     sizes = list(inspection.sizes.items())
     if sizes:

@@ -91,6 +91,7 @@ def _root(
 
 def main() -> None:
     """Run the program. Errors that the user can correct are one line on stderr: status 1, or 2 for wrong usage."""
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # operations that Apple GPUs lack run on the CPU
     keep_freed_memory()  # a command is one short-lived process that computes on large blocks
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

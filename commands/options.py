@@ -17,7 +17,9 @@ CACHE = Path(".dermis/cache")
 
 # Machine
 
-DeviceOption = Annotated[str, typer.Option(help="Where to compute: auto (a GPU if there is one), cpu or cuda.")]
+DeviceOption = Annotated[
+    str, typer.Option(help="Where to compute: auto (CUDA if there is such a GPU), cpu, cuda, mps or xpu.")
+]
 ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads; default: one for each core.")]
 CacheOption = Annotated[Path, typer.Option(help="Folder in which decoded images and features are kept.")]
 CompileOption = Annotated[

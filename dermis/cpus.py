@@ -1,4 +1,4 @@
-"""Number of usable processors, and their instructions. Imports no torch."""
+"""Number of usable processors, their instructions, and names of devices. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,6 +15,15 @@ _NATIVE_BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16")
 # M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_THRESHOLD of glibc's malloc.h, in bytes. Early versions of glibc refuse more than
 # 32 MiB for the last one, so it is set twice.
 _MALLOC_OPTIONS = ((-1, (1 << 31) - 1), (-2, 64 << 20), (-3, 32 << 20), (-3, 1 << 30))
+
+
+def without_torch(device: str) -> str:
+    """The device of a library that is not torch: "cpu" in place of Apple and Intel GPUs, which only torch uses.
+
+    Args:
+        device: "auto" or a name of torch.
+    """
+    return "cpu" if device.partition(":")[0] in ("mps", "xpu") else device
 
 
 def available_cpus() -> int:

@@ -178,7 +178,9 @@ class Settings(StudySettings):
         "/v1/classifications, /v1/authenticity and heat maps are answered 503.",
     )
     device: str = Field(
-        "auto", description="Device of the generator, classifier, index, explainer and projector: auto, cpu or cuda."
+        "auto",
+        description="Device of the generator, classifier, index, explainer and projector: auto, cpu, cuda, mps (Apple) or "
+        "xpu (Intel). On mps and xpu classifier and index use the CPU.",
     )
     backend: str = Field(
         "auto",

@@ -104,12 +104,14 @@ def joined_ranks(device: torch.device, environment: Mapping[str, str] = os.envir
         environment: The variables that `torchrun` sets. Without them this process is the only one.
 
     Raises:
-        TrainingError: There are fewer GPUs than processes.
+        TrainingError: There are fewer GPUs than processes, or the device is for one process only.
     """
     count = int(environment.get("WORLD_SIZE", "1"))
     if count == 1:
         yield Ranks(device=device)
         return
+    if device.type in ("mps", "xpu"):
+        raise TrainingError(f"device: several processes train on cuda or cpu, not on {device.type}; start one process")
     if device.type == "cuda":
         local, present = int(environment["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= present:

@@ -14,6 +14,7 @@ from commands.options import (
     ClassColumnOption,
     DataOption,
     DeviceOption,
+    LogOption,
     MetadataOption,
     ResumeOption,
     TrainingSeedOption,
@@ -59,6 +60,7 @@ def train_copy_detector(
     device: DeviceOption = "auto",
     cache: CacheOption = CACHE,
     resume: ResumeOption = False,
+    log: LogOption = None,
 ) -> None:
     """Train a detector that recognises training images after mirroring, cropping, recolouring and other changes.
 
@@ -70,7 +72,9 @@ def train_copy_detector(
     from training.copies.run import train_copy_detector as run
     from training.data.isic import load_isic
     from training.evaluation.holdout import check_holdout
+    from training.loggers import check_loggers
 
+    loggers = check_loggers(log or ())
     config = CopiesConfig(
         size=size,
         dim=dim,
@@ -102,7 +106,7 @@ def train_copy_detector(
         check_holdout(for_threshold, measured, None, option="--held-out", data_option="--calibration")
     if training_set is not None and training_set != real.sha256:
         typer.echo("warning: --data is not the set that the bundle names as its training set", err=True)
-    result = run(real, for_threshold, config, out, held_out=measured, device=device, resume=resume)
+    result = run(real, for_threshold, config, out, held_out=measured, device=device, resume=resume, loggers=loggers)
     if result is None:
         typer.echo("stopped and saved; run the same command with --resume to continue", err=True)
         raise typer.Exit(130)

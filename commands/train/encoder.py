@@ -12,6 +12,7 @@ from commands.options import (
     CacheOption,
     ClassColumnOption,
     DeviceOption,
+    LogOption,
     MetadataOption,
     ResumeOption,
     TrainingSeedOption,
@@ -52,6 +53,7 @@ def train_encoder(
     device: DeviceOption = "auto",
     cache: CacheOption = CACHE,
     resume: ResumeOption = False,
+    log: LogOption = None,
 ) -> None:
     """Train an encoder from a real image to a latent, in one pass, near enough for a short optimisation to start from.
 
@@ -62,7 +64,9 @@ def train_encoder(
     from training.data.isic import load_isic
     from training.encoder.config import EncoderConfig
     from training.encoder.run import train_encoder as run
+    from training.loggers import check_loggers
 
+    loggers = check_loggers(log or ())
     config = EncoderConfig(
         backbone=backbone,
         size=size,
@@ -87,7 +91,9 @@ def train_encoder(
     held_out_images = None
     if held_out is not None and images is not None:
         held_out_images = load(held_out, None) if held_out.is_dir() else load(images, held_out)
-    result = run(opened, config, out, real=real, held_out=held_out_images, device=device, resume=resume)
+    result = run(
+        opened, config, out, real=real, held_out=held_out_images, device=device, resume=resume, loggers=loggers
+    )
     if result is None:
         typer.echo("stopped and saved; run the same command with --resume to continue", err=True)
         raise typer.Exit(130)

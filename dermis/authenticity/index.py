@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from dermis.authenticity.index_check import check_index, max_bytes, read, reason_of
 from dermis.bundle import find_part
 from dermis.bundle.index import HELD_OUT, INDEX, INDEX_PART, RADII, IndexDescription, open_index_folder
-from dermis.cpus import available_cpus
+from dermis.cpus import available_cpus, without_torch
 from dermis.errors import BundleError, DermisError, install_command
 from dermis.tensor_files import MAX_HEADER_BYTES, read_array
 
@@ -249,8 +249,9 @@ def _array(folder: Folder, description: IndexDescription, name: str, shape: tupl
 def on_device(index: Any, device: str) -> Any:
     """Move an index to a GPU if `device` allows it and FAISS has one.
 
-    Only IVF indexes are moved: vectors of a scalar quantizer cannot be read back from a GPU.
+    FAISS uses no Apple or Intel GPU. Only IVF indexes are moved: vectors of a scalar quantizer cannot be read back from a GPU.
     """
+    device = without_torch(device)
     faiss = import_faiss()
     gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
     if device.startswith("cuda") and not gpus:

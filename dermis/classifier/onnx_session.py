@@ -25,7 +25,7 @@ from dermis.classifier.graph_check import check_graph
 from dermis.classifier.graph_trial import CPU, first_line, import_onnxruntime, new_session, problem_of, try_graph
 from dermis.classifier.preprocess import batch
 from dermis.classifier.scores import Scores, scores_of
-from dermis.cpus import available_cpus
+from dermis.cpus import available_cpus, without_torch
 from dermis.errors import BundleError, DermisError
 from dermis.imaging import Images
 
@@ -44,7 +44,8 @@ class Classifier:
 
     Args:
         source: A bundle, or the folder or fsspec URL of a classifier or of a bundle.
-        device: "auto" (CUDA if it works with ONNX Runtime, otherwise the CPU), "cpu", "cuda" or "cuda:1".
+        device: "auto" (CUDA if it works with ONNX Runtime, otherwise the CPU), "cpu", "cuda" or "cuda:1"; "mps" and "xpu" are
+            the CPU here, too.
         threads: Images that are computed at the same time on a CPU; None for the number of cores that this process can
             use.
 
@@ -54,8 +55,9 @@ class Classifier:
     """
 
     def __init__(self, source: Bundle | str | Path, *, device: str = "auto", threads: int | None = None) -> None:
+        device = without_torch(device)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-            raise DermisError(f'device: "{device}" is none of auto, cpu, cuda, cuda:1, ...')
+            raise DermisError(f'device: "{device}" is none of auto, cpu, cuda, cuda:1, ..., mps, xpu')
         if threads is not None and threads < 1:
             raise DermisError(f"threads: must be at least 1; got {threads}")
         self.description, location = find_classifier(source)

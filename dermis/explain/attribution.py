@@ -67,7 +67,7 @@ class Explainer:
 
     Args:
         source: A bundle, or the folder or fsspec URL of a classifier or of a bundle.
-        device: "auto", "cpu" or a CUDA device.
+        device: "auto" or a name of torch.
 
     Raises:
         BundleError: The source has no classifier, or a damaged one.
@@ -143,6 +143,8 @@ def _integrated_gradients(
     import torch
     from captum.attr import IntegratedGradients
 
+    from dermis.devices import to_float64
+
     device = next((each.device for each in (*network.parameters(), *network.buffers())), torch.device("cpu"))
 
     def logits(images: Any) -> Any:
@@ -159,8 +161,8 @@ def _integrated_gradients(
     ]
     with torch.inference_mode():
         logit = float(logits(x)[0])
-        baseline = float(torch.cat([logits(each) for each in baselines]).double().mean())
-    mean = torch.stack(attributions).double().mean(0)[0].sum(0)
+        baseline = float(to_float64(torch.cat([logits(each) for each in baselines])).mean())
+    mean = to_float64(torch.stack(attributions)).mean(0)[0].sum(0)
     return mean.cpu().numpy(), logit, baseline
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dermis.classifier.preprocess import batch as squares
-from dermis.devices import fast_dtype, resolve_device
+from dermis.devices import fast_dtype, resolve_device, to_float64
 from dermis.errors import DermisError, RequestError
 from dermis.imaging import Images
 from dermis.latents import z_for
@@ -407,8 +407,9 @@ def _statistics(generator: Generator) -> tuple[Tensor, float, Tensor]:
             for label, part in enumerate(parts):
                 c = one_hot([label] * 1000, classes, device) if classes else None
                 part.append(generator.mapping(z, c)[:, 0])
-    gathered = [torch.cat(part).double() for part in parts]
+    gathered = [to_float64(torch.cat(part)) for part in parts]
     means = torch.stack([part.mean(dim=0) for part in gathered])
     centred = torch.cat([part - mean for part, mean in zip(gathered, means, strict=True)])
     deviation = centred.square().mean(dim=0).sqrt()
-    return means.float().clone(), float(centred.square().sum(dim=1).mean().sqrt()), deviation.float().clone()
+    sigma = float(centred.square().sum(dim=1).mean().sqrt())
+    return means.float().clone().to(device), sigma, deviation.float().clone().to(device)

@@ -50,7 +50,7 @@ def load_backend(
     """Load the requested backend; with "auto" the fastest that works on this machine.
 
     On a CPU that is OpenVINO, in bfloat16 if the processor multiplies it natively and else in float32, or torch if OpenVINO
-    does not work. On CUDA it is torch. With a converted generator in `cache`, `load` is not called and torch not imported.
+    does not work. On a GPU it is torch. With a converted generator in `cache`, `load` is not called and torch not imported.
 
     Raises:
         DermisError: Device, backend or dtype is unknown or not available on this machine.
@@ -112,6 +112,10 @@ def _build(
     if resolved.type != "cpu":
         if backend == "openvino":
             raise DermisError(f"backend: openvino runs on the CPU only, not on {resolved}; use torch or auto")
+        if resolved.type != "cuda":
+            from dermis.synthesizer.torch_device import device_backend
+
+            return device_backend(generator, resolved, arithmetic)
         from dermis.synthesizer.cuda import cuda_backend
 
         return cuda_backend(generator, resolved, arithmetic, threads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -34,12 +35,22 @@ def dataset(images: Images, name: str) -> ImageDataset:
     return ImageDataset(images, np.zeros(len(images), np.int64), ("any",), names, name, (), names)
 
 
-def make_detector(out: Path, known: Images, *, resume: bool = False, **options: int) -> TrainedCopyDetector:
+def make_detector(
+    out: Path, known: Images, *, resume: bool = False, loggers: Sequence[str] = (), **options: int
+) -> TrainedCopyDetector:
     """Train a detector of `known`, with 200 other images for the threshold."""
     others = dataset(colour_fields(10_000, OTHERS), "other")
     config = CopiesConfig(**{"steps": 1, "batch": 8, "size": SIDE, **options})
     trained = train_copy_detector(
-        dataset(known, "known"), others, config, out, measured=20, device="cpu", resume=resume, progress_bar=False
+        dataset(known, "known"),
+        others,
+        config,
+        out,
+        measured=20,
+        device="cpu",
+        resume=resume,
+        loggers=loggers,
+        progress_bar=False,
     )
     assert trained is not None
     return trained

@@ -16,7 +16,14 @@ _METRICS = {
     "brier": "Brier score",
     "calibration_error": "expected calibration error, 15 bins",
 }
-_ATTRIBUTES = {"source": "Source", "sex": "Sex", "age": "Age (years)", "site": "Site"}
+_ATTRIBUTES = {
+    "source": "Source",
+    "sex": "Sex",
+    "age": "Age (years)",
+    "site": "Site",
+    "skin_type": "Skin type",
+    "skin_tone": "Skin tone",
+}
 
 
 def classifier_card(name: str, description: ClassifierDescription) -> str:

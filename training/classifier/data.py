@@ -25,6 +25,8 @@ SHARES: Mapping[str, float] = {"train": 0.65, "validation": 0.15, "test": 0.2}
 UNKNOWN = "unknown"
 AGE_BANDS = ((0, 30), (30, 50), (50, 70), (70, 200))
 ATTRIBUTES = ("source", "sex", "age", "site")
+SKIN_ATTRIBUTES = {"skin_type": "skin_type", "skin_tone": "ita_class"}
+"""Attributes that only some collections have, and their columns. `dermis data prepare` estimates the skin tone."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class RealPart:
         labels: int64 [N], 1 for malignant.
         ids: Id of each image.
         groups: Patient of each image; the lesion, or the image itself, if the patient is not known.
-        attributes: Values of each attribute of ATTRIBUTES, one for each image; "unknown" if it is not stated.
+        attributes: Values of each attribute of ATTRIBUTES, and of SKIN_ATTRIBUTES that an image has, one for each image;
+            "unknown" if it is not stated.
         sha256: SHA-256 of ids, classes and files, as in `ImageDataset`.
     """
 
@@ -163,6 +166,10 @@ def _part(source: Source, size: int, cache: Path | None, progress: bool) -> Real
     dataset = load_images(source, size, cache=cache, progress=progress)
     to_label = np.array([CLASS_NAMES.index(name) for name in dataset.class_names], dtype=np.int64)
     attributes = {name: tuple(_attribute(record, name) for record in source.records) for name in ATTRIBUTES}
+    for name, column in SKIN_ATTRIBUTES.items():
+        values = tuple(value_of(record.row, column) or UNKNOWN for record in source.records)
+        if set(values) - {UNKNOWN}:
+            attributes[name] = values
     groups = tuple(group_of(source.records))
     return RealPart(dataset.images, to_label[dataset.labels], dataset.ids, groups, attributes, dataset.sha256)
 

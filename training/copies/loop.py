@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dermis.authenticity.copy_network import REGIONS, CopyNetwork
+from dermis.devices import to_float64
 from dermis.errors import TrainingError
 from dermis.features import bicubic, channels_last
 from dermis.imaging import Images
@@ -30,6 +32,7 @@ from training.checkpoint import checkpoint_path, load_checkpoint, locked, read_s
 from training.copies.config import CopiesConfig
 from training.copies.views import Views, view_of, views_of
 from training.interrupt import stop_requested
+from training.loggers import open_loggers
 
 KIND = "copy detector"  # value of the field `kind` in checkpoints
 _SAVE_SECONDS = 120.0
@@ -66,6 +69,7 @@ def train(
     identity: str,
     device: torch.device,
     resume: bool = False,
+    loggers: Sequence[str] = (),
     progress_bar: bool = True,
 ) -> tuple[CopyNetwork, CopiesProgress]:
     """Train a network.
@@ -81,6 +85,7 @@ def train(
         identity: Digest of the images. A run is resumed only with the same ones.
         device: Device of the network.
         resume: Continue the run that is in `out`.
+        loggers: Where curves go besides log.jsonl (`training.loggers`).
         progress_bar: Show a progress bar.
 
     Raises:
@@ -122,6 +127,7 @@ def train(
         locked(out),
         stop_requested(ignore_repeated=False) as stop,
         (out / "log.jsonl").open("a" if progress.step else "w", encoding="utf-8") as log,
+        open_loggers(loggers, out, progress.step, asdict(config)) as logged,
         tqdm(total=config.steps, initial=progress.step, desc=KIND, unit="step", disable=None if progress_bar else True) as bar,
     ):  # fmt: skip
         network.train()
@@ -144,6 +150,8 @@ def train(
             if progress.step % 10 == 0:
                 row = {"step": progress.step, "whole": round(whole.item(), 5), "halves": round(halves.item(), 5)}
                 log.write(json.dumps(row) + "\n")
+                curves = {"loss/whole": row["whole"], "loss/halves": row["halves"], "learning_rate": rate}
+                logged.scalars(curves, progress.step)
             now = time.monotonic()
             if now - saved > _SAVE_SECONDS:
                 progress.seconds, clock, saved = progress.seconds + now - clock, now, now
@@ -202,7 +210,7 @@ def initialise(network: CopyNetwork, images: Images, config: CopiesConfig, devic
     chunks = range(0, len(images), _CHUNK)
     views = ([view_of(image, rng) for image in images[start : start + _CHUNK]] for start in chunks)
     pooled = torch.cat([network.pooled(prepared(np.stack(part), config.size, device))[:, 0] for part in views])
-    pooled = pooled.double()  # so that the rounding of the decomposition does not show in the weights
+    pooled = to_float64(pooled)  # so that the rounding of the decomposition does not show in the weights
     mean = pooled.mean(dim=0)
     values, vectors = torch.linalg.eigh(torch.cov(pooled.T))
     kept = min(config.dim, len(values))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -60,6 +60,7 @@ def train_copy_detector(
     measured: int = MEASURED,
     device: str = "auto",
     resume: bool = False,
+    loggers: Sequence[str] = (),
     progress_bar: bool = True,
 ) -> TrainedCopyDetector | None:
     """Train, calibrate and measure a copy detector.
@@ -74,6 +75,7 @@ def train_copy_detector(
         measured: Changed copies of each kind to measure with.
         device: Device of the network.
         resume: Continue the run that is in `out`.
+        loggers: Where curves go besides log.jsonl (`training.loggers`).
         progress_bar: Show a progress bar.
 
     Returns:
@@ -90,7 +92,14 @@ def train_copy_detector(
     _check_disjoint({name: images for name, images in sets.items() if images is not None})
     target = resolve_device(device)
     network, progress = train(
-        real.images, config, out, identity=real.sha256, device=target, resume=resume, progress_bar=progress_bar
+        real.images,
+        config,
+        out,
+        identity=real.sha256,
+        device=target,
+        resume=resume,
+        loggers=loggers,
+        progress_bar=progress_bar,
     )
     if progress.stopped:
         return None

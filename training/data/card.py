@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from dermis.skin_tone import CLASSES
 from training.data.tables import METADATA_COLUMNS
 
 
@@ -62,6 +63,7 @@ square and resized with a Lanczos filter. **Real images of patients**: share the
 | --- | --- |
 {missing}
 
+{_skin(rows)}
 ## Conditions
 
 | | |
@@ -84,6 +86,21 @@ sha256 of ids, classes and files: `{sha256}`
 
 def _skipped(skipped: int) -> str:
     return f"{skipped:,} images were skipped; `skipped.csv` states the reasons." if skipped else "No image was skipped."
+
+
+def _skin(rows: Sequence[Mapping[str, str]]) -> str:
+    """The table of skin types and tones; "" if neither is known."""
+    types = Counter(row["skin_type"] for row in rows)
+    tones = Counter(row["ita_class"] for row in rows)
+    lines = [f"| Fitzpatrick type {name} | {types[name]:,} |" for name in sorted(types.keys() - {""})]
+    lines += [f"| skin tone {name} | {tones[name]:,} |" for name in CLASSES if tones[name]]
+    if not lines:
+        return ""
+    note = (
+        "Types are those of the sources. Tones are estimated from the images (individual typology angle, `ita`), whose\n"
+        "colours are not calibrated."
+    )
+    return "\n".join(["| skin | images |", "| --- | --- |", *lines, "", note, ""])
 
 
 def _rights(rows: Sequence[Mapping[str, str]]) -> str:

@@ -1,4 +1,4 @@
-"""Inspect a collection: classes, sizes, missing metadata, and artefacts that are associated with classes."""
+"""Inspect a collection: classes, sizes, missing metadata, skin tones, and artefacts that are associated with classes."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from dermis.errors import DataError
 from dermis.files import atomic_write
 from dermis.image_reading import read_training_image
 from dermis.imaging import encode
+from dermis.skin_tone import CLASSES, skin_tone, tone_class
 from training.data.artefacts import Summary, artefact_sheet, summarise
 from training.data.images import BROKEN_IMAGE
 from training.data.sources import Record, Source
@@ -32,6 +33,7 @@ from training.data.tables import METADATA_COLUMNS, value_of
 CHECKED = ("patient_id", "lesion_id", *METADATA_COLUMNS)
 _MIN_IMAGES_FOR_PROCESSES = 64  # for fewer images, starting processes takes longer than the measurement
 _NO_CLASS = "(no class)"
+_Measured = tuple[tuple[int, int], Artefacts, float | None]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Inspection:
     opened: tuple[Record, ...]  # records whose images could be opened; `sizes` and `artefacts` describe these images
     sizes: Mapping[tuple[int, int], int]  # (width, height) -> images
     artefacts: tuple[Artefacts, ...]
+    skin_tones: tuple[float | None, ...]  # individual typology angle in degrees; None if no skin is visible
     by_class: Summary | None  # None if no image could be opened
     by_source: Summary | None  # None unless the metadata name several sources
     broken: tuple[tuple[str, str], ...]  # (id, reason)
@@ -61,6 +64,7 @@ def inspect_source(source: Source, *, workers: int | None = None, progress: bool
     }
     opened: list[Record] = []
     artefacts: list[Artefacts] = []
+    skin_tones: list[float | None] = []
     sizes: Counter[tuple[int, int]] = Counter()
     broken: list[tuple[str, str]] = []
     with_images = () if source.layout == "table" else records
@@ -71,6 +75,7 @@ def inspect_source(source: Source, *, workers: int | None = None, progress: bool
             opened.append(record)
             sizes[result[0]] += 1
             artefacts.append(result[1])
+            skin_tones.append(result[2])
     classes = Counter(map(_class, records))
     origins = [record.row.get("source", "") or "(unknown)" for record in opened]
     return Inspection(
@@ -80,10 +85,31 @@ def inspect_source(source: Source, *, workers: int | None = None, progress: bool
         tuple(opened),
         dict(sizes.most_common()),
         tuple(artefacts),
+        tuple(skin_tones),
         summarise(artefacts, [_class(record) for record in opened]) if opened else None,
         summarise(artefacts, origins) if len(set(origins)) > 1 else None,
         tuple(broken),
     )
+
+
+def attribute_counts(inspection: Inspection) -> dict[str, dict[str, dict[str, int]]]:
+    """Count images by attribute, value and class: skin types as the table states them, and skin tones of the images.
+
+    An attribute is missing if no image has it.
+    """
+    records = inspection.source.records
+    types = Counter((value_of(record.row, "skin_type"), _class(record)) for record in records)
+    tones = Counter(
+        ("" if angle is None else tone_class(angle), _class(record))
+        for record, angle in zip(inspection.opened, inspection.skin_tones, strict=True)
+    )
+    values = {"skin_type": sorted({value for value, _ in types} - {""}), "skin_tone": CLASSES}
+    counts = {"skin_type": types, "skin_tone": tones}
+    return {
+        name: {value: {each: counts[name][value, each] for each in inspection.classes} for value in values[name]}
+        for name in counts
+        if any(value for value, _ in counts[name])
+    }
 
 
 def write_inspection(inspection: Inspection, out: Path) -> None:
@@ -98,9 +124,12 @@ def write_inspection(inspection: Inspection, out: Path) -> None:
             rows = [
                 {"id": record.id, "class": record.class_name, "found": " ".join(each.present)}
                 | {name: f"{getattr(each, name):.4f}" for name in NAMES}
-                for record, each in zip(inspection.opened, inspection.artefacts, strict=True)
+                | {"ita": "" if angle is None else f"{angle:.1f}"}
+                for record, each, angle in zip(
+                    inspection.opened, inspection.artefacts, inspection.skin_tones, strict=True
+                )
             ]
-            write_rows(out / "artefacts.csv", ("id", "class", *NAMES, "found"), rows)
+            write_rows(out / "artefacts.csv", ("id", "class", *NAMES, "ita", "found"), rows)
             classes = [_class(record) for record in inspection.opened]
             sheet = artefact_sheet(lambda i: _pixels(inspection.opened[i]), inspection.artefacts, classes)
             with atomic_write(out / "contact-sheet.png") as partial:
@@ -111,9 +140,7 @@ def write_inspection(inspection: Inspection, out: Path) -> None:
         raise DataError(f"{out}: cannot be written ({error.strerror})") from error
 
 
-def _measure_all(
-    records: Sequence[Record], workers: int | None, progress: bool
-) -> list[tuple[tuple[int, int], Artefacts] | str]:
+def _measure_all(records: Sequence[Record], workers: int | None, progress: bool) -> list[_Measured | str]:
     show = functools.partial(tqdm, desc="inspecting", total=len(records), disable=not progress, unit="img")
     workers = workers or os.cpu_count() or 1
     # Without the metadata, which the other processes do not need.
@@ -129,13 +156,13 @@ def _measure_all(
         pool.shutdown(cancel_futures=True)
 
 
-def _measure(record: Record) -> tuple[tuple[int, int], Artefacts] | str:
-    """(width, height) and artefacts of one image, or the reason why it cannot be opened."""
+def _measure(record: Record) -> _Measured | str:
+    """(width, height), artefacts and skin tone of one image, or the reason why it cannot be opened."""
     try:
         pixels = _pixels(record)
     except BROKEN_IMAGE as error:
         return " ".join(str(error).split())
-    return (pixels.shape[1], pixels.shape[0]), detect_artefacts(pixels)
+    return (pixels.shape[1], pixels.shape[0]), detect_artefacts(pixels), skin_tone(pixels)
 
 
 def _pixels(record: Record) -> NDArray[np.uint8]:
@@ -159,6 +186,7 @@ def _report(inspection: Inspection) -> dict[str, Any]:
         "missing": {column: dict(counts) for column, counts in inspection.missing.items()},
         "sizes": {f"{width}x{height}": count for (width, height), count in inspection.sizes.items()},
         "broken": [{"id": name, "reason": reason} for name, reason in inspection.broken],
+        "attributes": attribute_counts(inspection),
         "artefact_thresholds": THRESHOLDS,
         "artefacts_by_class": asdict(inspection.by_class) if inspection.by_class else None,
         "artefacts_by_source": asdict(inspection.by_source) if inspection.by_source else None,

@@ -15,18 +15,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
 from dermis.errors import DataError
 from dermis.files import atomic_write
 from dermis.image_reading import ImageError, read_training_image
+from dermis.skin_tone import skin_tone, tone_class
 from training.data.card import data_card
 from training.data.images import BROKEN_IMAGE, DECODER_VERSION, in_threads
 from training.data.sources import Record, Source
 from training.data.tables import METADATA_COLUMNS, csv_text, value_of
 
-COLUMNS = ("file_name", "isic_id", "class", "label", "patient_id", "lesion_id", *METADATA_COLUMNS, "source")
+ITA, ITA_CLASS = "ita", "ita_class"
+"""Columns of the individual typology angle, in degrees, and of its class, which are estimated from the image."""
+COLUMNS = (
+    "file_name", "isic_id", "class", "label", "patient_id", "lesion_id", *METADATA_COLUMNS, ITA, ITA_CLASS, "source",
+)  # fmt: skip
 # Columns with the rights to single images, in tables of the ISIC Archive.
 RIGHTS = ("copyright_license", "attribution")
 
@@ -49,6 +56,12 @@ class Prepared:
     classes: Mapping[str, int]  # number of images by class
     images: int
     skipped: tuple[Skipped, ...]
+
+
+@dataclass(frozen=True)
+class _Converted:
+    file: Path
+    ita: float | None  # skin tone of the converted image
 
 
 @dataclass(frozen=True)
@@ -158,17 +171,17 @@ def _labelled(items: list[_Item], skip_unlabelled: bool) -> tuple[list[_Item], l
 
 def _convert_images(
     items: Sequence[_Item], resolution: int, work: Path, workers: int | None, progress: bool
-) -> tuple[list[tuple[_Item, Path]], list[Skipped]]:
+) -> tuple[list[tuple[_Item, _Converted]], list[Skipped]]:
     """Write a PNG for each usable item into the work folder, under the hash of its origin, so that a restart finds it."""
 
-    def convert(item: _Item) -> Path | Skipped:
+    def convert(item: _Item) -> _Converted | Skipped:
         try:
             if item.record.image is None:
                 return Skipped(item.record.id, item.source_name, "the image does not exist")
             stamp = f"{item.record.image.stamp()}\t{resolution}\t{DECODER_VERSION}"
             file = work / f"{hashlib.sha256(stamp.encode()).hexdigest()[:32]}.png"
             if file.exists():
-                return file
+                return _Converted(file, _ita(np.asarray(Image.open(file))))
             pixels = read_training_image(item.record.read_bytes(), resolution)
         except BROKEN_IMAGE as error:
             # Other errors contain paths, which must not be in the bytes of the zip.
@@ -179,7 +192,7 @@ def _convert_images(
         Image.fromarray(pixels).save(buffer, "png", compress_level=0)
         with atomic_write(file, concurrent=True) as partial:
             partial.write_bytes(buffer.getvalue())
-        return file
+        return _Converted(file, _ita(pixels))
 
     converted, broken = [], []
     results = tqdm(in_threads(convert, items, workers), "images", len(items), disable=not progress, unit="img")
@@ -191,8 +204,13 @@ def _convert_images(
     return converted, broken
 
 
+def _ita(pixels: NDArray[np.uint8]) -> float | None:
+    angle = skin_tone(pixels)
+    return None if angle is None else round(angle, 1)
+
+
 def _write_zip(
-    converted: Sequence[tuple[_Item, Path]],
+    converted: Sequence[tuple[_Item, _Converted]],
     skipped: Sequence[Skipped],
     out: Path,
     resolution: int,
@@ -203,13 +221,13 @@ def _write_zip(
     class_names = sorted({item.record.class_name for item, _ in converted} - {""})
     rows, labels, digest = [], [], hashlib.sha256()
     with atomic_write(out) as partial, zipfile.ZipFile(partial, "w") as archive:
-        for i, (item, file) in enumerate(tqdm(converted, "writing", disable=not progress, unit="img")):
+        for i, (item, image) in enumerate(tqdm(converted, "writing", disable=not progress, unit="img")):
             name, record = f"{i // 1000:05d}/img{i:08d}.png", item.record
-            data = file.read_bytes()
+            data = image.file.read_bytes()
             _add(archive, name, data)
             label = class_names.index(record.class_name) if class_names else None
             labels.append([name, label])
-            rows.append(_row(name, item, "" if label is None else str(label)))
+            rows.append(_row(name, item, "" if label is None else str(label), image.ita))
             digest.update(f"{record.id}\t{record.class_name}\t{hashlib.sha256(data).hexdigest()}\n".encode())
         columns = [*COLUMNS, *(column for column in RIGHTS if any(row[column] for row in rows))]
         _add(archive, "dataset.json", json.dumps({"labels": labels if class_names else None}).encode())
@@ -229,7 +247,7 @@ def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
     archive.writestr(info, data)
 
 
-def _row(file_name: str, item: _Item, label: str) -> dict[str, str]:
+def _row(file_name: str, item: _Item, label: str, ita: float | None) -> dict[str, str]:
     record = item.record
     return {
         "file_name": file_name,
@@ -239,6 +257,8 @@ def _row(file_name: str, item: _Item, label: str) -> dict[str, str]:
         "patient_id": record.patient_id,
         "lesion_id": record.lesion_id,
         **{name: value_of(record.row, name) for name in (*METADATA_COLUMNS, *RIGHTS)},
+        ITA: "" if ita is None else f"{ita:.1f}",
+        ITA_CLASS: "" if ita is None else tone_class(ita),
         "source": item.source_name,
     }
 

@@ -5,6 +5,7 @@ A split needs these to keep the images of one lesion together.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,8 @@ class JoinedTable:
 def join_related_tables(table: Table, main: ImageFile | None, listing: Listing | None = None) -> JoinedTable:
     """Add the patient and lesion columns of other tables with the same images.
 
-    If the main table is X_GroundTruth.csv, all columns of X_Metadata.csv are added. The other tables are those of the listing,
-    and those in the folder of the main table.
+    If the main table is X_GroundTruth.csv, all columns of X_Metadata.csv are added, and for X_Part3_GroundTruth.csv (ISIC 2017)
+    those of X_Data_metadata.csv. The other tables are those of the listing, and those in the folder of the main table.
 
     Raises:
         DataError: Two rows of a table give one image different patients or lesions.
@@ -90,7 +91,10 @@ def _others(table: Table, main: ImageFile | None, listing: Listing | None) -> Ma
 
 
 def _is_metadata_of(name: str, main: str) -> bool:
-    return "GroundTruth" in main and Path(name).name == main.replace("GroundTruth", "Metadata")
+    if "GroundTruth" not in main:
+        return False
+    of_2017 = re.sub(r"_Part\d_GroundTruth", "_Data_metadata", main)
+    return Path(name).name in (main.replace("GroundTruth", "Metadata"), of_2017)
 
 
 def _added_columns(header: tuple[str, ...], id_column: str, table: Table, all_columns: bool) -> list[str]:

@@ -26,7 +26,7 @@ from training.data.files import TABLE_SUFFIXES, ImageFile, plain_id
 ID_COLUMNS = (
     "isic_id", "image_name", "image", "image_id", "file_name", "filename", "file", "img_id", "img_name", "img", "image_path",
     "img_path", "file_path", "filepath", "path", "imagename", "imageid", "isic", "ddi_file", "bcn_filename", "md5hash",
-    "derm", "id", "name",
+    "url_alphanum", "derm", "id", "name",
 )  # fmt: skip
 CLASS_COLUMNS = (
     "target", "benign_malignant", "malignant", "diagnosis_1", "class", "label", "dx", "diagnosis", "diagnostic", "disease",
@@ -41,11 +41,15 @@ METADATA_COLUMNS: Mapping[str, tuple[str, ...]] = {
         "diagnosis", "dx", "diagnosis_3", "diagnosis_2", "diagnosis_1", "diagnostic", "disease", "iddx_full", "iddx_3",
         "iddx_2", "iddx_1",
     ),
-    "age_approx": ("age_approx", "age"),
+    "age_approx": ("age_approx", "age", "age_approximate"),
     "sex": ("sex", "gender"),
     "anatom_site": (
         "anatom_site", "anatom_site_general_challenge", "anatom_site_general", "anatom_site_1", "localization", "location",
         "region",
+    ),
+    "skin_type": (
+        "skin_type", "fitzpatrick_skin_type", "fitzpatrick_scale", "fitzpatrick", "fitzpatrick_type", "fitspatrick",
+        "skin_tone",
     ),
 }  # fmt: skip
 GROUP_COLUMNS: Mapping[str, tuple[str, ...]] = {
@@ -66,6 +70,11 @@ _BINARY_COLUMNS = ("target", "melanoma", "is_melanoma", "dx", "diagnosis", "diag
 # Columns of diagnoses, which are compared with the classes of another column.
 _DIAGNOSIS_COLUMNS = ("iddx_full", "diagnosis_3", "diagnosis", "dx", "diagnostic", "disease")
 _NO_VALUE = frozenset({"", "na", "n/a", "nan", "none", "null", "unknown", "-"})
+# DDI has groups of two Fitzpatrick types. In Fitzpatrick17k -1 is no type.
+_SKIN_TYPES = {
+    **{str(number): name for number, name in enumerate(("I", "II", "III", "IV", "V", "VI"), 1)},
+    "12": "I-II", "34": "III-IV", "56": "V-VI", "-1": "",
+}  # fmt: skip
 _ISIC_NAME = re.compile(r"ISIC_\d{3,}(?:_downsampled)?(?:\.\w+)?", re.IGNORECASE)
 _EXCEL_TEXT = re.compile(r'^="(.*)"$')  # a form of cells by which Excel keeps the leading zeros of ids
 _HEADERLESS = ("image", "target")
@@ -95,6 +104,7 @@ class Grid:
     header: tuple[str, ...]  # known columns have the names above
     cells: tuple[tuple[str, ...], ...]  # one tuple for each row, as long as the header
     first_row: int  # line number of the first row in the file: 2 after a header
+    has_header: bool = True
 
     def column(self, name: str) -> list[str]:
         i = self.header.index(name)
@@ -141,9 +151,8 @@ def read_table(
     if binary and used in ("target", "label", "class", "benign_malignant", "malignant"):
         note = _compare(where, grid, names, classes, used, class_column is not None)
     rows = tuple(dict(zip(grid.header, row, strict=True)) for row in grid.cells)
-    return Table(
-        where, id_column, used, tuple(names), tuple(ids), classes, rows, table_kind(grid.header), origins, note
-    )
+    kind = table_kind(grid.header, named=grid.has_header)
+    return Table(where, id_column, used, tuple(names), tuple(ids), classes, rows, kind, origins, note)
 
 
 def read_image_names(file: Path, image_column: str | None = None) -> tuple[list[str], list[str]]:
@@ -181,9 +190,16 @@ def has_classes(header: Sequence[str]) -> bool:
     return find_column(header, CLASS_COLUMNS) is not None or _is_one_hot(header)
 
 
-def table_kind(header: Sequence[str]) -> str:
-    """Name of the known data set whose table has these columns, or ""."""
+def table_kind(header: Sequence[str], *, named: bool = True) -> str:
+    """Name of the known data set whose table has these columns, or "".
+
+    Args:
+        header: The columns.
+        named: Whether the file has a header; the ground truth of ISIC 2016 has none.
+    """
     columns = set(header)
+    if tuple(header) == _HEADERLESS and not named:
+        return "ISIC 2016 part 3"
     known: tuple[tuple[str, set[str]], ...] = (
         ("ISIC 2019", {"image", "MEL", "NV", "UNK"}),
         ("ISIC 2018 task 3", {"image", "MEL", "NV", "AKIEC"}),
@@ -202,12 +218,45 @@ def table_kind(header: Sequence[str]) -> str:
 
 
 def value_of(row: Mapping[str, str], name: str) -> str:
-    """Value of a row in a column with this name or another name of the same meaning; "" if missing or unknown."""
+    """Value of a row in a column with this name or another name of the same meaning; "" if missing or unknown.
+
+    A skin type is written as a Roman numeral, or as a range of two, in place of the numbers of most tables.
+    """
     for column in _SYNONYMS.get(name, (name,)):
         value = row.get(column, "").strip()
+        if name == "skin_type":
+            value = _skin_type(value)
         if value.lower() not in _NO_VALUE:
             return value
+    return _diagnosis_of_classes(row) if name == "diagnosis" else ""
+
+
+def _diagnosis_of_classes(row: Mapping[str, str]) -> str:
+    """The diagnosis in tables that have it in the columns of the classes: one-hot, and the labels of Fitzpatrick17k."""
+    if "three_partition_label" in row:
+        return row.get("label", "").strip()
+    if _is_one_hot(tuple(row)):
+        hot = [name for name in ONE_HOT_COLUMNS if _is_hot(row.get(name, ""))]
+        return hot[0].lower() if hot and hot[0] != "UNK" else ""
+    if set(TWO_OF_2017) <= row.keys():
+        return next((name.replace("_", " ") for name in TWO_OF_2017 if is_yes(row[name])), "nevus")
     return ""
+
+
+def _is_hot(value: str) -> bool:
+    try:
+        return float(value.replace(",", ".") or 0) > 0.5
+    except ValueError:
+        return False
+
+
+def _skin_type(value: str) -> str:
+    """A Fitzpatrick type as "I" to "VI", or two as "I-II"; another text, such as a name of a skin tone, as it is."""
+    plain = re.sub(r"^(?:fitzpatrick|skin|fst|type|[\s_])+", "", value, flags=re.IGNORECASE)
+    known = _SKIN_TYPES.get(plain.removesuffix(".0"))
+    if known is not None:
+        return known
+    return plain.upper() if plain.upper() in _SKIN_TYPES.values() else value
 
 
 def read_grid(file: Path | ImageFile, max_rows: int | None = None) -> Grid:
@@ -241,10 +290,8 @@ def read_grid(file: Path | ImageFile, max_rows: int | None = None) -> Grid:
     if not rows:
         raise DataError(f"{where}: has no rows")
     _, first = rows[0]
-    if _has_no_header(first):
-        header, body = list(_HEADERLESS), rows
-    else:
-        header, body = _header(first), rows[1:]
+    has_header = not _has_no_header(first)
+    header, body = (_header(first), rows[1:]) if has_header else (list(_HEADERLESS), rows)
     cells = []
     for number, row in body:
         if any(row[len(header) :]):
@@ -253,7 +300,7 @@ def read_grid(file: Path | ImageFile, max_rows: int | None = None) -> Grid:
                 "put cells that hold the delimiter in quotes"
             )
         cells.append((*row[: len(header)], *([""] * (len(header) - len(row)))))
-    return Grid(tuple(header), tuple(cells), body[0][0] if body else 2)
+    return Grid(tuple(header), tuple(cells), body[0][0] if body else 2, has_header)
 
 
 def _beginning(file: Path | ImageFile) -> bytes:
@@ -403,7 +450,7 @@ def _named_one_hot(grid: Grid) -> list[str]:
     """The class of each row if all columns except ids are named after classes, as in tables of Roboflow; otherwise empty."""
     ids = {*ID_COLUMNS, *(name for group in GROUP_COLUMNS.values() for name in group)}
     names = [name for name in grid.header if name not in ids]
-    if len(names) < 2 or _is_one_hot(names) or not all(map(binary_class, names)):
+    if len(names) < 2 or _is_one_hot(names) or set(names) == {*TWO_OF_2017} or not all(map(binary_class, names)):
         return []
     rows = list(zip(*(grid.column(name) for name in names), strict=True))
     if not all(all(is_yes(value) or is_no(value) for value in row) and sum(map(is_yes, row)) == 1 for row in rows):

@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ from dermis.projection.perceptual import Perceptual, perceptual
 from training.checkpoint import checkpoint_path, load_checkpoint, read_state_of_kind, save_checkpoint
 from training.encoder.config import EncoderConfig
 from training.interrupt import stop_requested
+from training.loggers import open_loggers
 
 KIND = "encoder"  # value of the field `kind` in checkpoints
 _BASIS_SAMPLES = 10_000
@@ -59,6 +60,13 @@ def new_network(generator: Generator, config: EncoderConfig) -> EncoderNetwork:
     return network.to(device)
 
 
+def _curves(losses: Mapping[str, float], optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    return {
+        **{f"loss/{name}": value for name, value in losses.items()},
+        "learning_rate": optimizer.param_groups[0]["lr"],
+    }
+
+
 def train(
     generator: Generator,
     network: EncoderNetwork,
@@ -68,6 +76,7 @@ def train(
     *,
     identity: str,
     resume: bool = False,
+    loggers: Sequence[str] = (),
     progress_bar: bool = True,
 ) -> EncoderProgress:
     """Train `network` in place until `steps`.
@@ -83,6 +92,7 @@ def train(
         out: Folder of the run. It gets checkpoint.safetensors and log.jsonl.
         identity: Digest of generator and images. A run is resumed only with the same one.
         resume: Continue the run that is in `out`.
+        loggers: Where curves go besides log.jsonl (`training.loggers`).
         progress_bar: Show a progress bar.
 
     Raises:
@@ -102,6 +112,7 @@ def train(
     with (
         stop_requested(ignore_repeated=False) as stop,
         (out / "log.jsonl").open(mode, encoding="utf-8") as log,
+        open_loggers(loggers, out, progress.step, asdict(config)) as logged,
         tqdm(
             total=config.steps,
             initial=progress.step,
@@ -125,9 +136,9 @@ def train(
             progress.step += 1
             bar.update()
             if progress.step % 10 == 0:
-                log.write(
-                    json.dumps({"step": progress.step, **{k: round(v.item(), 5) for k, v in terms.items()}}) + "\n"
-                )
+                values = {name: round(term.item(), 5) for name, term in terms.items()}
+                log.write(json.dumps({"step": progress.step, **values}) + "\n")
+                logged.scalars(_curves(values, optimizer), progress.step)
             now = time.monotonic()
             if now - saved > _SAVE_SECONDS:
                 progress.seconds, clock, saved = progress.seconds + now - clock, now, now

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ def train_encoder(
     held_out: ImageDataset | None = None,
     device: str = "auto",
     resume: bool = False,
+    loggers: Sequence[str] = (),
     progress_bar: bool = True,
 ) -> TrainedEncoder | None:
     """Train and measure an encoder for the generator of a bundle.
@@ -61,6 +62,7 @@ def train_encoder(
         held_out: Other real images at this resolution, to measure on.
         device: Device of the networks.
         resume: Continue the run that is in `out`.
+        loggers: Where curves go besides log.jsonl (`training.loggers`).
         progress_bar: Show a progress bar.
 
     Returns:
@@ -81,7 +83,15 @@ def train_encoder(
     identity = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
     pixels = None if real is None else real.images
     progress = train(
-        generator, network, pixels, config, out, identity=identity, resume=resume, progress_bar=progress_bar
+        generator,
+        network,
+        pixels,
+        config,
+        out,
+        identity=identity,
+        resume=resume,
+        loggers=loggers,
+        progress_bar=progress_bar,
     )
     if progress.stopped:
         return None

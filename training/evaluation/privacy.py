@@ -36,7 +36,13 @@ from training.evaluation.holdout import check_holdout, groups_of
 from training.evaluation.sets import Generation, generated_batches
 from training.gan.state import load_stored_discriminator
 
-ATTRIBUTES = {"sex": "sex", "age_approx": "age", "anatom_site": "site", "diagnosis": "diagnosis"}
+ATTRIBUTES = {
+    "sex": "sex",
+    "age_approx": "age",
+    "anatom_site": "site",
+    "diagnosis": "diagnosis",
+    "skin_type": "skin type",
+}
 PLANTED_QUALITY = 75  # JPEG quality of the copies that are planted to try the audit
 PROJECTION_DISTANCE = "lite0"
 PIXELS = "pixels"

@@ -90,7 +90,7 @@ def plan(
         sizes: Proportions of the hospitals by name.
         class_column: CSV column of the classes.
         cache: Folder for decoded images and features.
-        device: auto, cpu or cuda.
+        device: auto, cpu, cuda, mps or xpu.
 
     Raises:
         DataError: The images cannot be divided in this way.

@@ -82,8 +82,8 @@ def train(
             checkpoint has other images or options.
     """
     checkpoint = checkpoint_path(out, resume=resume)
-    if config.precision == "fp16" and device.type == "cpu":
-        raise TrainingError("precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
+    if config.precision == "fp16" and device.type != "cuda":
+        raise TrainingError(f"precision: fp16 needs a CUDA device; use bf16 or fp32 on {device.type}")
     ranks = ranks or Ranks(device=device)
     config.check_processes(ranks.count)
 

@@ -32,6 +32,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dermis.devices import to_float64
+
 # Half-lives in images: the weight of a batch is halved after this many further images.
 REAL_HALF_LIFE = 20_000
 # The half-life of generated features is at most this. It is FAKE_SHARE of the images so far, so that the features of the
@@ -153,7 +155,7 @@ class FeatureMoments(nn.Module):
 
     def _gaussian(self, kind: str) -> tuple[Tensor, Tensor]:
         """Means [classes, features] and the covariance within classes, in float64."""
-        count, total, outer = (getattr(self, f"{kind}_{name}").double() for name in ("count", "sum", "outer"))
+        count, total, outer = (to_float64(getattr(self, f"{kind}_{name}")) for name in ("count", "sum", "outer"))
         mean = total / count.clamp_min(1e-8)[:, None]
         return mean, (outer - mean.T @ (count[:, None] * mean)) / count.sum().clamp_min(1e-8)
 

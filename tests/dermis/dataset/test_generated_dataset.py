@@ -15,6 +15,7 @@ import torch
 from dermis_client import DermisClient
 from dermis_client.torch import SyntheticIterable
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from benchmarks.components import free_port
 from dermis.bundle import amend_bundle, open_bundle
@@ -110,6 +111,22 @@ def test_ranks_share_the_samples_and_a_copy_has_the_same(bundle: str) -> None:
     assert [len(each) for each in ranks] == [len(part) for part in parts] == [24, 16]
     assert same(ranks[0][:16] + ranks[1] + ranks[0][16:], alone)
     assert same(list(pickle.loads(pickle.dumps(parts[1]))), ranks[1])
+
+
+@pytest.mark.full
+def test_spawned_workers_generate_each_sample_once_also_after_this_process_has(bundle: str) -> None:
+    data = GeneratedDataset(bundle, SHARES, **OPTIONS)
+    alone = list(data)
+    loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="spawn", persistent_workers=True)
+
+    def in_order(samples: list[Any]) -> list[Any]:
+        return sorted(samples, key=lambda sample: (sample[1], sample[0].numpy().tobytes()))
+
+    first, again = list(loader), list(loader)
+    assert same(in_order(first), in_order(alone)) and same(first, again)
+    data.set_epoch(1)
+    following = list(loader)
+    assert same(in_order(following), in_order(list(data))) and not same(in_order(following), in_order(alone))
 
 
 @pytest.mark.parametrize(

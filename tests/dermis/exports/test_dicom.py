@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email
 import importlib.util
+import io
 import json
 import re
 import shutil
@@ -247,6 +248,26 @@ def test_addresses_that_would_reveal_credentials_are_refused(url: str, authoriza
     assert "pass" not in str(caught.value) and "secret" not in str(caught.value)
 
 
+def check_dicomweb(client: Any, dataset: Path) -> None:
+    """Find the objects by QIDO-RS, and get each by WADO-RS as it was sent."""
+    sent = {pydicom.dcmread(io.BytesIO(data)).SOPInstanceUID: data for _, data in dicom_files(open_source(dataset))}
+    accept = {"Accept": "application/dicom+json"}
+    # In the address and not in `params`, which would send %2A: Orthanc takes that for the text itself.
+    studies = client.get("/dicom-web/studies?PatientID=SYNTHETIC-*", headers=accept).json()
+    (study,) = (each["0020000D"]["Value"][0] for each in studies)
+    instances = client.get(f"/dicom-web/studies/{study}/instances", headers=accept).json()
+    assert {each["00080018"]["Value"][0] for each in instances} == sent.keys()
+    for each in instances:
+        series, number = (each[tag]["Value"][0] for tag in ("0020000E", "00080018"))
+        answer = client.get(
+            f"/dicom-web/studies/{study}/series/{series}/instances/{number}",
+            headers={"Accept": 'multipart/related; type="application/dicom"; transfer-syntax=*'},
+        )
+        head = f"Content-Type: {answer.headers['Content-Type']}\r\n\r\n".encode()
+        (part,) = email.message_from_bytes(head + answer.content).get_payload()
+        assert part.get_payload(decode=True) == sent[number]  # type: ignore[union-attr]
+
+
 @pytest.mark.full
 @pytest.mark.skipif(
     shutil.which("Orthanc") is None or not Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so").exists(),
@@ -286,5 +307,6 @@ def test_orthanc_stores_the_objects_once_and_shows_their_pixels(painted: Path, t
                         pixels = np.asarray(image.convert("RGB"))
                     label = CLASSES.index(tags["SeriesDescription"].removeprefix("Synthetic: "))
                     assert (pixels == (number, label, 7)).all()
+                check_dicomweb(client, painted)
         finally:
             process.terminate()

@@ -12,6 +12,7 @@ import pytest
 from dermis.authenticity.copy_network import REGIONS
 from dermis.errors import TrainingError
 from dermis.files import try_lock
+from kept_logger import keep_curves
 from tiny_copies import KNOWN, SIDE, colour_fields, dataset, make_detector
 from training.copies.config import CopiesConfig
 from training.copies.run import train_copy_detector
@@ -62,10 +63,15 @@ def test_finished_run_can_be_made_longer(tmp_path: Path) -> None:
         make_detector(tmp_path, known, resume=True, steps=3, batch=4)
 
 
-def test_training_lowers_the_loss(tmp_path: Path) -> None:
-    trained = make_detector(tmp_path, colour_fields(0, KNOWN), steps=20, batch=16)
+def test_training_lowers_the_loss_and_logs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = keep_curves(monkeypatch, "training.copies.loop")
+    trained = make_detector(tmp_path, colour_fields(0, KNOWN), loggers=["tensorboard"], steps=20, batch=16)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert rows[-1]["whole"] < rows[0]["whole"]
+    assert [(values["loss/whole"], step) for values, step in kept.points] == [
+        (row["whole"], row["step"]) for row in rows
+    ]
+    assert kept.options["steps"] == 20 and kept.closed and kept.points[0][0]["learning_rate"] > 0
     measured = trained.description.metrics
     assert measured["measured_on"] == "calibration"
     assert measured["training"]["false_alarms"] <= 0.02

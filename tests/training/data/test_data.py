@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from commands.main import app
 from dermis.errors import DataError
+from dermis.skin_tone import tone_class
 from training.data import images as images_room
 from training.data import prepare as prepare_room
 from training.data.diagnoses import is_melanoma
@@ -249,6 +250,7 @@ def test_prepared_zip_has_official_layout_and_metadata(tmp_path: Path) -> None:
         assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
     assert images == [f"00000/img{i:08d}.png" for i in range(4)]
     assert labels == [[images[0], 1], [images[1], 1], [images[2], 0], [images[3], 2]]
+    assert tone_class(float(rows[2].pop("ita"))) == rows[2].pop("ita_class")
     assert rows[2] == {
         "file_name": images[2],
         "isic_id": "ISIC_3",
@@ -260,6 +262,7 @@ def test_prepared_zip_has_official_layout_and_metadata(tmp_path: Path) -> None:
         "age_approx": "",
         "sex": "",
         "anatom_site": "",
+        "skin_type": "",
         "source": "ham",
     }
     assert "| ham | 4 | 1 | 2 | 1 |" in card

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from dermis.projection.encoder import load_encoder
 from dermis.projection.projector import ImageProjector, Target
 from dermis.projection.schedule import Schedule
 from dermis.synthesizer import Synthesizer
+from kept_logger import keep_curves
 from tiny import make_bundle
 from training.encoder.config import EncoderConfig
 from training.encoder.run import train_encoder
@@ -28,7 +30,14 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="module")
 def folder(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = train_encoder(bundle, SHORT, tmp_path_factory.mktemp("run"), device="cpu", progress_bar=False)
+    run = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        kept = keep_curves(patch, "training.encoder.loop")
+        made = train_encoder(bundle, SHORT, run, device="cpu", loggers=["tensorboard"], progress_bar=False)
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [step for _, step in kept.points] == [row["step"] for row in rows] == [10, 20, 30, 40]
+    name = next(key for key in rows[0] if key != "step")
+    assert kept.points[0][0][f"loss/{name}"] == rows[0][name] and kept.options["batch"] == 8 and kept.closed
     assert made is not None
     return made.folder
 

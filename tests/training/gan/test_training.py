@@ -163,7 +163,7 @@ def test_non_finite_gradient_of_weight_is_replaced(tmp_path: Path) -> None:
 
 
 def test_half_precision_needs_a_gpu(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="fp16 needs a GPU"):
+    with pytest.raises(TrainingError, match="fp16 needs a CUDA device"):
         train(_dataset(), _config(0.004, precision="fp16"), tmp_path / "run", device=CPU, progress_bar=False)
     assert not (tmp_path / "run").exists()
 

@@ -42,7 +42,7 @@ def trial_round(federation: FederationConfig, device: str, threads: int = 0) -> 
 
     Args:
         federation: Options.
-        device: auto, cpu or cuda.
+        device: auto, cpu, cuda, mps or xpu.
         threads: Threads of torch on a CPU; 0 for its default.
 
     Raises:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from dermis.devices import to_float64
 from dermis.networks import one_hot
 from training.gan.loss import Phases
 from training.gan.private.sampling import PatientImages, PrivateBatch
@@ -105,7 +106,7 @@ def _zeros(network: nn.Module) -> list[Tensor]:
 @torch.no_grad()
 def _add_clipped(total: Sequence[Tensor], gradient: Sequence[Tensor], clip: float) -> None:
     """Add a gradient, scaled so that its norm is at most `clip`. One that is not finite is left out, which is a norm of 0."""
-    norm = torch.stack(torch._foreach_norm(list(gradient))).double().norm()
+    norm = to_float64(torch.stack(torch._foreach_norm(list(gradient)))).norm()
     factor = torch.where(norm.isfinite(), (clip * (1 - _ROUNDING) / norm.clamp_min(1e-30)).clamp_max(1.0), 0.0).float()
     if float(factor) > 0:
         torch._foreach_add_(list(total), torch._foreach_mul(list(gradient), float(factor)))

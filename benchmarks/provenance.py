@@ -1,0 +1,149 @@
+"""Cost of metadata (XMP) and signed manifests (C2PA): `python -m benchmarks.provenance [--json] [--bundle B] [--count N]`.
+
+Images of the bundle are encoded on one core without metadata, with XMP, and with XMP and a manifest that is signed by a key on
+P-256. The methods take turns, and each rate is the median of the rounds, because other work on the machine changes its speed.
+The generator is measured in the same rounds on one core: the last column is the share of its time that marking adds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+from benchmarks import DEMO
+from dermis.bundle import open_bundle
+from dermis.cpus import cpu_identity
+from dermis.image_metadata import origin_of
+from dermis.imaging import ImageFormat, encode
+from dermis.provenance.c2pa import ImageSigner, ImageVerifier
+from dermis.synthesizer import Synthesizer
+
+
+def signer_files(folder: Path) -> tuple[Path, Path, Path]:
+    """Make a certificate for images, its key and its authority, as files in a folder."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+    now, day = datetime.datetime.now(datetime.UTC), datetime.timedelta(days=1)
+    root, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+
+    def certificate(name: str, of: ec.EllipticCurvePrivateKey, authority: bool) -> x509.Certificate:
+        subject, issuer = (
+            x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, each)]) for each in (name, "authority")
+        )
+        builder = x509.CertificateBuilder(
+            issuer, subject, of.public_key(), x509.random_serial_number(), now - day, now + day
+        )
+        builder = builder.add_extension(x509.BasicConstraints(authority, None), critical=True)
+        builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(of.public_key()), critical=False)
+        builder = builder.add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(root.public_key()), critical=False
+        )
+        usage = [False] * 9
+        usage[0], usage[5], usage[6] = not authority, authority, authority
+        builder = builder.add_extension(x509.KeyUsage(*usage), critical=True)
+        if not authority:
+            mail = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.EMAIL_PROTECTION])
+            builder = builder.add_extension(mail, critical=False)
+        return builder.sign(root, hashes.SHA256())
+
+    files = folder / "certificate.pem", folder / "key.pem", folder / "authority.pem"
+    files[0].write_bytes(certificate("benchmark", key, False).public_bytes(Encoding.PEM))
+    files[1].write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    files[2].write_bytes(certificate("authority", root, True).public_bytes(Encoding.PEM))
+    return files
+
+
+def measure(location: str, count: int, rounds: int) -> dict[str, Any]:
+    """Measure all formats with `count` images of a bundle."""
+    bundle = open_bundle(location)
+    labels = [index % max(1, len(bundle.class_names)) for index in range(count)]
+    with tempfile.TemporaryDirectory() as folder, Synthesizer(bundle, device="cpu", threads=1) as synthesizer:
+        certificate, key, authority = signer_files(Path(folder))
+        signer, verifier = ImageSigner(certificate, key), ImageVerifier([authority])
+
+        def generate() -> Any:
+            return synthesizer.images([0] * count, range(count), labels)
+
+        images = generate()
+        origins = [origin_of(bundle).of_sample(0, index) for index in range(count)]
+        sizes: dict[str, int] = {}
+
+        def encoded(kind: ImageFormat, xmp: bool, signed: bool) -> Callable[[], list[bytes]]:
+            def run() -> list[bytes]:
+                files = []
+                for image, origin in zip(images, origins, strict=True):
+                    data = encode(image, kind, origin=origin if xmp else None)
+                    files.append(signer.sign(data, kind, origin) if signed else data)
+                return files
+
+            return run
+
+        methods: dict[str, Callable[[], Any]] = {"generator": generate}
+        for kind in get_args(ImageFormat):
+            for name, xmp, signed in (("plain", False, False), ("XMP", True, False), ("XMP and C2PA", True, True)):
+                methods[f"{kind}, {name}"] = encoded(kind, xmp, signed)
+        seconds: dict[str, list[float]] = {name: [] for name in methods}
+        for number in range(rounds + 1):
+            for name, method in methods.items():
+                start = time.perf_counter()
+                files = method()
+                if number:
+                    seconds[name].append(time.perf_counter() - start)
+                elif name != "generator":
+                    sizes[name] = round(sum(map(len, files)) / count)
+                    states = {verifier.verify(data).state for data in files[:5]}
+                    if states != {"signed" if "C2PA" in name else "unsigned"}:
+                        raise SystemExit(f"{name}: the images are {states}")
+    per_image = {name: statistics.median(values) / count for name, values in seconds.items()}
+    rows = [
+        {
+            "method": name,
+            "images_per_second": 1 / value,
+            "bytes": sizes.get(name),
+            "added_share_of_generator": None
+            if name == "generator"
+            else (value - per_image[f"{name.partition(',')[0]}, plain"]) / per_image["generator"],
+        }
+        for name, value in per_image.items()
+    ]
+    return {
+        "processor": cpu_identity(),
+        "bundle": bundle.name,
+        "resolution": len(images[0]),
+        "images": count,
+        "rows": rows,
+    }
+
+
+def main() -> None:
+    """Measure and print a table, or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", default=str(DEMO))
+    parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    arguments = parser.parse_args()
+    result = measure(arguments.bundle, arguments.count, arguments.rounds)
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+        return
+    print(f"{result['bundle']}, {result['resolution']} px, one core of {result['processor']['processor']}")
+    for row in result["rows"]:
+        share = row["added_share_of_generator"]
+        more = "" if share is None else f"  {row['bytes']:7,} bytes  {share:6.1%} of the generator's time added"
+        print(f"{row['method']:20} {row['images_per_second']:9,.1f} images/s{more}")
+
+
+if __name__ == "__main__":
+    main()
