@@ -12,7 +12,7 @@ ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm
 FROM ${PYTHON_IMAGE} AS build
 # cpu or gpu: the extra that brings faiss and onnxruntime. The gpu variant takes torch with CUDA from the package index.
 ARG VARIANT=cpu
-ARG EXTRAS=s3,explain,otel,provenance
+ARG EXTRAS=s3,explain,otel,provenance,studio
 # Where torch without CUDA comes from, for the cpu variant. Empty: the package index that pip is configured for.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
@@ -23,10 +23,12 @@ COPY dermis dermis
 COPY training training
 COPY services services
 COPY commands commands
+COPY clients clients
 RUN set -eu; \
     python3 -m venv /opt/venv; \
     if [ "$VARIANT" = cpu ] && [ -n "$TORCH_INDEX" ]; then set -- --extra-index-url "$TORCH_INDEX"; else set --; fi; \
     /opt/venv/bin/pip install -c constraints.txt "$@" setuptools wheel; \
+    case ",$EXTRAS," in *,studio,*) set -- "$@" ./clients/python ./clients/studio;; esac; \
     /opt/venv/bin/pip install -c constraints.txt "$@" --no-build-isolation ".[${VARIANT},${EXTRAS}]"; \
     /opt/venv/bin/pip uninstall --yes wheel; \
     /opt/venv/bin/pip check

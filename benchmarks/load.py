@@ -29,8 +29,11 @@ from locust.env import Environment
 from locust.exception import StopUser
 from PIL import Image
 
-CALL_PERIOD, JOB_PERIOD = 2.0, 60.0
+CALL_PERIOD, DATASET_PERIOD = 2.0, 60.0
 """Seconds from one operation of a caller to its next one, if the rate is given."""
+PROJECTION_PERIOD = 60.0
+"""Seconds from one projection to the next one, at any load: a projection takes as long as hundreds of other operations, so with
+a weight of its own the load of a minute would depend on chance."""
 REFUSALS = (429, 503)
 _FORMATS = ("imagefolder", "webdataset", "parquet")
 _PHOTOGRAPHS = 12
@@ -64,6 +67,15 @@ class Inputs:
         self.directions: list[str] = []
         self.photographs: list[bytes] = []
         self.known: dict[str, str] = {}
+        self._following: dict[tuple[str, ...], list[str]] = {}
+
+    def following(self, names: tuple[str, ...]) -> str:
+        """The next of some operations. Soon each has had exactly its share, so that minutes can be compared."""
+        remaining = self._following.setdefault(names, [])
+        if not remaining:
+            remaining += [name for name in names for _ in range(OPERATIONS[name][0])]
+            self.random.shuffle(remaining)
+        return remaining.pop()
 
     def is_repeatable(self, request: str, answer: bytes) -> bool:
         """Whether an answer equals the first one on the same request."""
@@ -140,11 +152,10 @@ class Caller(FastHttpUser):
                 return None
             return content
 
-    def run_one(self, names: Sequence[str]) -> None:
-        """Do one operation, chosen by weight."""
-        name = inputs.random.choices(names, [OPERATIONS[each][0] for each in names])[0]
+    def run_one(self, name: str, operation: Callable[[Caller], None]) -> None:
+        """Do one operation and record it."""
         began, self.completed = time.time(), True
-        OPERATIONS[name][1](self)
+        operation(self)
         recorder.add("operation", name, began, time.time(), self.completed)
 
 
@@ -249,25 +260,22 @@ def projection(caller: Caller) -> None:
     caller.ask("DELETE /v1/projections/ID", path, persist=True, expect=204)
 
 
-# Weight of each operation. The last two are jobs, which take longer than calls.
-OPERATIONS: Mapping[str, tuple[float, Callable[[Caller], None]]] = {
-    "image": (30, one_image),
-    "four images": (10, four_images),
-    "classification": (20, classify),
-    "authenticity": (10, compare),
-    "edit": (10, edit),
-    "lists": (10, read_lists),
-    "dataset": (2.5, dataset),
-    "projection": (0.3, projection),
+# How often each operation is done, relative to the others.
+OPERATIONS: Mapping[str, tuple[int, Callable[[Caller], None]]] = {
+    "image": (60, one_image),
+    "four images": (20, four_images),
+    "classification": (40, classify),
+    "authenticity": (20, compare),
+    "edit": (20, edit),
+    "lists": (20, read_lists),
+    "dataset": (5, dataset),
 }
-JOBS = ("dataset", "projection")
-CALLS = tuple(name for name in OPERATIONS if name not in JOBS)
+CALLS = tuple(name for name in OPERATIONS if name != "dataset")
 
 
-def job_share() -> float:
-    """The share of jobs in all operations."""
-    total = sum(weight for weight, _ in OPERATIONS.values())
-    return sum(OPERATIONS[name][0] for name in JOBS) / total
+def dataset_share() -> float:
+    """The share of datasets in all operations."""
+    return OPERATIONS["dataset"][0] / sum(weight for weight, _ in OPERATIONS.values())
 
 
 class CallingCaller(Caller):
@@ -279,19 +287,31 @@ class CallingCaller(Caller):
     @task
     def work(self) -> None:
         """Do one operation."""
-        self.run_one(CALLS)
+        name = inputs.following(CALLS)
+        self.run_one(name, OPERATIONS[name][1])
 
 
-class JobCaller(Caller):
-    """Makes datasets and projections, at a fixed rate."""
+class DatasetCaller(Caller):
+    """Makes datasets, at a fixed rate."""
 
-    period = JOB_PERIOD
-    wait_time = constant_pacing(JOB_PERIOD)
+    period = DATASET_PERIOD
+    wait_time = constant_pacing(DATASET_PERIOD)
 
     @task
     def work(self) -> None:
-        """Do one operation."""
-        self.run_one(JOBS)
+        """Make one."""
+        self.run_one("dataset", dataset)
+
+
+class ProjectionCaller(Caller):
+    """Makes projections, the first one at once, at a fixed rate."""
+
+    wait_time = constant_pacing(PROJECTION_PERIOD)
+
+    @task
+    def work(self) -> None:
+        """Make one."""
+        self.run_one("projection", projection)
 
 
 class BusyCaller(Caller):
@@ -302,7 +322,8 @@ class BusyCaller(Caller):
     @task
     def work(self) -> None:
         """Do one operation."""
-        self.run_one(tuple(OPERATIONS))
+        name = inputs.following(tuple(OPERATIONS))
+        self.run_one(name, OPERATIONS[name][1])
 
 
 class PreparingCaller(Caller):
@@ -329,14 +350,13 @@ def run(rate: float | None, callers: int, seconds: float) -> None:
     Caller.host = inputs.url
     environment = Environment(user_classes=[], host=inputs.url, stop_timeout=_STOP_SECONDS, events=events)
     PreparingCaller(environment).prepare()
+    counts: dict[type[Caller], int] = {ProjectionCaller: 1}
     if rate is None:
-        counts = {BusyCaller: callers}
+        counts[BusyCaller] = callers
     else:
-        share = job_share()
-        counts = {
-            CallingCaller: math.ceil(rate * (1 - share) * CALL_PERIOD),
-            JobCaller: math.ceil(rate * share * JOB_PERIOD),
-        }
+        share = dataset_share()
+        counts[CallingCaller] = math.ceil(rate * (1 - share) * CALL_PERIOD)
+        counts[DatasetCaller] = math.ceil(rate * share * DATASET_PERIOD)
     for user_class, count in counts.items():
         user_class.fixed_count = count
     environment.user_classes = list(counts)

@@ -304,6 +304,13 @@ class Settings(StudySettings):
     )
     max_images: int = Field(64, ge=1, le=1024, description="Maximum number of images in one call of /v1/images.")
     max_waiting_image_calls: int = Field(32, ge=1, description="Maximum number of calls of /v1/images at one time.")
+    max_image_wait_seconds: float = Field(
+        2.0,
+        gt=0,
+        le=3600,
+        description="Maximum time that a call for images may wait for those requested before, estimated from the measured "
+        "rate. A call above it is answered 503 at once.",
+    )
     max_body_bytes: int = Field(1 << 20, ge=1024, description="Maximum size of a request body in bytes.")
     max_upload_bytes: int = Field(
         32 << 20, ge=1024, description="Maximum size of an upload in bytes: all images of a call together."

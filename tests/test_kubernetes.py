@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import click
 import jsonschema
 import kubernetes_validate
 import pytest
+import typer
 import yaml
 
+from commands.main import app
 from services.jobs.table import JobTable
 from services.settings import Settings
 from services.tracing import exporter_names
@@ -159,33 +162,39 @@ def test_pods_meet_the_restricted_level_of_pod_security(overlay: str) -> None:
     accounts = {each["metadata"]["name"]: each for each in of_kind(documents, "ServiceAccount")}
     assert not of_kind(documents, "Role", "ClusterRole", "RoleBinding", "ClusterRoleBinding")
     for template in templates.values():
-        pod = template["spec"]
-        assert not {"hostNetwork", "hostPID", "hostIPC", "shareProcessNamespace"} & set(pod)
-        assert pod["automountServiceAccountToken"] is False
-        assert accounts[pod["serviceAccountName"]]["automountServiceAccountToken"] is False
-        assert pod["enableServiceLinks"] is False  # they would set DERMIS_PORT
-        safe = pod["securityContext"]
-        assert safe["runAsNonRoot"] is True
-        assert safe["runAsUser"] > 0 and safe["runAsGroup"] > 0 and safe["fsGroup"] > 0
-        assert safe["seccompProfile"] == {"type": "RuntimeDefault"}
-        volumes = {volume["name"]: volume for volume in pod["volumes"]}
-        for volume in volumes.values():
-            assert set(volume) - {"name"} <= RESTRICTED_VOLUMES
+        assert accounts[template["spec"]["serviceAccountName"]]["automountServiceAccountToken"] is False
+        assert_restricted(template)
         for container in containers(template):
-            assert container["securityContext"] == {
-                "allowPrivilegeEscalation": False,
-                "readOnlyRootFilesystem": True,
-                "capabilities": {"drop": ["ALL"]},
-            }
-            assert {"cpu", "memory", "ephemeral-storage"} <= set(container["resources"]["limits"])
-            assert {"cpu", "memory", "ephemeral-storage"} <= set(container["resources"]["requests"])
-            assert not [port for port in container["ports"] if "hostPort" in port]
             mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
-            assert {mount["name"] for mount in mounts.values()} <= set(volumes)
             for path in ("/tmp", environment(container)["DERMIS_DATA_DIR"]):
                 assert not mounts[path].get("readOnly")
-            written = [value for name, value in environment(container).items() if name.endswith(("_CACHE_DIR", "HOME"))]
-            assert written and all(value.startswith(("/tmp", "/data/")) for value in written)
+
+
+def assert_restricted(template: Document) -> None:
+    """Assert that pods meet the level `restricted`, have limits, and write to mounted folders alone."""
+    pod = template["spec"]
+    assert not {"hostNetwork", "hostPID", "hostIPC", "shareProcessNamespace"} & set(pod)
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["enableServiceLinks"] is False  # they would set DERMIS_PORT
+    safe = pod["securityContext"]
+    assert safe["runAsNonRoot"] is True
+    assert safe["runAsUser"] > 0 and safe["runAsGroup"] > 0 and safe["fsGroup"] > 0
+    assert safe["seccompProfile"] == {"type": "RuntimeDefault"}
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    for volume in volumes.values():
+        assert set(volume) - {"name"} <= RESTRICTED_VOLUMES
+    for container in containers(template):
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert {"cpu", "memory", "ephemeral-storage"} <= set(container["resources"]["limits"])
+        assert {"cpu", "memory", "ephemeral-storage"} <= set(container["resources"]["requests"])
+        assert not [port for port in container["ports"] if "hostPort" in port]
+        assert {mount["name"] for mount in container["volumeMounts"]} <= set(volumes)
+        written = [value for name, value in environment(container).items() if name.endswith(("_CACHE_DIR", "HOME"))]
+        assert written and all(value.startswith(("/tmp", "/data/")) for value in written)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -395,13 +404,13 @@ def test_network_policies_allow_what_is_needed_and_nothing_else(overlay: str) ->
 COLLECTOR = ("observability", {"app.kubernetes.io/name": "opentelemetry-collector"})
 
 
-def _rendered_with_traces(folder: Path, overlay: str) -> str:
-    """An overlay of a site with the component `traces`."""
+def _rendered_with(component: str, folder: Path, overlay: str) -> str:
+    """An overlay of a site with a component."""
     folder.mkdir()
     (folder / "dermis").symlink_to(ROOT)
     (folder / "kustomization.yaml").write_text(
         "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n"
-        f"resources: [dermis/k8s/overlays/{overlay}]\ncomponents: [dermis/k8s/components/traces]\n"
+        f"resources: [dermis/k8s/overlays/{overlay}]\ncomponents: [dermis/k8s/components/{component}]\n"
     )
     return _render(folder)
 
@@ -410,7 +419,10 @@ def _rendered_with_traces(folder: Path, overlay: str) -> str:
 def test_component_for_traces_adds_the_variable_and_the_connection_and_nothing_else(
     overlay: str, tmp_path: Path
 ) -> None:
-    documents, before = list(yaml.safe_load_all(_rendered_with_traces(tmp_path / "site", overlay))), rendered(overlay)
+    documents, before = (
+        list(yaml.safe_load_all(_rendered_with("traces", tmp_path / "site", overlay))),
+        rendered(overlay),
+    )
     changed = [each for each in documents if each not in before]
     assert {(each["kind"], each["metadata"]["namespace"]) for each in changed} == {
         ("Deployment", "dermis"),
@@ -437,6 +449,48 @@ def test_component_for_traces_adds_the_variable_and_the_connection_and_nothing_e
         assert not allows(documents, pod, ("observability", {}), address.port)
         assert not allows(documents, COLLECTOR, pod, 3000)
     assert not allows(documents, ("dermis", {"app.kubernetes.io/name": "other"}), COLLECTOR, 4318)
+
+
+@pytest.mark.parametrize("overlay", SCALED)
+def test_component_for_the_studio_adds_one_pod_that_reaches_the_gateways_alone(overlay: str, tmp_path: Path) -> None:
+    documents, before = (
+        list(yaml.safe_load_all(_rendered_with("studio", tmp_path / "site", overlay))),
+        rendered(overlay),
+    )
+    changed = {(each["kind"], each["metadata"]["name"]): each for each in documents if each not in before}
+    added = {(kind, "dermis-studio") for kind in ("Deployment", "Service", "ServiceAccount", "NetworkPolicy")}
+    assert set(changed) == added | {("Deployment", "dermis-gateway"), ("Ingress", "dermis")}
+    for document in changed.values():
+        kubernetes_validate.validate(document, "1.37", strict=True)
+    (gateway,) = containers(dict(pods(documents))["dermis-gateway"])
+    assert environment(gateway)["DERMIS_STUDIO"] == "false"
+
+    deployment = changed["Deployment", "dermis-studio"]
+    template = deployment["spec"]["template"]
+    assert_restricted(template)
+    assert (deployment["spec"]["replicas"], deployment["spec"]["strategy"]) == (1, {"type": "Recreate"})
+    (container,) = containers(template)
+    rule = changed["Ingress", "dermis"]["spec"]["rules"][0]
+    command = typer.main.get_command(app)
+    assert isinstance(command, click.Group)
+    options = command.commands["studio"].make_context("studio", container["args"][1:]).params
+    assert container["args"][0] == "studio" and options["allow_plain_http"]
+    assert options["trusted_host"] == (rule["host"],)
+    assert urlsplit(options["url"]).hostname in environment(gateway)["DERMIS_TRUSTED_HOSTS"].split(",")
+    assert container["ports"][0]["containerPort"] == options["port"]
+    assert environment(container)["FORWARDED_ALLOW_IPS"] == environment(gateway)["DERMIS_TRUSTED_PROXIES"]
+    paths = [(path["path"], path["backend"]["service"]["name"]) for path in rule["http"]["paths"]]
+    assert paths == [("/studio", "dermis-studio"), ("/", "dermis")]
+    service = changed["Service", "dermis-studio"]["spec"]
+    assert matches({"matchLabels": service["selector"]}, template["metadata"]["labels"])
+
+    studio: Peer = ("dermis", template["metadata"]["labels"])
+    gateways: Peer = ("dermis", dict(pods(documents))["dermis-gateway"]["metadata"]["labels"])
+    workers: Peer = ("dermis", dict(pods(documents))["dermis-worker"]["metadata"]["labels"])
+    assert allows(documents, INGRESS, studio, options["port"]) and not allows(documents, PROMETHEUS, studio, 3080)
+    assert allows(documents, studio, gateways, 3000) and allows(documents, studio, DNS, 53, "UDP")
+    assert not allows(documents, studio, workers, 3000)
+    assert not allows(documents, studio, "203.0.113.20", 5432) and not allows(documents, studio, "198.51.100.1", 443)
 
 
 def test_network_policies_cover_the_pods_that_scripts_do_not_know() -> None:
@@ -506,10 +560,10 @@ def test_quota_has_room_for_all_replicas_and_a_rolling_update(overlay: str) -> N
 
 def test_examples_of_the_documentation_render(tmp_path: Path) -> None:
     text = (ROOT / "docs/kubernetes.md").read_text()
-    without, site, single = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    without, site, studio, single = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     without = site.partition("images:")[0] + without
     results = []
-    for name, content in (("site", site), ("single", single), ("without", without)):
+    for name, content in (("site", site), ("single", single), ("without", without), ("studio", studio)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "kustomization.yaml").write_text(content)
         (tmp_path / name / "dermis").symlink_to(ROOT)
@@ -528,6 +582,9 @@ def test_examples_of_the_documentation_render(tmp_path: Path) -> None:
         "dermis-gateway": None,
         "dermis-worker": 4,
     }
+    (container,) = containers(dict(pods(yaml.safe_load_all(results[3])))["dermis-studio"])
+    assert "--trusted-host=dermis.hospital.example" in container["args"]
+    assert environment(container)["FORWARDED_ALLOW_IPS"] == "10.42.0.0/16"
 
 
 @pytest.mark.full
@@ -538,7 +595,9 @@ def test_checkov_finds_nothing_but_what_is_accepted(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
     for overlay in OVERLAYS:
         (tmp_path / "overlays" / f"{overlay}.yaml").write_text(_render(f"k8s/overlays/{overlay}"))
-    (tmp_path / "overlays" / "traces.yaml").write_text(_rendered_with_traces(tmp_path / "site", "scaled"))
+    for component in ("traces", "studio"):
+        text = _rendered_with(component, tmp_path / f"site-{component}", "scaled")
+        (tmp_path / "overlays" / f"{component}.yaml").write_text(text)
     for name in ("server", "hospital"):
         shutil.copy(ROOT / f"k8s/federation/{name}.yaml", tmp_path / "federation")
     shutil.copy(ROOT / "Dockerfile", tmp_path / "image")

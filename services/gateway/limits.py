@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter, defaultdict, deque
@@ -15,6 +16,9 @@ from services.settings import Settings
 _WINDOW_SECONDS = 60.0
 _WEBHOOK_RETRIES = 60
 _SHARE = 3  # calls of a tenant for each one that is free
+_RATE_HALF_LIFE_SECONDS = 30.0
+_RATE_CALLS = 20  # the first calls say little about the rate: a generator is slow until it has warmed up
+_RATE_SECONDS = 5.0
 
 
 class Limiter:
@@ -76,6 +80,69 @@ class Limiter:
         return ProblemError(self._kind, detail, headers={"Retry-After": str(self._retry_after)})
 
 
+class WaitLimiter:
+    """Refuses calls for images that would wait too long for those requested before. Use it on one event loop.
+
+    A number of calls says little about the time to wait: a graphics processor makes in a second what a processor makes in a
+    minute, and a call can ask for one image or for many. So the rate is measured: images completed per second in which calls
+    were in progress, weighted towards the last half minute.
+
+    Args:
+        limit: Seconds that a call may wait. A call that waits for no other is accepted, whatever its size.
+        clock: Seconds that never decrease.
+    """
+
+    def __init__(self, limit: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit, self._clock = limit, clock
+        self._waiting = self._calls = 0
+        self._completed = self._busy = 0.0
+        self._changed = clock()
+
+    @property
+    def rate(self) -> float | None:
+        """Images per second; None as long as too little was measured."""
+        if self._calls < _RATE_CALLS or self._busy < _RATE_SECONDS:
+            return None
+        return self._completed / self._busy
+
+    @contextmanager
+    def hold(self, images: int) -> Iterator[None]:
+        """Count a call for this number of images for the time of a `with` block.
+
+        Raises:
+            ProblemError: It would wait longer than the limit.
+        """
+        self._advance()
+        rate = self.rate
+        if self._waiting and rate is not None:
+            wait = self._waiting / rate if rate > 0 else math.inf
+            if wait > self._limit:
+                retry_after = min(30, max(1, math.ceil(min(wait, 60.0) - self._limit)))
+                raise ProblemError(
+                    "overloaded",
+                    f"{self._waiting} images were requested before, which is more than {self._limit:g} seconds of waiting",
+                    headers={"Retry-After": str(retry_after)},
+                )
+        self._waiting += images
+        try:
+            yield
+            self._completed += images
+            self._calls += 1
+        finally:
+            self._advance()
+            self._waiting -= images
+
+    def _advance(self) -> None:
+        """Count the time since the last change as busy if calls were in progress, and let earlier time weigh less."""
+        now = self._clock()
+        if self._waiting:
+            seconds = now - self._changed
+            weight = 0.5 ** (seconds / _RATE_HALF_LIFE_SECONDS)
+            self._completed *= weight
+            self._busy = self._busy * weight + seconds
+        self._changed = now
+
+
 class MinuteLimiter:
     """Limits the number of things, such as images, of each tenant in a minute. Use it on one event loop.
 
@@ -118,6 +185,7 @@ class GatewayLimits:
     """The limits of one gateway."""
 
     images: Limiter
+    image_wait: WaitLimiter
     uploads: Limiter
     heat_maps: Limiter
     event_streams: Limiter
@@ -136,6 +204,7 @@ class GatewayLimits:
                 retry_after=5,
                 shared=shared,
             ),
+            image_wait=WaitLimiter(settings.max_image_wait_seconds),
             uploads=Limiter(
                 settings.max_upload_calls,
                 "overloaded",

@@ -79,10 +79,10 @@ async def generate_within_limits(
         kept: What the request needs of further quotas, by name; it stays counted if the generator fails.
 
     Raises:
-        ProblemError: If too many calls are waiting for images, or if it takes too long.
+        ProblemError: If too many calls or images are waiting, or if it takes too long.
         QuotaExceededError: If a quota of the sender's tenant would be exceeded. Nothing was counted.
     """
-    with context.limits.images.hold(principal.tenant):
+    with context.limits.images.hold(principal.tenant), context.limits.image_wait.hold(count):
         async with context.quotas.counted(request, principal, {"images_per_day": count}, kept or {}):
             return await _generate_in_time(context, generate)
 

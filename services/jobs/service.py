@@ -64,15 +64,17 @@ class JobService:
         self._remove_files_without_job()
         # Before the workflows start, so that other workers do not treat this worker as dead.
         table.renew_lease(executor_id, settings.lease_seconds, works=works)
+        # The lock is held for the tables alone: many replicas may start at the same moment, and a launch takes seconds.
         with table.schema_lock():
-            workflow.start(
-                self._ctx,
-                url=settings.jobs_url,
-                executor_id=executor_id,
-                shard_concurrency=settings.shard_concurrency,
-                max_active=settings.max_active_datasets,
-                works=works,
-            )
+            workflow.create_tables(settings.jobs_url)
+        workflow.start(
+            self._ctx,
+            url=settings.jobs_url,
+            executor_id=executor_id,
+            shard_concurrency=settings.shard_concurrency,
+            max_active=settings.max_active_datasets,
+            works=works,
+        )
 
         def sweep(leases_reliable: bool) -> None:
             with contextlib.suppress(ShutdownError):

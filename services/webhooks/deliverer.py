@@ -21,12 +21,12 @@ _MOST_OF_TENANT = 4  # of these for one tenant, so that slow receivers of one do
 _CLEAN_SECONDS = 3600.0
 
 
-class Turns:
+class DeliveryOrder:
     """The order in which tenants and their endpoints get messages: the one whose last message is the oldest first."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
-        self._last: dict[str, int] = {}  # number of the last turn of a tenant or an endpoint
+        self._last: dict[str, int] = {}  # number of the last message to a tenant or an endpoint
 
     def choose(self, due: Sequence[Due], sending: Mapping[str, int]) -> list[str]:
         """The endpoints that get a message now.
@@ -65,7 +65,7 @@ class Deliverer:
         self.table = table
         self._sender = sender
         self._sending: dict[str, tuple[str, asyncio.Task[None]]] = {}  # tenant and task, by endpoint
-        self._turns = Turns()
+        self._order = DeliveryOrder()
         self._task: asyncio.Task[None] | None = None
         self._cleaned = 0.0
 
@@ -95,12 +95,12 @@ class Deliverer:
         now = time.time()
         if now - self._cleaned > _CLEAN_SECONDS:
             self._cleaned = now
-            self._turns = Turns()  # so that it does not grow for ever
+            self._order = DeliveryOrder()  # so that it does not grow for ever
             await asyncio.to_thread(self.table.remove_old, now)
         if len(self._sending) >= _MOST:
             return
         due = await asyncio.to_thread(self.table.due, list(self._sending), now)
-        chosen = self._turns.choose(due, Counter(tenant for tenant, _ in self._sending.values()))
+        chosen = self._order.choose(due, Counter(tenant for tenant, _ in self._sending.values()))
         for claim in await asyncio.to_thread(self.table.claim, chosen, now):
             task = asyncio.create_task(self._deliver(claim))
             self._sending[claim.endpoint.id] = claim.endpoint.tenant, task

@@ -47,8 +47,8 @@ def test_dataset_has_same_bytes_from_command_manifest_and_shards(run: Run, tiny_
 
 def test_killed_run_resumes_to_same_bytes(run: Run, tiny_bundle: Bundle, tmp_path: Path) -> None:
     """The run is stopped by Ctrl-C, then killed, then not interrupted: shards that were finished are not changed."""
-    asked = ["generate", "--bundle", tiny_bundle.location, "--classes", "malignant=3000,benign=3000", "--shard-size"]
-    asked += ["100", "--out"]
+    asked = ["generate", "--bundle", tiny_bundle.location, "--classes", "malignant=750,benign=750", "--shard-size"]
+    asked += ["25", "--out"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     finished: dict[str, int] = {}
     for blow, status in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):

@@ -108,14 +108,17 @@ def _bundle() -> str:
 
 
 def _help() -> str:
+    import typer
     from dermis_client import cli as dermis_client
 
     from commands import main as dermis
 
     texts = []
     for name, program in (("dermis", dermis), ("dermis-client", dermis_client)):
-        for path in _command_paths(program.app, name):
-            printed = _printed(program.main, [*path, "--help"])
+        whole = typer.main.get_command(program.app)  # the app itself would build all commands for each help text
+        for path in _command_paths(whole, name):
+            arguments = [*path[1:], "--help"]
+            printed = _printed(lambda: whole.main(arguments, prog_name=name, standalone_mode=False), path)  # noqa: B023
             lines = filter(None, map(_without_layout, printed.splitlines()))
             texts.append("\n".join([f"$ {' '.join(path)} --help", *lines, ""]))
     return "\n".join(texts)
@@ -126,15 +129,13 @@ def _without_layout(line: str) -> str:
     return re.sub(r"\s+", " ", re.sub("─+", "─", line)).strip(" │╭╮╰╯─")
 
 
-def _command_paths(app: Any, name: str) -> Iterator[list[str]]:
-    import typer
-
+def _command_paths(whole: Any, name: str) -> Iterator[list[str]]:
     def walk(command: Any, path: list[str]) -> Iterator[list[str]]:
         yield path
         for each, child in sorted(getattr(command, "commands", {}).items()):
             yield from walk(child, [*path, each])
 
-    return walk(typer.main.get_command(app), [name])
+    return walk(whole, [name])
 
 
 def _printed(main: Callable[[], None], arguments: list[str]) -> str:

@@ -39,7 +39,7 @@ from services.jobs.database import writing
 from services.jobs.table import JobTable
 from services.settings import Settings
 from services.webhooks import deliverer, outbox, sending
-from services.webhooks.deliverer import Deliverer, Turns
+from services.webhooks.deliverer import Deliverer, DeliveryOrder
 from services.webhooks.outbox import Claim, Due, TooManyWebhooksError, WebhookTable, add_messages
 from services.webhooks.sending import Allowed, Sender, UrlRefusedError, check_url
 
@@ -283,12 +283,12 @@ def test_slow_receivers_of_a_tenant_delay_no_other_tenant(table: WebhookTable) -
     assert sorted(sent) == ["https://receiver.example/"] + ["https://slow.example/"] * 4
 
 
-def test_turns_go_round_tenants_and_their_endpoints() -> None:
-    turns, due = Turns(), [Due(f"a{k}", "a") for k in range(9)] + [Due("b0", "b"), Due("c0", "c")]
-    assert turns.choose(due, {}) == ["a0", "b0", "c0", "a1", "a2", "a3"]
-    assert turns.choose(due, {"a": 4}) == ["b0", "c0"]
-    assert turns.choose(due, {"a": 3, "b": 1, "d": 3}) == ["a4"]
-    assert turns.choose(due, {"d": 4, "e": 2}) == ["b0", "c0"]
+def test_messages_go_to_tenants_and_endpoints_in_turn() -> None:
+    order, due = DeliveryOrder(), [Due(f"a{k}", "a") for k in range(9)] + [Due("b0", "b"), Due("c0", "c")]
+    assert order.choose(due, {}) == ["a0", "b0", "c0", "a1", "a2", "a3"]
+    assert order.choose(due, {"a": 4}) == ["b0", "c0"]
+    assert order.choose(due, {"a": 3, "b": 1, "d": 3}) == ["a4"]
+    assert order.choose(due, {"d": 4, "e": 2}) == ["b0", "c0"]
 
 
 def test_message_that_is_not_dead_is_not_sent_again_and_enables_nothing(table: WebhookTable) -> None:

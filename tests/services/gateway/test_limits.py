@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from services.gateway.events import EventStream
-from services.gateway.limits import GatewayLimits, Limiter, MinuteLimiter
+from services.gateway.limits import GatewayLimits, Limiter, MinuteLimiter, WaitLimiter
 from services.problems import ProblemError
 from services.settings import Settings
 
@@ -90,6 +90,36 @@ def test_gateways_of_one_process_count_separately() -> None:
         for limiter in (first.images, second.images, first.event_streams):
             with pytest.raises(ProblemError):
                 limiter.acquire("a")
+
+
+def test_call_that_would_wait_too_long_is_refused_at_the_measured_rate() -> None:
+    now = 0.0
+    limiter = WaitLimiter(2.0, clock=lambda: now)
+    for _ in range(40):  # four images in 0.2 s; times without a call do not count
+        with limiter.hold(4):
+            now += 0.2
+        now += 5.0
+    assert limiter.rate == pytest.approx(20.0, rel=0.01)
+    with limiter.hold(64):  # nothing is before it
+        with pytest.raises(ProblemError) as refused:
+            limiter.hold(1).__enter__()
+        assert (refused.value.kind, refused.value.headers) == ("overloaded", {"Retry-After": "2"})
+        now += 3.2
+    with limiter.hold(36), limiter.hold(1):  # just below two seconds
+        now += 2.0
+    with pytest.raises(ValueError, match="generator"), limiter.hold(8):
+        raise ValueError("generator")  # counts as time, not as images
+    with limiter.hold(8):
+        pass
+
+
+def test_wait_is_not_limited_before_the_rate_is_known() -> None:
+    now = 0.0
+    limiter = WaitLimiter(2.0, clock=lambda: now)
+    with limiter.hold(1):  # the first image of a cold generator
+        now += 30.0
+    with limiter.hold(64), limiter.hold(64), limiter.hold(64):
+        assert limiter.rate is None
 
 
 def test_comparison_limit_counts_accepted_comparisons_per_minute() -> None:
