@@ -307,7 +307,7 @@ class Settings(StudySettings):
     max_images: int = Field(64, ge=1, le=1024, description="Maximum number of images in one call of /v1/images.")
     max_waiting_image_calls: int = Field(32, ge=1, description="Maximum number of calls of /v1/images at one time.")
     max_image_wait_seconds: float = Field(
-        2.0,
+        5.0,
         gt=0,
         le=3600,
         description="Maximum time that a call for images may wait for those requested before, estimated from the measured "

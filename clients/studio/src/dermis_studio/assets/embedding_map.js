@@ -62,12 +62,25 @@
   class EmbeddingMap extends HTMLElement {
     static observedAttributes = ["data-map"];
 
-    connectedCallback() { this.show(); }
-    attributeChangedCallback() { if (this.isConnected) this.show(); }
-    disconnectedCallback() { this.ends?.abort(); this.resizes?.disconnect(); this.themes?.disconnect(); }
+    connectedCallback() {
+      this.emptied = new MutationObserver(() => { if (!this.firstElementChild) this.schedule(); });
+      this.emptied.observe(this, { childList: true });
+      this.schedule();
+    }
+    attributeChangedCallback() { this.schedule(); }
+    disconnectedCallback() { this.emptied?.disconnect(); this.release(); }
+    release() { this.ends?.abort(); this.resizes?.disconnect(); this.themes?.disconnect(); }
+
+    // Gradio compares the children of an element with those that the server has sent, which are none, and removes the others. So
+    // the map is built after that.
+    schedule() {
+      if (this.pending) return;
+      this.pending = true;
+      queueMicrotask(() => { this.pending = false; if (this.isConnected) this.show(); });
+    }
 
     show() {
-      this.disconnectedCallback();
+      this.release();
       this.ends = new AbortController();
       this.data = JSON.parse(this.dataset.map);
       this.points = this.data.points;

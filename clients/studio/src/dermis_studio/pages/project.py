@@ -208,7 +208,7 @@ async def _current_figure(client: AsyncDermisClient, projection: Projection, pre
         image = await client.projections.preview(projection.id, preview.index)
     except DermisError:
         return ""
-    words = f"Reconstruction after {preview.step:,} steps"
+    words = f"Reconstruction after step {preview.step:,}"
     distances = [(each.step, each.distance) for each in preview.distances]
     chart = scales.distance_chart(distances, projection.steps)
     figure = await asyncio.to_thread(lambda: enlarged(png(image), "image/png", words, f"{words}."))
