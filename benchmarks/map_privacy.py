@@ -1,4 +1,4 @@
-"""What the map of embeddings tells about who is in the training set: `python -m benchmarks.map_privacy --data DIR`.
+"""What the map of embeddings reveals about who is in the training set: `python -m benchmarks.map_privacy --data DIR`.
 
 Someone has real images and learns where each of them is on the map, by an upload. Some are training images, the others are
 not. The table has the AUC of telling them apart (1 is certainty, 0.5 is chance) by two kinds of map: one with the position of

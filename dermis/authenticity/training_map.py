@@ -66,9 +66,8 @@ def training_map(index: Index) -> TrainingMap:
     kept = np.argsort(values)[::-1][: min(COMPONENTS, index.description.dim)]
     components = vectors[:, kept].T
     largest = np.abs(components).argmax(axis=1)
-    components *= np.sign(components[np.arange(len(kept)), largest])[
-        :, None
-    ]  # a sign that does not depend on the solver
+    signs = np.sign(components[np.arange(len(kept)), largest])
+    components *= signs[:, None]  # the sign would depend on the solver
     variance = max(float(values.clip(0).sum()), 1e-12)
     explained = values[kept].clip(0) / variance
     if len(kept) < _DRAWN:  # an index of one or two dimensions

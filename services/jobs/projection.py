@@ -48,9 +48,8 @@ IMAGES_PER_SHARD = 8
 LISTING = "projections.json"
 _REPORT_SECONDS = 1.0
 _PREVIEWED_SHARDS = 4
-_PREVIEW_BYTES = IMAGES_PER_SHARD * (
-    400_000 + 50 * PREVIEW_DISTANCES
-)  # maximum size of the file of previews of a shard
+# Maximum size of the file of previews of a shard.
+_PREVIEW_BYTES = IMAGES_PER_SHARD * (400_000 + 50 * PREVIEW_DISTANCES)
 _MAX_FRAMES = 120  # of a video
 _RECORD_BYTES = 10_000  # of the list of results, and of the header of the latents
 

@@ -340,7 +340,7 @@ class ProjectionJobs:
         return projection.results(self._ctx.store(job))
 
     def previews(self, job: Job) -> list[Preview]:
-        """How the images of a running job look at the moment, as far as a worker has told it."""
+        """How the images of a running job look at the moment, as far as a worker has reported it."""
         return projection.previews(self._ctx.store(job), job)
 
     def latents(self, job: Job, image: int) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""Tests of devices. Apple and Intel GPUs are not available where tests run: torch is told that it finds them."""
+"""Tests of devices. Apple and Intel GPUs are not available where tests run: a mock makes torch find them."""
 
 from __future__ import annotations
 

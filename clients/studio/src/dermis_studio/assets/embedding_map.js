@@ -365,9 +365,9 @@
       }
     }
     find(text) {
-      const wanted = text.trim().toLowerCase();
-      if (!wanted) { this.found.textContent = ""; return; }
-      const matches = this.points.map((p, i) => [p, i]).filter(([p]) => this.isShown(p) && `${p.id} ${p.class} ${p.verdict} ${p.source}`.toLowerCase().includes(wanted)).map(([, i]) => i);
+      const words = text.trim().toLowerCase();
+      if (!words) { this.found.textContent = ""; return; }
+      const matches = this.points.map((p, i) => [p, i]).filter(([p]) => this.isShown(p) && `${p.id} ${p.class} ${p.verdict} ${p.source}`.toLowerCase().includes(words)).map(([, i]) => i);
       this.found.textContent = matches.length ? `${matches.length} found; Enter shows the next one` : "No image has this text.";
       if (matches.length) this.choose(matches[(matches.indexOf(this.chosen) + 1) % matches.length]);
     }
