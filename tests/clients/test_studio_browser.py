@@ -451,7 +451,7 @@ def test_pages_work_after_a_restart_of_the_service(
     service = start(str(DEMO), port)
     service.wait_until(service.ready)
     for name, page in pages.items():
-        page.bring_to_front()  # Chromium shows no dialog of a page in the background
+        page.bring_to_front()
         if name in buttons:  # such a page loads itself again
             page.get_by_text("Connection to the server was lost").wait_for(state="detached")
         page.locator(".ds-title h1").wait_for()

@@ -225,10 +225,10 @@ async def _named(
     if ids:
         named = await client.embeddings.place_projections(ids, model=model.name)
         for projection_id, embedding in zip(ids, named, strict=True):
-            picture = await _reconstruction(studio, client, request, projection_id)
+            shown = await _reconstruction(studio, client, request, projection_id)
             words = f"Projection {projection_id[:11]}"
             pages = [("explore", "Explore")] if visitor.may("edits") else []
-            points.append(Point(words, PROJECTED, NOT_KNOWN, embedding, picture, f"projection={projection_id}", pages))
+            points.append(Point(words, PROJECTED, NOT_KNOWN, embedding, shown, f"projection={projection_id}", pages))
     sample = SampleRef.parse(query_of(request))
     if sample is not None and sample.class_name in model.classes:
         placed = await client.embeddings.place_generated(
@@ -249,8 +249,7 @@ async def _reconstruction(
 ) -> Image.Image | None:
     """Return the image of a finished projection, small."""
     projection = await client.projections.retrieve(projection_id)
-    name = (projection.data or [None])[0]
-    path = "" if name is None else name.files.get("image", "")
+    path = projection.data[0].files.get("image", "") if projection.data else ""
     if not path:
         return None
     content = await downloads.projection_file(
