@@ -6,7 +6,8 @@ import asyncio
 import json
 import re
 import threading
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar, cast
 
@@ -94,6 +95,24 @@ def needs_access_control(context: ContextDep) -> None:
 ModelQuery = Annotated[
     str | None, Query(max_length=64, description="Name of a served bundle; by default the default model.")
 ]
+
+
+@asynccontextmanager
+async def limited_time(context: Context, detail: str) -> AsyncIterator[None]:
+    """Limit the calls of inference services in a `with` block to the time of a call for images.
+
+    Args:
+        context: The context of the routes.
+        detail: What is busy, and what the caller can do.
+
+    Raises:
+        ProblemError: They take longer.
+    """
+    try:
+        async with asyncio.timeout(context.settings.image_timeout_seconds):
+            yield
+    except TimeoutError:
+        raise ProblemError("overloaded", detail, headers={"Retry-After": "5"}) from None
 
 
 async def served_bundle(context: Context, principal: Principal, model: str | None) -> Bundle:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,9 @@ from dermis.errors import RequestError
 from dermis.image_metadata import ImageOrigin
 from dermis.imaging import ImageFormat, Images, encode
 from services.gateway.auth.principal import Principal
-from services.gateway.dependencies import Context
+from services.gateway.dependencies import Context, limited_time
 from services.image_signing import NO_CERTIFICATE
 from services.inference.samples import Image
-from services.problems import ProblemError
 
 
 @dataclass(frozen=True)
@@ -83,16 +81,11 @@ async def generate_within_limits(
         QuotaExceededError: If a quota of the sender's tenant would be exceeded. Nothing was counted.
     """
     with context.limits.images.hold(principal.tenant), context.limits.image_wait.hold(count):
-        async with context.quotas.counted(request, principal, {"images_per_day": count}, kept or {}):
-            return await _generate_in_time(context, generate)
-
-
-async def _generate_in_time(context: Context, generate: Callable[[], Awaitable[list[Image]]]) -> list[Image]:
-    try:
-        return await asyncio.wait_for(generate(), context.settings.image_timeout_seconds)
-    except TimeoutError:
-        detail = "the generator is busy; try again, or request fewer images"
-        raise ProblemError("overloaded", detail, headers={"Retry-After": "5"}) from None
+        async with (
+            context.quotas.counted(request, principal, {"images_per_day": count}, kept or {}),
+            limited_time(context, "the generator is busy; try again, or request fewer images"),
+        ):
+            return await generate()
 
 
 def check_classes(names: Mapping[str, str], bundle: Bundle) -> None:

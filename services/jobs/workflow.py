@@ -107,6 +107,8 @@ def start(
 ) -> None:
     """Launch DBOS and continue the workflows that this worker left unfinished. Not to be called on an event loop.
 
+    `create_tables` comes first.
+
     Args:
         ctx: The context of the jobs.
         url: SQLAlchemy URL of the database.
@@ -132,7 +134,6 @@ def start(
     if shared:
         config["db_engine_kwargs"] = {"connect_args": connection_options(parsed)}
     logging.getLogger("dbos").addFilter(_repetition_filter)
-    complete_sqlite()
     DBOS(config=config)
     if not works:
         DBOS.listen_queues([])

@@ -28,6 +28,7 @@ from services.gateway.dependencies import (
     ModelQuery,
     choose_media_type,
     count_pixels,
+    limited_time,
     model_header,
     read_model,
     served_bundle,
@@ -45,7 +46,6 @@ router = APIRouter(prefix="/v1/authenticity", tags=["authenticity"])
 
 _Sender = Annotated[Principal, requires("authenticity:generated", "authenticity:uploads")]
 
-_BUSY = {"Retry-After": "5"}
 _JSON = "application/json"
 _STEP = 0.01  # to multiples of which distances of generated images are rounded
 
@@ -144,10 +144,7 @@ async def _compare_uploads(
     bundle = await served_bundle(context, principal, model)
     index = index_of(bundle)
     with context.limits.uploads.hold(principal.tenant):
-        admit = partial(count_pixels, context, request, principal)
-        inputs = np.stack(await context.uploads.images(request, index.resolution, admit=admit))
-        await context.quotas.count(request, principal, comparisons(len(inputs)))
-        context.limits.comparisons.add(principal.tenant, len(inputs))
+        inputs = await uploads_to_compare(request, context, principal, index)
         # The copy detector is left out: it finds training images better than distances do.
         nearest = await nearest_of(context, bundle, inputs, Comparison(detect_copies=False))
         answers = await asyncio.to_thread(
@@ -157,6 +154,21 @@ async def _compare_uploads(
         )
     nearest = Nearest(answers.distances, answers.radii, nearest.embeddings)
     return bundle, index, nearest, answers.repeated.tolist()
+
+
+async def uploads_to_compare(
+    request: Request, context: Context, principal: Principal, index: IndexDescription
+) -> Images:
+    """Decode uploads for the network of an index, and count them in the quotas and in the limit of comparisons.
+
+    Returns:
+        uint8 [N, R, R, 3].
+    """
+    admit = partial(count_pixels, context, request, principal)
+    inputs = np.stack(await context.uploads.images(request, index.resolution, admit=admit))
+    await context.quotas.count(request, principal, comparisons(len(inputs)))
+    context.limits.comparisons.add(principal.tenant, len(inputs))
+    return inputs
 
 
 def check_uploads_allowed(settings: Settings) -> None:
@@ -204,11 +216,8 @@ async def nearest_of(context: Context, bundle: Bundle, inputs: Images, compariso
     Raises:
         ProblemError: It takes too long.
     """
-    try:
-        async with asyncio.timeout(context.settings.image_timeout_seconds):
-            return await context.inference.authenticity.nearest(bundle, inputs, comparison)
-    except TimeoutError:
-        raise ProblemError("overloaded", "the comparison is busy; try again", headers=_BUSY) from None
+    async with limited_time(context, "the comparison is busy; try again"):
+        return await context.inference.authenticity.nearest(bundle, inputs, comparison)
 
 
 def index_of(bundle: Bundle) -> IndexDescription:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from services.gateway.dependencies import (
     ModelQuery,
     choose_media_type,
     count_pixels,
+    limited_time,
     model_header,
     served_bundle,
 )
@@ -40,13 +40,11 @@ from services.gateway.schemas.classifications import (
 )
 from services.gateway.uploads import Limit
 from services.inference.heat_maps import MEDIA_TYPE, EncodedHeatMap
-from services.problems import ProblemError
 
 router = APIRouter(prefix="/v1/classifications", tags=["classifications"])
 
 _Sender = Annotated[Principal, requires("classify")]
 
-_BUSY = {"Retry-After": "5"}
 _JSON = "application/json"
 
 
@@ -125,11 +123,8 @@ async def classify_images(
         stack.enter_context(context.limits.uploads.hold(principal.tenant))
         admit = partial(count_pixels, context, request, principal)
         inputs = np.stack(await context.uploads.images(request, classifier.input.size, limit, admit))
-        try:
-            async with asyncio.timeout(context.settings.image_timeout_seconds):
-                logits = await context.inference.classifier.logits(bundle, inputs)
-        except TimeoutError:
-            raise ProblemError("overloaded", "the classifier is busy; try again", headers=_BUSY) from None
+        async with limited_time(context, "the classifier is busy; try again"):
+            logits = await context.inference.classifier.logits(bundle, inputs)
         pictures: Sequence[EncodedHeatMap | None] = [None] * len(inputs)
         if heat_map is not None:
             pictures = await context.heat_maps.make(bundle, heat_map, inputs, lambda: _disconnected(request))

@@ -30,7 +30,7 @@ from services.gateway.dependencies import (
     ContextDep,
     ModelQuery,
     choose_media_type,
-    count_pixels,
+    limited_time,
     model_header,
     read_model,
     served_bundle,
@@ -49,6 +49,7 @@ from services.gateway.routes.authenticity import (
     index_of,
     model_and_index,
     nearest_of,
+    uploads_to_compare,
     verdict_rows,
 )
 from services.gateway.routes.edits import projected_latents
@@ -64,7 +65,6 @@ from services.gateway.schemas.embeddings import (
     TrainingImages,
 )
 from services.inference.pixels import Comparison
-from services.problems import ProblemError
 
 router = APIRouter(prefix="/v1/embeddings", tags=["embeddings"])
 
@@ -149,10 +149,7 @@ async def place_images(request: Request, context: ContextDep, principal: _Sender
     bundle = await served_bundle(context, principal, model)
     index = index_of(bundle)
     with context.limits.uploads.hold(principal.tenant):
-        admit = partial(count_pixels, context, request, principal)
-        inputs = np.stack(await context.uploads.images(request, index.resolution, admit=admit))
-        await context.quotas.count(request, principal, comparisons(len(inputs)))
-        context.limits.comparisons.add(principal.tenant, len(inputs))
+        inputs = await uploads_to_compare(request, context, principal, index)
         positions = await _positions_of(context, bundle, inputs, context.settings.authenticity_distance_step)
     return _answer(bundle, index, _placed(positions))
 
@@ -230,11 +227,8 @@ async def _positions_of(context: Context, bundle: Bundle, inputs: NDArray[np.uin
 
 
 async def _map_of(context: Context, bundle: Bundle) -> TrainingMap:
-    try:
-        async with asyncio.timeout(context.settings.image_timeout_seconds):
-            return await context.inference.authenticity.training_map(bundle)
-    except TimeoutError:
-        raise ProblemError("overloaded", "the map is busy; try again", headers={"Retry-After": "5"}) from None
+    async with limited_time(context, "the map is busy; try again"):
+        return await context.inference.authenticity.training_map(bundle)
 
 
 def _placed(positions: list[list[float]]) -> list[Embedding]:

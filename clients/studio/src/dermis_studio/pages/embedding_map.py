@@ -14,7 +14,7 @@ from PIL import Image
 
 from dermis_studio import downloads, markup
 from dermis_studio.access import Visitor, key_of
-from dermis_studio.pages.generate import shares
+from dermis_studio.pages.generate import parts, shares
 from dermis_studio.pages.map_points import NOT_KNOWN, OWN, PROJECTED, Point, element, of_sample, thumbnail
 from dermis_studio.samples import SampleRef, find_model
 from dermis_studio.sources import content_of, drop, opened
@@ -182,25 +182,21 @@ async def _samples(
         )
         if visitor.may(*scopes)
     ]
-    index = 0
-    for class_name, number in shares(total, model.classes).items():
-        for offset in range(0, number, CHUNK):
-            part = min(CHUNK, number - offset)
-            placed = await client.embeddings.place_generated(
-                {class_name: part},
-                seed=seed,
-                start_index=index,
-                model=model.name,
-                truncation_psi=truncation,
-                images=visitor.may("images"),
-            )
-            samples = [SampleRef(model.name, class_name, seed, index + place, truncation) for place in range(part)]
-            yield await asyncio.to_thread(
-                lambda samples, placed: [of_sample(*pair, pages) for pair in zip(samples, placed, strict=True)],
-                samples,
-                list(placed),
-            )
-            index += part
+    for class_name, index, part in parts(shares(total, model.classes), CHUNK):
+        placed = await client.embeddings.place_generated(
+            {class_name: part},
+            seed=seed,
+            start_index=index,
+            model=model.name,
+            truncation_psi=truncation,
+            images=visitor.may("images"),
+        )
+        samples = [SampleRef(model.name, class_name, seed, index + place, truncation) for place in range(part)]
+        yield await asyncio.to_thread(
+            lambda samples, placed: [of_sample(*pair, pages) for pair in zip(samples, placed, strict=True)],
+            samples,
+            list(placed),
+        )
 
 
 async def _named(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict
 from html import escape
 from typing import Any
@@ -186,25 +186,31 @@ def shares(total: int, classes: list[str]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
+def parts(classes: dict[str, int], most: int) -> Iterator[tuple[str, int, int]]:
+    """Divide images into calls of at most `most` images of one class: class, index of the first image, and number."""
+    index = 0
+    for name, count in classes.items():
+        for offset in range(0, count, most):
+            part = min(most, count - offset)
+            yield name, index, part
+            index += part
+
+
 async def arriving(
     client: AsyncDermisClient, model: Model, classes: dict[str, int], seed: int, truncation: float, noise: NoiseMode
 ) -> AsyncIterator[list[GeneratedImage]]:
     """Generate images in calls of a few each: those that one call for all of them would return, in the same order."""
-    index = 0
-    for name, count in classes.items():
-        for offset in range(0, count, CHUNK):
-            part = min(CHUNK, count - offset)
-            result = await client.images.generate(
-                {name: part},
-                seed=seed,
-                start_index=index,
-                model=model.name,
-                truncation_psi=truncation,
-                noise_mode=noise,
-                image_format="png",
-            )
-            yield list(result)
-            index += part
+    for name, index, part in parts(classes, CHUNK):
+        result = await client.images.generate(
+            {name: part},
+            seed=seed,
+            start_index=index,
+            model=model.name,
+            truncation_psi=truncation,
+            noise_mode=noise,
+            image_format="png",
+        )
+        yield list(result)
 
 
 def tile(image: GeneratedImage, model: str, truncation: float, noise: NoiseMode) -> str:
