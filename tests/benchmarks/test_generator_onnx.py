@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from optional_packages import needs_openvino
 from tiny import make_bundle
 
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-pytest.importorskip("openvino", reason="openvino does not work on this machine")
 
 
 @pytest.mark.full
+@needs_openvino
 def test_benchmark_compares_methods_that_make_the_same_images(tmp_path: Path) -> None:
     from benchmarks.generator_onnx import methods
 

@@ -21,6 +21,7 @@ from dermis.features import _positions, feature_extractor, torch_extract
 from dermis.features_openvino import OpenvinoFeatures
 from dermis.openvino_images import fastest_precision
 from dermis.torchvision_compat import import_vision
+from optional_packages import needs_openvino
 
 LITE = ["lite0", "lite1", "lite2"]
 
@@ -126,9 +127,9 @@ SLOW = [pytest.param(name, marks=pytest.mark.full) for name in ("lite1", "lite2"
 SPACES = ["lite0", *SLOW, "dinov2", "clip", "timm:test_resnet.r160_in1k", "timm:test_vit.r160_in1k"]
 
 
+@needs_openvino
 @pytest.mark.parametrize("name", SPACES)
 def test_openvino_features_match_torch(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("openvino", reason="OpenVINO is not installed")
     space = prepare(name, tmp_path, monkeypatch)
     extractor = feature_extractor(space)
     monkeypatch.setattr(dermis.features, "have_openvino", lambda: False)
@@ -145,9 +146,9 @@ def test_openvino_features_match_torch(name: str, tmp_path: Path, monkeypatch: p
     assert not extractor.extract._failed
 
 
+@needs_openvino
 @pytest.mark.full
 def test_openvino_features_do_not_depend_on_batch() -> None:
-    pytest.importorskip("openvino", reason="OpenVINO is not installed")
     images = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
     first = feature_extractor("lite0").extract(images)
     extract = feature_extractor("lite0").extract
@@ -157,9 +158,8 @@ def test_openvino_features_do_not_depend_on_batch() -> None:
     np.testing.assert_array_equal(np.concatenate([extract(images[i : i + 1]) for i in range(5)]), first)
 
 
+@needs_openvino
 def test_torch_replaces_openvino_for_unsupported_networks(caplog: pytest.LogCaptureFixture) -> None:
-    pytest.importorskip("openvino", reason="OpenVINO is not installed")
-
     class Odd(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.linalg.eigvals(x[:, :, :3, :3].mean(dim=1)).real

@@ -30,6 +30,7 @@ from dermis.bundle import amend_bundle, open_bundle
 from dermis.bundle.copies import DESCRIPTOR, REFERENCES, WEIGHTS
 from dermis.errors import BundleError
 from dermis.imaging import Images
+from optional_packages import needs_openvino
 from tiny import make_bundle
 from tiny_copies import KNOWN, colour_fields, make_detector
 
@@ -132,8 +133,8 @@ def test_score_depends_neither_on_other_images_nor_on_threads(folder: Path, dete
     assert np.array_equal(together, CopyDetector(folder, device="cpu", threads=2).scores(images))
 
 
+@needs_openvino
 def test_openvino_and_torch_compute_the_same_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("openvino", reason="OpenVINO is not installed")
     torch.manual_seed(0)
     monkeypatch.setattr("dermis.openvino_images.has_native_bfloat16", lambda: False)
     network, images = CopyNetwork(pretrained=True).eval().requires_grad_(False), colour_fields(0, 3)

@@ -16,6 +16,7 @@ from dermis.errors import BundleError, DermisError
 from dermis.exports.generator_onnx import check_generator_onnx, generator_onnx
 from dermis.networks import Generator, GeneratorConfig
 from dermis.synthesizer.network import to_uint8
+from optional_packages import needs_openvino
 from tiny import make_bundle
 
 pytestmark = pytest.mark.full  # an export takes 12 s
@@ -42,9 +43,9 @@ def _by_torch(bundle: Bundle, z: Any, labels: Any, psi: list[float], noise: Any,
     return np.stack(images).astype(int)
 
 
+@needs_openvino
 def test_onnx_runtime_and_openvino_make_the_images_of_torch_in_any_batch(noisy: Bundle) -> None:
     onnxruntime: Any = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
-    pytest.importorskip("openvino", reason="OpenVINO is not installed")
     from dermis.synthesizer.openvino_cpu import import_openvino
 
     model = generator_onnx(noisy, truncation_cutoff=2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util
 import json
 import subprocess
 import sys
@@ -26,11 +25,11 @@ from dermis.networks import Generator, GeneratorConfig, NoiseMode, one_hot
 from dermis.synthesizer import Synthesizer, choice, cuda
 from dermis.synthesizer.model_cache import read_stages
 from dermis.synthesizer.network import ImageStage
+from dermis.synthesizer.openvino_cpu import import_openvino
+from optional_packages import needs_openvino
 from plain_synthesis import CONFIGS, make_bundle, make_generator, reference
 
 Image = npt.NDArray[np.uint8]
-HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
-needs_openvino = pytest.mark.skipif(not HAS_OPENVINO, reason="openvino does not work on this machine")
 BACKENDS = [pytest.param("openvino", marks=needs_openvino), "torch"]
 
 
@@ -171,7 +170,7 @@ for thread in threads: thread.start()
 
 @needs_openvino
 def test_synthesizer_uses_torch_if_openvino_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    import openvino
+    openvino = import_openvino()
 
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("unsupported processor")
