@@ -165,7 +165,7 @@ class Measurements:
 
     Attributes:
         appearances: Artefacts and skin tone of a sample of the images, by class.
-        features: Features [N, dim] in the space of the index, by class; empty if they were not computed.
+        features: Features [N, dim] in the space of the index, of the classes of which they were computed.
         features_problem: Why there are no features, if the bundle could have had them.
         tallies: Results of the classifier by class; None if images were not scored.
         privacy: Results of the gate; None without one.
@@ -300,8 +300,8 @@ def _compared(
     index = plan.authenticity or bundle.authenticity
     if index is None or index.digest != reference.space.index:
         return {}, ("the statistics of real images are of another index than the bundle's", _MAKE_REFERENCE)
-    if not measured.features:
-        return {}, (measured.features_problem or "no features were computed", "repair this and make the dataset again")
+    if measured.features_problem is not None:
+        return {}, (measured.features_problem, "repair this and make the dataset again")
     real = read_features(f"{bundle.location}/reference", reference)
     compared: dict[str, FeatureComparison] = {}
     for name, features in measured.features.items():

@@ -15,7 +15,7 @@ from dermis.errors import DermisError
 from dermis.imaging import Images, as_rgb
 from dermis.report.appearance import Appearance, MeasureImages, appearances
 from dermis.report.content import Measurements
-from dermis.report.features import Floats
+from dermis.report.features import MIN_IMAGES, Floats
 
 SAMPLE = 200
 """Images whose pixels are measured, of all classes together."""
@@ -59,7 +59,7 @@ def measure(
         bundle: The bundle whose generator made the images.
         kept: Indices of the samples that have an image, by class.
         images: Yields name and pixels of the images with the given file names.
-        examine: Computes features if there is no gate; None if it cannot.
+        examine: Computes features if there is no gate, of classes with enough images for a comparison; None if it cannot.
         embeddings: Indices of samples -> features that the gate has computed, float32 [n, dim]; None without a gate.
         on_batch: Called between batches of images.
         measure_images: Measures artefacts and skin tone of a batch.
@@ -70,9 +70,12 @@ def measure(
         for name, indices in sample.items()
         for index in indices
     }
-    needed = bundle.reference is not None and bundle.reference.space is not None
+    reference = bundle.reference
+    needed = reference is not None and reference.space is not None
     examining = needed and not plan.gated  # a gate has computed the features already
     problem = "the index of the bundle cannot be used here" if examining and examine is None else None
+    known = reference.classes if examining and reference is not None else {}
+    compared = {name for name, indices in sample.items() if name in known and len(indices) >= MIN_IMAGES}
     seen: dict[str, list[Appearance]] = {name: [] for name in kept}
     features: dict[str, list[Floats]] = {name: [] for name in kept}
     remaining = iter(images(class_of))
@@ -83,14 +86,15 @@ def measure(
         colour = as_rgb(np.stack([pixels for _, pixels in batch]))
         for name, measured in zip(names, measure_images(colour), strict=True):
             seen[name].append(measured)
-        if examining and examine is not None and problem is None:
+        examined = [position for position, name in enumerate(names) if name in compared]
+        if examined and examine is not None and problem is None:
             try:
-                examined = examine(colour).embeddings
+                embeddings_of_batch = examine(colour[examined]).embeddings
             except DermisError as error:
                 problem = f"the index of the bundle could not be used ({error})"
                 continue
-            for name, row in zip(names, examined, strict=True):
-                features[name].append(row)
+            for position, row in zip(examined, embeddings_of_batch, strict=True):
+                features[names[position]].append(row)
     stacked = {name: np.stack(rows) for name, rows in features.items() if rows} if problem is None else {}
     if needed and embeddings is not None:
         stacked = {name: embeddings(indices) for name, indices in choose(kept, MAX_FEATURES).items() if indices}

@@ -66,8 +66,16 @@ def constant(indices: Sequence[int], labels: Sequence[int]) -> Any:
     return noise([5] * len(indices), labels)
 
 
-def make(folder: Path, bundle: Bundle, paint: Synthesize, *, reverse: bool = False, **request: Any) -> dict[str, Any]:
-    """Make a dataset, and return its report."""
+def make(
+    folder: Path,
+    bundle: Bundle,
+    paint: Synthesize,
+    *,
+    reverse: bool = False,
+    examined: list[Any] | None = None,
+    **request: Any,
+) -> dict[str, Any]:
+    """Make a dataset, and return its report. The images whose features were computed for it are added to `examined`."""
     wanted = DatasetRequest.model_validate({"model": bundle.name, "shard_size": 25, "image_format": "png", **request})
     planned, store = plan_for(wanted, bundle), Store(folder)
     with Classifier(bundle, device="cpu", threads=1) as classifier, Checker(bundle, device="cpu", threads=1) as checker:
@@ -81,7 +89,13 @@ def make(folder: Path, bundle: Bundle, paint: Synthesize, *, reverse: bool = Fal
                 examine=examiner(planned, checker),
             )
         expose = partial(exposure, checker.index) if planned.gated else None
-        finalize(planned, store, bundle, {}, expose, examine=checker.nearest)
+
+        def examine(images: Any) -> Any:
+            if examined is not None:
+                examined.extend(images)
+            return checker.nearest(images)
+
+        finalize(planned, store, bundle, {}, expose, examine=examine)
     report: dict[str, Any] = json.loads((folder / "report.json").read_bytes())
     return report
 
@@ -158,6 +172,17 @@ def test_degenerate_generator_has_less_coverage_and_spread(
     assert verify(tmp_path / "a").ok
     (tmp_path / "a" / "report.html").write_text("all is well")
     assert verify(tmp_path / "a").changed == ("report.html",)
+
+
+def test_features_are_computed_of_classes_that_can_be_compared_only(bundle: Bundle, tmp_path: Path) -> None:
+    examined: list[Any] = []
+    report = make(tmp_path / "d", bundle, noise, examined=examined, classes={"malignant": 3, "benign": 50})
+    assert len(examined) == 50 and all(image[..., 0].max() < 100 for image in examined)  # `noise` of class 0
+    section = report["fidelity"]
+    values = {name: number(section, "Fréchet distance", name)["value"] for name in ("benign", "malignant")}
+    assert values["benign"] is not None and values["malignant"] is None
+    assert (section["status"], section["images"]) == ("partly measured", 50)
+    assert section["reason"].startswith("a class has fewer than 50 images here")
 
 
 def test_coverage_counts_the_modes_that_are_reached() -> None:
