@@ -75,7 +75,10 @@ def make(
     examined: list[Any] | None = None,
     **request: Any,
 ) -> dict[str, Any]:
-    """Make a dataset, and return its report. The images whose features were computed for it are added to `examined`."""
+    """Make a dataset, and return its report.
+
+    With `examined`, the images whose features are computed for it are added to that list, and their appearance is not measured.
+    """
     wanted = DatasetRequest.model_validate({"model": bundle.name, "shard_size": 25, "image_format": "png", **request})
     planned, store = plan_for(wanted, bundle), Store(folder)
     with Classifier(bundle, device="cpu", threads=1) as classifier, Checker(bundle, device="cpu", threads=1) as checker:
@@ -95,7 +98,11 @@ def make(
                 examined.extend(images)
             return checker.nearest(images)
 
-        finalize(planned, store, bundle, {}, expose, examine=examine)
+        def nothing(images: Any) -> list[Appearance]:
+            return [Appearance((), None)] * len(images)
+
+        measure_images = appearances if examined is None else nothing
+        finalize(planned, store, bundle, {}, expose, examine=examine, measure_images=measure_images)
     report: dict[str, Any] = json.loads((folder / "report.json").read_bytes())
     return report
 
