@@ -1,7 +1,8 @@
-"""Measure the images of reports in a process of its own.
+"""Measure the images of reports in processes of their own.
 
 An image takes many small steps of NumPy, which would keep the interpreter of the gateway busy and delay its other calls: under
-a mixed load with small datasets they took a third of its time.
+a mixed load with small datasets they took a third of its time. For the same reason threads of one process do not help: these
+steps hold the interpreter's lock. Of a dataset of 12 images it is half of all processor time.
 """
 
 from __future__ import annotations
@@ -15,32 +16,38 @@ from multiprocessing import get_context
 import numpy as np
 from numpy.typing import NDArray
 
-from dermis.report.appearance import Appearance, appearances
+from dermis.cpus import available_cpus
+from dermis.report.appearance import MAX_THREADS, Appearance, appearance, appearances, lower_priority
 from services.parent_watchdog import exit_with_parent
 
 logger = logging.getLogger("dermis.jobs")
 
 
-class AppearanceProcess:
-    """`dermis.report.appearance.appearances` in another process. It can be called in several threads.
+class AppearanceProcesses:
+    """`dermis.report.appearance.appearances` in other processes. It can be called in several threads.
 
-    The process starts at the first call, and at the next one after it has ended.
+    The processes start at the first call, and at the next one after one of them has ended.
+
+    Args:
+        count: Number of processes; default: one for each processor, at most `MAX_THREADS`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, count: int | None = None) -> None:
+        self._count = count or min(MAX_THREADS, available_cpus())
         self._lock = threading.Lock()
         self._pool: ProcessPoolExecutor | None = None
 
     def __call__(self, images: NDArray[np.uint8]) -> list[Appearance]:
-        """Measure RGB images uint8 [N, H, W, 3]. If the process cannot be used, they are measured in this one."""
+        """Measure RGB images uint8 [N, H, W, 3]. If the processes cannot be used, they are measured in this one."""
         pool = None
         try:
             with self._lock:
                 if self._pool is None:
                     # A copy of this process (fork) would contain its threads' locks.
-                    self._pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=exit_with_parent)
+                    self._pool = ProcessPoolExecutor(self._count, get_context("spawn"), initializer=_start)
                 pool = self._pool
-            return pool.submit(appearances, images).result()
+            parts = [part for part in np.array_split(images, self._count) if len(part)]
+            return [each for measured in pool.map(_measure, parts) for each in measured]
         except (BrokenProcessPool, OSError, NotImplementedError) as error:  # the last two without POSIX semaphores
             logger.warning("no process measures images", extra={"error": str(error)})
             with self._lock:
@@ -49,8 +56,17 @@ class AppearanceProcess:
             return appearances(images)
 
     def close(self) -> None:
-        """End the process. Calls that wait raise CancelledError."""
+        """End the processes. Calls that wait raise CancelledError."""
         with self._lock:
             pool, self._pool = self._pool, None
         if pool is not None:
             pool.shutdown(cancel_futures=True)
+
+
+def _start() -> None:
+    exit_with_parent()
+    lower_priority()
+
+
+def _measure(images: NDArray[np.uint8]) -> list[Appearance]:
+    return [appearance(image) for image in images]

@@ -23,7 +23,7 @@ from services.composition import compose
 from services.data_folder import prepare_data_folder, restrict_new_files
 from services.gateway.app import create_app
 from services.gateway.dependencies import Context
-from services.image_measuring import AppearanceProcess
+from services.image_measuring import AppearanceProcesses
 from services.inference.authenticity import AuthenticityService
 from services.inference.classifier import ClassifierService
 from services.inference.client import InferenceClients
@@ -64,7 +64,7 @@ async def _running() -> AsyncIterator[Context]:
         return getattr(service, name).to_async if _settings.inference else None
 
     inference = InferenceClients.connect(client_of, models)
-    measure_images = AppearanceProcess()
+    measure_images = AppearanceProcesses()
     composition = compose(_settings, models, inference, measure_images)
     try:
         with _delayed_shutdown(composition.context.stopping, stop_pause(_settings)):

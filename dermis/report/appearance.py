@@ -45,11 +45,11 @@ def appearances(images: Iterable[NDArray[np.uint8]]) -> list[Appearance]:
     An image takes about as much processor time as generating ten of 64 px, and in a service others wait for images meanwhile.
     """
     threads = min(MAX_THREADS, available_cpus())
-    with ThreadPoolExecutor(threads, thread_name_prefix="dermis-report", initializer=_lower_priority) as pool:
+    with ThreadPoolExecutor(threads, thread_name_prefix="dermis-report", initializer=lower_priority) as pool:
         return list(pool.map(appearance, images))
 
 
-def _lower_priority() -> None:
+def lower_priority() -> None:
     """Lower the priority of this thread alone, which only Linux can."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

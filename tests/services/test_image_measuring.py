@@ -1,4 +1,4 @@
-"""Tests of the process that measures the images of reports."""
+"""Tests of the processes that measure the images of reports."""
 
 from __future__ import annotations
 
@@ -13,32 +13,35 @@ import psutil
 import pytest
 
 from dermis.report.appearance import appearances
-from services.image_measuring import AppearanceProcess
+from lesions import framed, lesion
+from services.image_measuring import AppearanceProcesses
 
-IMAGES = np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), dtype=np.uint8)
+IMAGES = np.stack([lesion(0, 64), framed(lesion(1, 64)), lesion(2, 64)])
 
 
 @pytest.fixture
-def measure() -> Iterator[AppearanceProcess]:
-    process = AppearanceProcess()
-    yield process
-    process.close()
+def measure() -> Iterator[AppearanceProcesses]:
+    processes = AppearanceProcesses(2)
+    yield processes
+    processes.close()
 
 
 def _measuring() -> list[psutil.Process]:
     return [each for each in psutil.Process().children() if "spawn_main" in " ".join(each.cmdline())]
 
 
-def test_images_are_measured_in_another_process_which_may_be_killed(measure: AppearanceProcess) -> None:
+def test_images_are_measured_in_other_processes_which_may_be_killed(measure: AppearanceProcesses) -> None:
     expected = appearances(IMAGES)
+    assert [bool(each.artefacts) for each in expected] == [False, True, False]
     assert measure(IMAGES) == expected
-    (process,) = _measuring()
+    process, other = _measuring()
+    assert measure(IMAGES[:1]) == expected[:1]
     process.kill()
-    process.wait(30)
+    psutil.wait_procs([process, other], timeout=30)
     assert measure(IMAGES) == expected  # in this process
-    assert measure(IMAGES) == expected  # in a new one
-    (again,) = _measuring()
-    assert again.pid != process.pid
+    assert measure(IMAGES) == expected  # in new ones
+    assert len(_measuring()) == 2
+    assert not {process.pid, other.pid} & {each.pid for each in _measuring()}
     measure.close()
     assert not _measuring()
 
@@ -47,9 +50,9 @@ def test_process_ends_with_its_parent() -> None:
     """A gateway that is killed leaves no process behind."""
     program = (
         "import numpy as np, psutil, sys, time\n"
-        "from services.image_measuring import AppearanceProcess\n"
+        "from services.image_measuring import AppearanceProcesses\n"
         "if __name__ == '__main__':\n"
-        "    AppearanceProcess()(np.zeros((1, 64, 64, 3), np.uint8))\n"
+        "    AppearanceProcesses()(np.zeros((2, 64, 64, 3), np.uint8))\n"
         "    print(*[each.pid for each in psutil.Process().children(recursive=True)], flush=True)\n"
         "    time.sleep(600)\n"
     )
