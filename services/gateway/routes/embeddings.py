@@ -1,7 +1,7 @@
 """/v1/embeddings: a map of images in the principal components of the training images' embeddings.
 
-Embeddings stay in the service: its answers contain a few rounded components of them. Of the training images they contain
-numbers in cubes of the map, because positions would show who is in the training set.
+Embeddings stay in the service: its answers contain a few rounded components of them. For training images, the answers contain
+only their numbers in cubes of the map, because positions would show who is in the training set.
 """
 
 from __future__ import annotations
