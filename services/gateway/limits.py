@@ -209,7 +209,7 @@ class GatewayLimits:
             images=Limiter(
                 settings.max_waiting_image_calls,
                 "overloaded",
-                "too many calls are waiting for images",
+                "too many calls are waiting for images; try again",
                 retry_after=5,
                 shared=shared,
             ),
@@ -217,7 +217,7 @@ class GatewayLimits:
             uploads=Limiter(
                 settings.max_upload_calls,
                 "overloaded",
-                "too many calls with uploads are being processed",
+                "too many calls with uploads are being processed; try again",
                 retry_after=5,
                 shared=shared,
             ),
@@ -231,7 +231,7 @@ class GatewayLimits:
             event_streams=Limiter(
                 settings.max_event_streams,
                 "too-many-requests",
-                "too many event streams are open",
+                "too many event streams are open; close some, or try again",
                 retry_after=10,
                 shared=shared,
             ),

@@ -84,7 +84,7 @@ async def list_directions(context: ContextDep, principal: _ModelReader, model: M
     },
 )
 async def edit_images(request: Request, context: ContextDep, principal: _Sender) -> Response:
-    """Generate edited samples, or edited projections. Noise and truncation stay as without edits."""
+    """Generate edited samples, or edited projections. Edits change neither noise nor truncation."""
     body = await read_model(request, EditsRequest)
     if body.projections is not None:
         check_scope(principal, "projections")

@@ -120,7 +120,7 @@ async def show_map(context: ContextDep, principal: _Reader, model: ModelQuery = 
     description="""Compute where images are on the map of a model (`GET`). Send the JSON body of `/v1/images`: its images are
 generated and placed, and compared as by `/v1/authenticity`.
 
-If the operator compares uploads (`DERMIS_AUTHENTICITY_UPLOADS`), images can be sent instead, as for `/v1/classifications`, with
+If the service compares uploads (`DERMIS_AUTHENTICITY_UPLOADS`), images can be sent instead, as for `/v1/classifications`, with
 the scope `authenticity:uploads`. Their positions are rounded to multiples of `DERMIS_AUTHENTICITY_DISTANCE_STEP`, and no
 comparison is made. Uploads are kept in memory only.""",
     response_model=EmbeddingList,

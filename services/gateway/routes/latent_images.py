@@ -56,7 +56,7 @@ _CONTENT = {"content": content(*_IMAGE_TYPES, _GIF), "headers": headers("X-Dermi
     responses={
         200: {
             "description": "As /v1/edits: `strength` is the place between the samples, from 0 to 1. A GIF shows the images "
-            "there and back.",
+            "forwards and then backwards.",
             **_CONTENT,
         },
         **_PROBLEMS,
