@@ -311,7 +311,7 @@ class Settings(StudySettings):
         gt=0,
         le=3600,
         description="Maximum time that a call for images may wait for those requested before, estimated from the measured "
-        "rate. A call above it is answered 503 at once.",
+        "rate of the model. A call above it is answered 503 at once, if its tenant has another one.",
     )
     max_body_bytes: int = Field(1 << 20, ge=1024, description="Maximum size of a request body in bytes.")
     max_upload_bytes: int = Field(

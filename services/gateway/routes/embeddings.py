@@ -186,7 +186,9 @@ async def place_projections(request: Request, context: ContextDep, principal: _R
         raise RequestError("projections", message, "request-too-large")
     latents = await projected_latents(context, principal, body.projections, bundle)
     generate = partial(context.inference.generator.draw, bundle, latents, "const")
-    images = np.stack(await generate_within_limits(context, request, principal, count, generate, comparisons(count)))
+    images = np.stack(
+        await generate_within_limits(context, request, principal, bundle, count, generate, comparisons(count))
+    )
     positions = await _positions_of(context, bundle, batch(as_rgb(images), index.resolution), _STEP)
     return _answer(bundle, index, _placed(positions))
 
@@ -201,7 +203,9 @@ async def _place_samples(request: Request, context: Context, principal: Principa
     names = class_of_each(body, bundle, context.settings.max_images)
     rows = rows_of(body, bundle, names)
     generate = partial(context.inference.generator.images, rows)
-    images = await generate_within_limits(context, request, principal, len(names), generate, comparisons(len(names)))
+    images = await generate_within_limits(
+        context, request, principal, bundle, len(names), generate, comparisons(len(names))
+    )
     known = await _map_of(context, bundle)
     nearest = await nearest_of(context, bundle, batch(as_rgb(np.stack(images)), index.resolution), Comparison())
     verdicts = verdict_rows(verdicts_of(nearest, index, step=0.01), [False] * len(names))
