@@ -47,7 +47,7 @@ def make_complete_bundle(root: Path, training: Images, *, name: str = "tiny", he
 
 
 def make_complete_and_plain_bundle(root: Path) -> tuple[Bundle, str]:
-    """A bundle `tiny` with all parts, of training images `noise(60)`; and DERMIS_BUNDLES for it and a bundle `plain` without."""
+    """A bundle `tiny` with all parts, of `noise(60)`; and DERMIS_BUNDLES for it and a bundle `plain` without."""
     complete = make_complete_bundle(root / "complete", noise(60))
     plain = make_bundle(root / "plain", name="plain")
     return complete, f"{complete.location},{plain.location}"
