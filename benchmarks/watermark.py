@@ -239,10 +239,16 @@ def main() -> None:
     if arguments.enlarge is not None:
         images, photographs = enlarged(images, arguments.enlarge), enlarged(photographs, arguments.enlarge)
 
+    shown: set[str] = set()
+
     def report(so_far: Mapping[str, Any]) -> None:
         if arguments.json is not None:
             arguments.json.write_text(json.dumps(so_far, indent=2) + "\n")
-        print(f"{time.perf_counter() - started:6.0f} s", list(so_far["methods"].items())[-1], flush=True)
+        for name, method in so_far["methods"].items():
+            for label, value in ({**method, "detected": None} | method["detected"]).items():
+                if value is not None and (line := f"{name}, {label}: {value:.4g}") not in shown:
+                    shown.add(line)
+                    print(f"{time.perf_counter() - started:6.0f} s  {line}", flush=True)
 
     started = time.perf_counter()
     result = measure(bundle, images, photographs, arguments.few, report)
