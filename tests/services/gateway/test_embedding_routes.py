@@ -6,7 +6,6 @@ import base64
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,22 +20,19 @@ from dermis.imaging import Images, decode, encode
 from service_kit import Service, draw, service
 from services.gateway.auth.principal import DEFAULT_SCOPES
 from services.inference.samples import Options, pack_rows
-from tiny import make_bundle
-from tiny_index import make_complete_bundle
+from tiny_index import make_complete_and_plain_bundle, noise
 
 BODY = {"classes": {"benign": 2, "malignant": 1}, "seed": 3}
 
 
-def noise(count: int, seed: int = 0) -> Images:
-    return np.random.default_rng(seed).integers(0, 256, (count, 12, 12, 3), dtype=np.uint8)
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, str]:
+    return make_complete_and_plain_bundle(tmp_path_factory.mktemp("bundles"))
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    root = tmp_path_factory.mktemp("bundles")
-    made = make_complete_bundle(root / "made", noise(60))
-    make_bundle(root / "made" / "plain", name="plain")
-    return made
+def bundle(bundles: tuple[Bundle, str]) -> Bundle:
+    return bundles[0]
 
 
 @dataclass
@@ -56,10 +52,9 @@ class Caller:
 
 
 @pytest.fixture(scope="module")
-def served(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    bundles = f"{bundle.location},{Path(bundle.location).parent / 'plain'}"
+def served(bundles: tuple[Bundle, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     values = {"default_model": "tiny", "max_images": 12, "auth": "keys"}
-    with service(bundles, tmp_path_factory.mktemp("data"), **values) as running:
+    with service(bundles[1], tmp_path_factory.mktemp("data"), **values) as running:
         yield running
 
 
