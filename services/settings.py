@@ -222,10 +222,11 @@ class Settings(AccessSettings, StudySettings):
         description="Whether /v1/authenticity compares uploaded images with the training images, and /v1/embeddings places "
         "them. If so, everyone who can send requests can find out whether an image is a training image.",
     )
-    training_positions: bool = Field(
-        False,
-        description="Whether GET /v1/embeddings shows where each training image is on the map, to callers with the scope "
-        "authenticity:uploads. Whoever has an image can then find out whether it is one of them.",
+    training_map: Literal["none", "counts", "positions"] = Field(
+        "counts",
+        description="What GET /v1/embeddings shows of the training images: `none`; `counts`, numbers of at least 20 images in "
+        "cubes; `positions`, also where each one is, to callers with the scope authenticity:uploads. Whoever has an image can "
+        "then find out whether it is one of them.",
     )
     max_compared_per_minute: int = Field(
         600,

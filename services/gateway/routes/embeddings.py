@@ -83,8 +83,8 @@ _COMMON_PROBLEMS = ("unknown-model", "not-acceptable", "no-index", "quota-exceed
 numbers of images in cubes. A cube with fewer than 20 images is left out, and numbers are rounded to tens, so that nothing is
 shown of one image alone. `POST` places images on the map.
 
-If the operator has switched it on (`DERMIS_TRAINING_POSITIONS`), callers with the scope `authenticity:uploads` also get the
-position of each training image.""",
+The operator can switch this off (`DERMIS_TRAINING_MAP=none`: there are no cubes) or show more (`positions`: callers with the
+scope `authenticity:uploads` also get the position of each training image).""",
     responses=problems("unknown-model", "invalid-request", "no-index", "overloaded", "not-ready", "model-unavailable"),
 )
 async def show_map(context: ContextDep, principal: _Reader, model: ModelQuery = None) -> EmbeddingMap:
@@ -93,7 +93,7 @@ async def show_map(context: ContextDep, principal: _Reader, model: ModelQuery = 
     index = index_of(bundle)
     known = await _map_of(context, bundle)
     positions = None
-    if context.settings.training_positions and principal.has_any(["authenticity:uploads"]):
+    if context.settings.training_map == "positions" and principal.has_any(["authenticity:uploads"]):
         positions = _rounded(known.positions, context.settings.authenticity_distance_step)
     return EmbeddingMap(
         model=model_and_index(bundle, index),
