@@ -197,8 +197,10 @@ class Settings(AccessSettings, StudySettings):
     max_active_datasets: int = Field(
         32, ge=1, description="Maximum number of queued and running datasets of one tenant."
     )
-    max_images: int = Field(64, ge=1, le=1024, description="Maximum number of images in one call of /v1/images.")
-    max_waiting_image_calls: int = Field(32, ge=1, description="Maximum number of calls of /v1/images at one time.")
+    max_images: int = Field(64, ge=1, le=1024, description="Maximum number of images in one call.")
+    max_waiting_image_calls: int = Field(
+        32, ge=1, description="Maximum number of calls for images at one time: /v1/images, edits, comparisons, the map."
+    )
     max_image_wait_seconds: float = Field(
         5.0,
         gt=0,
