@@ -208,6 +208,7 @@ def simulated_jobs(
         loop=asyncio.new_event_loop(),
         storage=str(folder),
         turns=Turns(1),
+        finish_turns=Turns(1),
         projection_turns=Turns(1),
     )
     return JobService(settings, ctx)

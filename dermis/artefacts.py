@@ -46,9 +46,14 @@ def detect_artefacts(image: NDArray[np.uint8]) -> Artefacts:
     Cropping can remove the frame, so pass images as they will be used.
     """
     rgb = working_size(image)
+    return artefacts_of(rgb, frame_mask(rgb))
+
+
+def artefacts_of(rgb: Floats, frame: Mask) -> Artefacts:
+    """Compute the scores of an image of the `working_size` whose `frame_mask` is known."""
     lines = _thin_dark_lines(rgb)
     return Artefacts(
-        frame=float(frame_mask(rgb).mean()),
+        frame=float(frame.mean()),
         ruler=_ruler(lines[0]),
         hair=float(_hair(lines[1] > 12).mean()),
         ink=float(_ink(rgb).mean()),

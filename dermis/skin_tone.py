@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dermis.artefacts import SIDE, Floats, frame_mask, working_size
+from dermis.artefacts import SIDE, Floats, Mask, frame_mask, working_size
 
 CLASSES = ("very light", "light", "intermediate", "tan", "brown", "dark")
 _LEAST = (55.0, 41.0, 28.0, 10.0, -30.0)  # an angle above the first one is very light, and so on
@@ -38,10 +38,15 @@ def skin_tone(image: NDArray[np.uint8]) -> float | None:
         The angle from -90 to 90; None if the frame leaves no skin.
     """
     rgb = working_size(image)
+    return skin_tone_of(rgb, frame_mask(rgb))
+
+
+def skin_tone_of(rgb: Floats, frame: Mask) -> float | None:
+    """Compute the ITA of an image of the `working_size` whose `frame_mask` is known."""
     height, width = rgb.shape[:2]
     y, x = np.mgrid[:height, :width]
     outside = np.hypot(y - (height - 1) / 2, x - (width - 1) / 2) > _BAND * SIDE
-    band = rgb[outside & ~frame_mask(rgb)]
+    band = rgb[outside & ~frame]
     if len(band) < _MIN_SHARE * height * width:
         return None
     lab = to_lab(band)

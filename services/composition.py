@@ -110,6 +110,7 @@ def compose(
         loop=asyncio.get_running_loop(),
         storage=settings.storage,
         turns=Turns(settings.shard_concurrency),
+        finish_turns=Turns(settings.shard_concurrency),
         projection_turns=Turns(1),
         min_free_bytes=settings.min_free_bytes,
         sign=None if signer is None else signer.sign,

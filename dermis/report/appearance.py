@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dermis.artefacts import NAMES, detect_artefacts
+from dermis.artefacts import NAMES, artefacts_of, frame_mask, working_size
 from dermis.cpus import available_cpus
-from dermis.skin_tone import skin_tone
+from dermis.skin_tone import skin_tone_of
 
 MAX_THREADS = 4
 _NICE = 10
@@ -36,7 +36,9 @@ MeasureImages = Callable[[NDArray[np.uint8]], list[Appearance]]
 
 def appearance(image: NDArray[np.uint8]) -> Appearance:
     """Measure one RGB image uint8 [H, W, 3]."""
-    return Appearance(detect_artefacts(image).present, skin_tone(image))
+    rgb = working_size(image)
+    frame = frame_mask(rgb)
+    return Appearance(artefacts_of(rgb, frame).present, skin_tone_of(rgb, frame))
 
 
 def appearances(images: Iterable[NDArray[np.uint8]]) -> list[Appearance]:

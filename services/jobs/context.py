@@ -75,6 +75,8 @@ class JobContext:
     storage: str
     turns: Turns
     """The places of this process for shards of datasets."""
+    finish_turns: Turns
+    """The places for the end of datasets. They are others, because measuring images for reports leaves the generator idle."""
     projection_turns: Turns
     """The place for shards of projections."""
     min_free_bytes: int = 0

@@ -111,7 +111,7 @@ def finish(ctx: JobContext, job: Job) -> None:
 def _assemble(ctx: JobContext, job: Job) -> None:
     bundle, plan = _plan_of(ctx, job)
     check = partial(stop_if_asked, ctx, job.id)
-    with ctx.turns.of(job.tenant, check) as offer_place:
+    with ctx.finish_turns.of(job.tenant, check) as offer_place:
 
         def end_batch() -> None:
             check()

@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dermis.artefacts import NAMES, THRESHOLDS, Artefacts, detect_artefacts
+from dermis.artefacts import NAMES, THRESHOLDS, Artefacts, artefacts_of, frame_mask, working_size
 from dermis.errors import DataError
 from dermis.files import atomic_write
 from dermis.image_reading import read_training_image
 from dermis.imaging import encode
-from dermis.skin_tone import CLASSES, skin_tone, tone_class
+from dermis.skin_tone import CLASSES, skin_tone_of, tone_class
 from training.data.artefacts import Summary, artefact_sheet, summarise
 from training.data.images import BROKEN_IMAGE
 from training.data.sources import Record, Source
@@ -162,7 +162,9 @@ def _measure(record: Record) -> _Measured | str:
         pixels = _pixels(record)
     except BROKEN_IMAGE as error:
         return " ".join(str(error).split())
-    return (pixels.shape[1], pixels.shape[0]), detect_artefacts(pixels), skin_tone(pixels)
+    rgb = working_size(pixels)
+    frame = frame_mask(rgb)
+    return (pixels.shape[1], pixels.shape[0]), artefacts_of(rgb, frame), skin_tone_of(rgb, frame)
 
 
 def _pixels(record: Record) -> NDArray[np.uint8]:
