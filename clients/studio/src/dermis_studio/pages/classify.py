@@ -14,6 +14,7 @@ from dermis_client.models import HeatMapMethod
 from PIL import Image, ImageOps
 
 from dermis_studio import markup
+from dermis_studio.displays import stops
 from dermis_studio.samples import DETAIL_PIXELS, find_model, png, probability
 from dermis_studio.scales import threshold_name
 from dermis_studio.sources import Picture, SourceFields, opened, picture
@@ -66,6 +67,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             chosen = await find_model(client, name)
         return [NOTHING, *source.updates(chosen, {}, _KEPT, samples=visitor.may("images")), *_of_model(chosen)]
 
+    @studio.displays.newest(3)
     async def run(
         request: gr.Request, name: str, threshold: str | None, method: HeatMapMethod | Literal["none"], *values: Any
     ) -> AsyncIterator[Any]:
@@ -97,7 +99,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         else:  # a generator without any value would empty its outputs
             yield gr.skip(), gr.skip(), gr.skip()
 
-    def stopped() -> Any:
+    def stopped(request: gr.Request) -> Any:
+        studio.displays.begin(request)
         return (
             markup.empty_state("Stopped", "Press Classify to start again."),
             gr.update(visible=True),
@@ -110,7 +113,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     loaded.then(run_if_named, inputs, outputs, concurrency_limit=None, **PRIVATE)
     model.input(choose_model, model, [result, *source.outputs, threshold, start], **PRIVATE)
     running = start.click(run, inputs, outputs, concurrency_limit=None, **PRIVATE)
-    stop.click(stopped, None, outputs, cancels=[running], **PRIVATE)
+    stops(stop.click, running)
+    stop.click(stopped, None, outputs, **PRIVATE)
 
 
 _KEPT = "<p class='ds-muted'>Your image is classified in memory, and not kept.</p>"

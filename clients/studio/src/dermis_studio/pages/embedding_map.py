@@ -14,6 +14,7 @@ from PIL import Image
 
 from dermis_studio import downloads, markup
 from dermis_studio.access import Visitor, key_of
+from dermis_studio.displays import stops
 from dermis_studio.pages.generate import parts, shares
 from dermis_studio.pages.map_points import NOT_KNOWN, OWN, PROJECTED, Point, element, of_sample, thumbnail
 from dermis_studio.samples import SampleRef, find_model
@@ -93,6 +94,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             chosen = await find_model(client, name)
         return [NOTHING, *_allowed(chosen, visitor)]
 
+    @studio.displays.newest(4)
     async def draw(
         request: gr.Request,
         name: str,
@@ -132,7 +134,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         except Exception as error:
             yield problem_of(error), gr.skip(), *ended
 
-    def stopped() -> Any:
+    def stopped(request: gr.Request) -> Any:
+        studio.displays.begin(request)
         words = '<p class="ds-muted" role="status">Stopped. The map has the images that had been placed.</p>'
         return words, gr.update(visible=True), gr.update(visible=False)
 
@@ -143,7 +146,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     running = gr.on(
         [start.click, seed.submit], draw, inputs, [status, drawing, start, stop], concurrency_limit=None, **PRIVATE
     )
-    stop.click(stopped, None, [status, start, stop], cancels=[running], **PRIVATE)
+    stops(stop.click, running)
+    stop.click(stopped, None, [status, start, stop], **PRIVATE)
 
 
 def _allowed(model: Model, visitor: Visitor) -> list[Any]:

@@ -14,6 +14,7 @@ from dermis_client.models import NoiseMode
 
 from dermis_studio import markup, snippets
 from dermis_studio.access import Visitor
+from dermis_studio.displays import stops
 from dermis_studio.samples import (
     NOISE,
     SampleRef,
@@ -98,6 +99,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         async with studio.client(request) as client:
             return gr.skip(), class_update(await find_model(client, name), None)
 
+    @studio.displays.newest(4)
     async def generate(
         model: str | None,
         class_name: str,
@@ -127,7 +129,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         except Exception as error:
             yield problem_of(error), gr.skip() if tiles else NOTHING, *ended
 
-    def stopped() -> Any:
+    def stopped(request: gr.Request) -> Any:
+        studio.displays.begin(request)
         return '<p class="ds-muted" role="status">Stopped.</p>', gr.update(visible=True), gr.update(visible=False)
 
     @shows_problems(2)
@@ -168,7 +171,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     running = gr.on(
         [start.click, seed.submit], generate, inputs, [status, grid, start, stop], concurrency_limit=None, **PRIVATE
     )
-    stop.click(stopped, None, [status, start, stop], cancels=[running], **PRIVATE)
+    stops(stop.click, running)
+    stop.click(stopped, None, [status, start, stop], **PRIVATE)
     grid.select(show, None, [detail, neighbours], concurrency_limit=None, trigger_mode="always_last", **PRIVATE)
     detail.select(show_neighbours, None, neighbours, concurrency_limit=None, trigger_mode="always_last", **PRIVATE)
 

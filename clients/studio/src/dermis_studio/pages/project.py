@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from dermis_studio import downloads, markup, scales
 from dermis_studio.access import key_of
+from dermis_studio.displays import stops
 from dermis_studio.pages.dataset_view import when
 from dermis_studio.samples import enlarged, find_model, png
 from dermis_studio.sources import content_of, drop, opened
@@ -44,7 +45,8 @@ POLL_SECONDS = 0.7
 _ON_LOAD = """
 element.addEventListener('click', (event) => {
   const button = event.target.closest('[data-act]');
-  if (button && window.confirm(button.dataset.confirm)) trigger('select', { act: button.dataset.act, id: button.dataset.id });
+  if (!button || event.detail > 1 || !window.confirm(button.dataset.confirm)) return;
+  trigger('select', { act: button.dataset.act, id: button.dataset.id });
 });
 watch('value', () => {
   const named = element.querySelector('[data-address]');
@@ -86,6 +88,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         async with studio.client(request) as client:
             return gr.skip(), class_update(await find_model(client, name))
 
+    @studio.displays.newest()
     async def run(
         request: gr.Request, file: str | None, name: str, class_name: str, schedule: str, video: bool
     ) -> AsyncIterator[Any]:
@@ -105,6 +108,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         except Exception as error:
             yield problem_of(error)
 
+    @studio.displays.newest()
     async def reopen(request: gr.Request) -> AsyncIterator[Any]:
         """Show the projection that the address names."""
         projection_id = query_of(request).get("projection")
@@ -119,22 +123,25 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         except Exception as error:
             yield problem_of(error)
 
-    async def act(event: gr.EventData, request: gr.Request) -> Any:
+    @studio.displays.newest(2)
+    async def act(event: gr.EventData, request: gr.Request) -> AsyncIterator[Any]:
         message = event._data if isinstance(event._data, dict) else {}
         try:
             async with studio.client(request) as client:
                 await client.projections.delete(str(message.get("id")))
             done = markup.success("The projection, its latent and its images are deleted.")
-            return f'<div data-address="project">{done}</div>', ""
+            yield f'<div data-address="project">{done}</div>', ""
         except Exception as error:
-            return problem_of(error), gr.skip()
+            yield problem_of(error), gr.skip()
 
     blocks.load(load, None, [result, model, class_name, start], **PRIVATE)
     reopened = blocks.load(reopen, None, result, concurrency_limit=None, **PRIVATE)
     model.input(choose_model, model, [result, class_name], **PRIVATE)
     inputs = [file, model, class_name, schedule, video]
-    running = start.click(run, inputs, result, concurrency_limit=None, cancels=[reopened], **PRIVATE)
-    result.select(act, None, [result, file], cancels=[running, reopened], **PRIVATE)
+    stops(start.click, reopened)
+    running = start.click(run, inputs, result, concurrency_limit=None, **PRIVATE)
+    stops(result.select, running, reopened)
+    result.select(act, None, [result, file], concurrency_limit=None, trigger_mode="multiple", **PRIVATE)
 
 
 def class_update(model: Model) -> Any:
