@@ -27,6 +27,7 @@ from dermis_studio.samples import (
     reduced,
     tile_image,
 )
+from dermis_studio.starts import links, offered
 from dermis_studio.studio import PRIVATE, Studio, chosen_model, heading, html, problem_of, query_of, shows_problems
 
 MAX_IMAGES = 64
@@ -240,17 +241,7 @@ def described(
 ) -> str:
     """Return everything about one image."""
     picture = enlarged(image.content, image.media_type, f"Generated image: {sample.words}", "")
-    starts = "".join(
-        f'<a class="ds-button" href="{path}?{escape(sample.query)}">{name}</a>'
-        for path, name, scopes in (
-            ("explore", "Explore", ("edits",)),
-            ("authenticity", "Authenticity", ("authenticity:generated",)),
-            ("classify", "Classify", ("classify",)),
-            ("map", "Map", ("authenticity:generated",)),
-            ("datasets", "Dataset", ("datasets:write",)),
-        )
-        if visitor.may(*scopes)
-    )
+    starts = links(sample.query, offered(visitor))
     rows = [
         ("Class", escape(sample.class_name)),
         ("Seed, index", f"{sample.seed}, {sample.index}"),

@@ -17,6 +17,7 @@ from dermis_studio.displays import stops
 from dermis_studio.pages.dataset_view import when
 from dermis_studio.samples import enlarged, find_model, png
 from dermis_studio.sources import content_of, drop, opened
+from dermis_studio.starts import links, offered
 from dermis_studio.studio import (
     PRIVATE,
     Studio,
@@ -268,20 +269,13 @@ async def described(
         ("Expires", escape(when(projection.expires_at))),
     ]
     visitor = await studio.visitor(request)
-    links = "".join(
-        f'<a class="ds-button{strong}" href="{path}?projection={escape(projection.id)}">{words}</a>'
-        for path, words, strong, scope in (
-            ("explore", "Explore", " ds-strong", "edits"),
-            ("map", "Map", "", "authenticity:generated"),
-        )
-        if visitor.may(scope)
-    )
-    links += "".join(
+    starts = links(f"projection={projection.id}", offered(visitor, projection=True), "explore")
+    files = "".join(
         f'<a class="ds-button" href="{at}/{escape(names[kind])}" download>{words}</a>'
         for kind, words in (("latents", "Save latent"), ("image", "Save image"), ("video", "Save film"))
         if kind in names
     )
     return (
         f'<div class="ds-panel ds-section">{_top(projection, "Delete")}<div class="ds-pair">{pictures}</div>'
-        f'<div class="ds-actions">{links}</div>{markup.facts(rows)}{film}</div>'
+        f'<div class="ds-actions">{starts}{files}</div>{markup.facts(rows)}{film}</div>'
     )
