@@ -52,7 +52,7 @@ def test_displays_of_pages_beyond_the_limit_end() -> None:
     assert not first() and second()
 
 
-@pytest.mark.parametrize("path", ["", "classify", "datasets", "map", "project", "studies"])
+@pytest.mark.parametrize("path", ["", "classify", "datasets", "explore", "map", "project", "studies"])
 def test_page_stops_what_runs_before_it_sends_an_event(path: str) -> None:
     """Gradio sends a listener once the one before it has ended, and ignores an event whose listener still runs."""
     service = Service("http://127.0.0.1:9")

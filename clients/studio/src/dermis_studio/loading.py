@@ -9,11 +9,11 @@ import gradio as gr
 from dermis_client import Model
 
 from dermis_studio.access import Visitor
+from dermis_studio.displays import Handler
 from dermis_studio.samples import find_model
 from dermis_studio.studio import PRIVATE, Studio, chosen_model, query_of, shows_problems
 
 Updates = Callable[[Model, Visitor, dict[str, str]], Sequence[Any]]
-Handler = Callable[..., AsyncIterator[Any]]
 
 
 def fill_for_model(
@@ -63,7 +63,7 @@ def fill_for_model(
     return loaded
 
 
-def run_if_named(loaded: Any, run: Handler, inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
+def run_if_named(loaded: Any, run: Handler, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
     """Run a page after it has been loaded, if its address names a sample.
 
     Args:
@@ -71,9 +71,6 @@ def run_if_named(loaded: Any, run: Handler, inputs: Sequence[Any], outputs: Sequ
         run: What the button of the page does. Its first parameter is the request.
         inputs: Its inputs.
         outputs: Its outputs.
-
-    Returns:
-        This run, so that a button can stop it.
     """
 
     async def run_named(request: gr.Request, *values: Any) -> AsyncIterator[Any]:
@@ -83,4 +80,4 @@ def run_if_named(loaded: Any, run: Handler, inputs: Sequence[Any], outputs: Sequ
         else:  # a generator without any value would empty its outputs
             yield gr.skip() if len(outputs) == 1 else tuple(gr.skip() for _ in outputs)
 
-    return loaded.then(run_named, list(inputs), list(outputs), concurrency_limit=None, **PRIVATE)
+    loaded.then(run_named, list(inputs), list(outputs), concurrency_limit=None, **PRIVATE)

@@ -15,12 +15,11 @@ from PIL import Image, ImageOps
 
 from dermis_studio import markup
 from dermis_studio.access import Visitor
-from dermis_studio.displays import stops
 from dermis_studio.loading import fill_for_model, run_if_named
 from dermis_studio.samples import DETAIL_PIXELS, find_model, png, probability
 from dermis_studio.scales import threshold_name
 from dermis_studio.sources import Picture, SourceFields, opened, picture
-from dermis_studio.studio import PRIVATE, Studio, heading, html, problem_of, query_of
+from dermis_studio.studio import Studio, heading, html, problem_of, query_of
 
 NOTHING = markup.empty_state("No image classified yet", "Choose a sample or an image, then press Classify.")
 NOTICE = (
@@ -54,16 +53,11 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     def updates(chosen: Model, visitor: Visitor, query: dict[str, str]) -> list[Any]:
         return [*source.updates(chosen, query, _KEPT, samples=visitor.may("images")), *_of_model(chosen)]
 
-    @studio.displays.newest(3)
     async def run(
         request: gr.Request, name: str, threshold: str | None, method: HeatMapMethod | Literal["none"], *values: Any
     ) -> AsyncIterator[Any]:
-        running, ended = (
-            [gr.update(visible=False), gr.update(visible=True)],
-            [gr.update(visible=True), gr.update(visible=False)],
-        )
         text = "Classifying the image" if method == "none" else "Classifying the image and computing the heat map"
-        yield markup.progress(text, None), *running
+        yield markup.progress(text, None)
         try:
             async with studio.client(request) as client:
                 chosen = await find_model(client, name)
@@ -74,26 +68,17 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                     threshold=threshold or None,
                     heat_map=None if method == "none" else method,
                 )
-            yield await asyncio.to_thread(described, image, chosen, classified), *ended
+            yield await asyncio.to_thread(described, image, chosen, classified)
         except Exception as error:
-            yield problem_of(error), *ended
+            yield problem_of(error)
 
-    def stopped(request: gr.Request) -> Any:
-        studio.displays.begin(request)
-        return (
-            markup.empty_state("Stopped", "Press Classify to start again."),
-            gr.update(visible=True),
-            gr.update(visible=False),
-        )
-
-    inputs, outputs = [model, threshold, method, *source.inputs], [result, start, stop]
+    inputs = [model, threshold, method, *source.inputs]
+    stopped = markup.empty_state("Stopped", "Press Classify to start again.")
+    shown = studio.displays.run_until_stopped([start.click], run, inputs, [result], (start, stop), stopped)
     source.fill_from_address(blocks)
     fields = [*source.outputs, threshold, start]
     loaded = fill_for_model(studio, blocks, model, fields, updates, problem=result, result=result, nothing=NOTHING)
-    named = run_if_named(loaded, run, inputs, outputs)
-    running = start.click(run, inputs, outputs, concurrency_limit=None, **PRIVATE)
-    stops(stop.click, running, named)
-    stop.click(stopped, None, outputs, **PRIVATE)
+    run_if_named(loaded, shown, inputs, [result, start, stop])
 
 
 _KEPT = "<p class='ds-muted'>Your image is classified in memory, and not kept.</p>"

@@ -14,7 +14,6 @@ from PIL import Image
 
 from dermis_studio import downloads, markup
 from dermis_studio.access import Visitor, key_of
-from dermis_studio.displays import stops
 from dermis_studio.loading import fill_for_model
 from dermis_studio.pages.generate import parts, shares
 from dermis_studio.pages.map_points import NOT_KNOWN, OWN, PROJECTED, Point, element, of_sample, thumbnail
@@ -22,7 +21,6 @@ from dermis_studio.samples import SampleRef, find_model
 from dermis_studio.sources import content_of, drop, opened
 from dermis_studio.starts import offered
 from dermis_studio.studio import (
-    PRIVATE,
     AddressField,
     Studio,
     cookies_of,
@@ -76,7 +74,6 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             status = html()
             drawing = html(NOTHING)
 
-    @studio.displays.newest(4)
     async def draw(
         request: gr.Request,
         name: str,
@@ -86,12 +83,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         projections: str | None,
         file: str | None,
     ) -> AsyncIterator[Any]:
-        running, ended = (
-            (gr.update(visible=False), gr.update(visible=True)),
-            (gr.update(visible=True), gr.update(visible=False)),
-        )
         total = int(count)
-        yield markup.progress("Reading the map of the training images", None), gr.skip(), *running
+        yield markup.progress("Reading the map of the training images", None), gr.skip()
         try:
             visitor = await studio.visitor(request)
             async with studio.client(request) as client:
@@ -100,36 +93,28 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 points = await _named(studio, client, request, visitor, chosen, projections, file)
                 first = 0 if points else None
                 named, done, calls = {point.query for point in points}, 0, 0
-                yield markup.progress(f"0 of {total} images", 0.0), element(known, points, first), *running
+                yield markup.progress(f"0 of {total} images", 0.0), element(known, points, first)
                 async for part in _samples(client, visitor, chosen, total, int(seed or 0), truncation):
                     points += [point for point in part if point.query not in named]
                     calls, done = calls + 1, done + len(part)
                     shown = calls % _SHOWN_EVERY == 0 and done < total
                     drawn = await asyncio.to_thread(element, known, points, first) if shown else gr.skip()
-                    yield markup.progress(f"{done} of {total} images", done / total), drawn, *running
+                    yield markup.progress(f"{done} of {total} images", done / total), drawn
             words = f"{len(points)} images. {_explained(known)}"
             yield (
                 f'<p class="ds-muted" role="status">{words}</p>',
                 await asyncio.to_thread(element, known, points, first),
-                *ended,
             )
         except Exception as error:
-            yield problem_of(error), gr.skip(), *ended
-
-    def stopped(request: gr.Request) -> Any:
-        studio.displays.begin(request)
-        words = '<p class="ds-muted" role="status">Stopped. The map has the images that had been placed.</p>'
-        return words, gr.update(visible=True), gr.update(visible=False)
+            yield problem_of(error), gr.skip()
 
     fill_from_address(blocks, AddressField("seed", seed), AddressField("projection", projections))
     fields = [of_projections, of_file, note, start]
     fill_for_model(studio, blocks, model, fields, _allowed, problem=status, result=drawing, nothing=NOTHING)
     inputs = [model, count, seed, truncation, projections, file]
-    running = gr.on(
-        [start.click, seed.submit], draw, inputs, [status, drawing, start, stop], concurrency_limit=None, **PRIVATE
-    )
-    stops(stop.click, running)
-    stop.click(stopped, None, [status, start, stop], **PRIVATE)
+    words = '<p class="ds-muted" role="status">Stopped. The map has the images that had been placed.</p>'
+    events = [start.click, seed.submit]
+    studio.displays.run_until_stopped(events, draw, inputs, [status, drawing], (start, stop), (words, gr.skip()))
 
 
 def _allowed(model: Model, visitor: Visitor, query: dict[str, str]) -> list[Any]:
