@@ -69,3 +69,28 @@ def test_page_stops_what_runs_before_it_sends_an_event(path: str) -> None:
             assert order[-1] is False and all(each.fn is None for each in listeners[target][:-1])
         if target[1] == "select" and path in {"datasets", "project", "studies"}:
             assert [each.trigger_mode for each in listeners[target] if each.fn] == ["multiple"]
+
+
+def test_button_that_stops_a_handler_is_shown_while_it_runs() -> None:
+    displays = Displays()
+
+    async def counting(request: gr.Request) -> AsyncIterator[Any]:
+        for number in range(2):
+            yield number
+
+    with gr.Blocks():
+        start, stop, result = gr.Button(), gr.Button(), gr.HTML()
+        shown = displays.run_until_stopped([start.click], counting, [], [result], (start, stop), "Stopped", "map")
+    hidden, visible = gr.update(visible=False), gr.update(visible=True)
+
+    async def check() -> None:
+        ran = [values async for values in shown(request("one"))]
+        assert ran == [(0, hidden, visible), (1, hidden, visible), (gr.skip(), visible, hidden)]
+        stopped = shown(request("one"))
+        await anext(stopped)
+        displays.begin(request("one"))  # elsewhere on the page
+        assert await anext(stopped) == (1, hidden, visible)
+        displays.begin(request("one"), "map")
+        assert [values async for values in stopped] == [(gr.skip(),) * 3]  # the buttons are those of what stopped it
+
+    asyncio.run(check())
