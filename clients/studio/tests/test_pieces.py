@@ -209,7 +209,8 @@ def test_form_of_a_study_stays_in_its_place_while_the_page_is_shown_again() -> N
 def place_of(content: str, name: str) -> tuple[int, ...]:
     """The places of an element and of those around it among the elements beside them, from outside."""
     places: list[tuple[int, ...]] = []
-    counts, path = [0], []
+    counts: list[int] = [0]
+    path: list[int] = []
 
     class Places(HTMLParser):
         def handle_starttag(self, tag: str, attributes: Any) -> None:
