@@ -49,7 +49,14 @@ element.addEventListener('click', (event) => {
   if (!button || event.detail > 1 || !window.confirm(button.dataset.confirm)) return;
   trigger('select', { act: button.dataset.act, id: button.dataset.id });
 });
+// The kind of enlargement that was chosen stays when the next reconstruction arrives.
+let view = '';
+element.addEventListener('click', (event) => {
+  const button = event.target.closest('[data-ds-show]');
+  if (button) view = button.dataset.dsShow;
+});
 watch('value', () => {
+  if (view) for (const button of element.querySelectorAll(`[data-ds-show="${view}"][aria-pressed="false"]`)) button.click();
   const named = element.querySelector('[data-address]');
   if (named) history.replaceState(null, '', named.dataset.address);
 });
