@@ -185,7 +185,7 @@ async def followed(
         yield (
             f'<div class="ds-panel '
             f'ds-section">{_top(projection, "Cancel and delete")}{markup.progress(waiting, fraction)}'
-            f'<div class="ds-pair">{own}{current or _waiting_figure(projection)}</div></div>'
+            f'<div class="ds-pair ds-live">{own}{current or _waiting_figure(projection)}</div></div>'
         )
         await asyncio.sleep(POLL_SECONDS)
         projection = await client.projections.retrieve(projection.id)
@@ -204,9 +204,10 @@ async def followed(
 
 def _own_figure(content: bytes) -> str:
     """The image of the visitor beside its reconstruction."""
+    url = markup.data_url(_square(content), "image/png")
     return (
-        f'<figure class="ds-figure"><div><img src="{markup.data_url(_square(content), "image/png")}" width="384" height="384" '
-        'alt="Your image"></div><figcaption>Your image: the centred square, at 384 px (Lanczos).</figcaption></figure>'
+        f'<figure class="ds-figure ds-own"><div><img src="{url}" width="384" height="384" alt="Your image"></div>'
+        "<figcaption>Your image: the centred square, at 384 px (Lanczos).</figcaption></figure>"
     )
 
 
