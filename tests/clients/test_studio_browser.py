@@ -54,6 +54,13 @@ def shows(page: Any, text: str, seconds: float = WAIT_SECONDS) -> None:
     page.get_by_text(text).first.wait_for(timeout=1000 * seconds)
 
 
+def make_dark(page: Any) -> None:
+    """Switch to the dark theme, and wait until its colours are there."""
+    page.locator("[data-ds-theme]").click()
+    assert page.locator("html").get_attribute("data-theme") == "dark"
+    page.wait_for_function("document.getAnimations().length === 0")
+
+
 def picture(size: int = 160) -> dict[str, Any]:
     """A file for the field of an upload: a reddish disc on skin-like colour."""
     image = Image.new("RGB", (size, size), (224, 172, 150))
@@ -316,9 +323,7 @@ def test_page_does_its_work_and_is_accessible(browser: Browser, name: str) -> No
     PAGES[name].use(page)
     page.wait_for_function("document.querySelectorAll('.ds-bar').length === 0")
     assert violations(page) == []
-    page.locator("[data-ds-theme]").click()
-    assert page.locator("html").get_attribute("data-theme") == "dark"
-    page.wait_for_function("document.getAnimations().length === 0")
+    make_dark(page)
     assert violations(page) == []
 
 
@@ -384,7 +389,7 @@ def test_reader_study_from_its_creation_to_its_results(browser: Browser) -> None
     shows(page, "Results so far")
     assert "4 of 4" in page.locator(".ds-study").inner_text()
     assert violations(page) == []
-    page.locator("[data-ds-theme]").click()
+    make_dark(page)
     assert violations(page) == []
     with page.expect_download() as saved:
         page.get_by_role("link", name="Answers as CSV").click()
