@@ -423,6 +423,24 @@ def test_what_is_entered_while_a_page_loads_is_kept(browser: Browser) -> None:
 
 
 @pytest.mark.full
+def test_what_was_stopped_stays_stopped(browser: Browser) -> None:
+    page = browser.open("")
+    page.wait_for_load_state("networkidle")
+    number = page.get_by_label("number input for Number of images")
+    number.fill("64")
+    number.press("Enter")
+    press(page, "Generate")
+    page.locator(".ds-tile").first.wait_for()
+    press(page, "Stop")
+    shows(page, "Stopped.")
+    tiles = page.locator(".ds-tile").count()
+    page.wait_for_timeout(2000)  # of what was on its way
+    assert page.get_by_text("Stopped.").is_visible() and page.locator(".ds-tile").count() == tiles < 64
+    press(page, "Generate")
+    page.get_by_role("button", name="Stop", exact=True).wait_for()
+
+
+@pytest.mark.full
 def test_a_refused_number_names_its_field(browser: Browser) -> None:
     page = browser.open("explore")
     page.wait_for_load_state("networkidle")
