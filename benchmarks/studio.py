@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def gateway_megabytes(port: int) -> float:
     return 0.0
 
 
-def projection_seconds(bundle: Bundle, rounds: int) -> dict[str, Any]:
+def projection_seconds(bundle: Bundle, rounds: int, steps: int) -> dict[str, Any]:
     """Time projections of a generated image with and without previews, in turns."""
     import torch
 
@@ -94,19 +95,22 @@ def projection_seconds(bundle: Bundle, rounds: int) -> dict[str, Any]:
     from dermis.projection.schedule import FAST
     from dermis.synthesizer import Synthesizer
     from services.inference.projections import ProjectionPreview, ProjectionTask, project_images
+    from services.settings import Settings
 
     torch.set_num_threads(available_cpus())
     with Synthesizer(bundle, device="cpu") as synthesizer:
         image = synthesizer.images([0], [0], [0])
-    projector = ImageProjector(bundle, device="cpu", encode=load_encoder(bundle, device="cpu"))
+    encoder = load_encoder(bundle, device="cpu")
+    projector = ImageProjector(
+        bundle, distance=Settings.model_fields["projection_distance"].default, device="cpu", encode=encoder
+    )
+    task = ProjectionTask(replace(FAST, steps=steps))
     times: dict[bool, list[float]] = {True: [], False: []}
     previews: list[list[ProjectionPreview]] = []
     for number in range(-1, 2 * rounds):
         shown = number % 2 == 0
         started = time.perf_counter()
-        project_images(
-            projector, image, [None], ProjectionTask(FAST), lambda steps: None, previews.append if shown else None
-        )
+        project_images(projector, image, [None], task, lambda done: None, previews.append if shown else None)
         if number >= 0:  # the first one compiles and allocates
             times[shown].append(time.perf_counter() - started)
     return {
@@ -114,6 +118,7 @@ def projection_seconds(bundle: Bundle, rounds: int) -> dict[str, Any]:
         "projection_seconds_without": statistics.median(times[False]),
         "previews_of_a_projection": len(previews) / rounds,
         "projections": rounds,
+        "projection_steps": steps,
     }
 
 
@@ -175,11 +180,14 @@ def main() -> None:
     parser.add_argument("--bundle", default=str(DEMO))
     parser.add_argument("--interactions", type=int, default=200, help="movements of sliders, at least 4")
     parser.add_argument("--projections", type=int, default=5, help="projections of each kind; 0: none")
+    parser.add_argument(
+        "--steps", type=int, default=100, help="steps of a projection; 100 are those of the fast schedule"
+    )
     options = parser.parse_args()
     bundle = open_bundle(options.bundle)
     result = measure(bundle, options.interactions)
     if options.projections:
-        result |= projection_seconds(bundle, options.projections)
+        result |= projection_seconds(bundle, options.projections, options.steps)
     if options.json:
         print(json.dumps(result))
         return
@@ -209,7 +217,11 @@ def table(result: dict[str, Any]) -> list[str]:
     if "projections" in result:
         many = f"{result['previews_of_a_projection']:.1f}"
         rows += [
-            (f"projection with previews ({many} of them)", f"{result['projection_seconds_with_previews']:.2f} s", ""),
+            (
+                f"projection of {result['projection_steps']} steps with previews ({many} of them)",
+                f"{result['projection_seconds_with_previews']:.2f} s",
+                "",
+            ),
             ("projection without previews", f"{result['projection_seconds_without']:.2f} s", ""),
         ]
     lines = ["| | measured | required |", "| --- | --- | --- |"]
