@@ -411,7 +411,11 @@ def test_reader_study_from_its_creation_to_its_results(browser: Browser) -> None
 def test_what_is_entered_while_a_page_loads_is_kept(browser: Browser) -> None:
     page = browser.page()
     held: list[Any] = []
-    page.route("**/gradio_api/queue/join*", lambda route: held.append(route))  # the events of the page wait
+
+    def hold(route: Any) -> None:  # Playwright marks the function, so it cannot be a method of the list
+        held.append(route)
+
+    page.route("**/gradio_api/queue/join*", hold)  # the events of the page wait
     page.goto(f"{browser.address}/studio/authenticity?class_name=benign&seed=5&index=3")
     page.wait_for_function("[...document.querySelectorAll('input[type=number]')].some(field => field.value === '5')")
     page.get_by_label("Seed").fill("77")
