@@ -1,11 +1,13 @@
-"""Speed of the studio: `python -m benchmarks.studio [--json] [--bundle DIR] [--interactions N]`.
+"""Speed of the studio: `python -m benchmarks.studio [--json] [--bundle DIR] [--interactions N] [--projections N]`.
 
 A real service with the bundle and a real browser (Chromium). Measured are, on this machine:
 
 - the first page from the request until its fields can be used, in a browser that has its files already (warm) and in one
   that has none (cold);
 - Explore, from the last movement of a slider until the edited image is shown;
-- the memory of the page (JavaScript heap after a collection) and of the gateway, before and after many interactions.
+- the memory of the page (JavaScript heap after a collection) and of the gateway, before and after many interactions;
+- the time of a projection (one image, the fast schedule) with the previews that the page Project shows and without, in turns,
+  in this process after the service has been stopped.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +74,56 @@ def heap_megabytes(page: Any) -> float:
 
 
 def gateway_megabytes(port: int) -> float:
-    """Resident memory of the process that listens on a port."""
+    """Resident memory of the gateway, the largest of the processes that hold the socket of a port; 0 if none is found.
+
+    The supervisor that opened the socket holds it too.
+    """
+    sizes = [0.0]
     for process in psutil.process_iter(["pid"]):
         try:
             listening = [each for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
             if any(each.laddr.port == port for each in listening):
-                return float(process.memory_info().rss) / 1e6
+                sizes.append(float(process.memory_info().rss) / 1e6)
         except (psutil.AccessDenied, psutil.NoSuchProcess):
             continue
-    return 0.0
+    return max(sizes)
+
+
+def projection_seconds(bundle: Bundle, rounds: int, steps: int) -> dict[str, Any]:
+    """Time projections of a generated image with and without previews, in turns."""
+    import torch
+
+    from dermis.cpus import available_cpus
+    from dermis.projection.encoder import load_encoder
+    from dermis.projection.projector import ImageProjector
+    from dermis.projection.schedule import FAST
+    from dermis.synthesizer import Synthesizer
+    from services.inference.projections import ProjectionPreview, ProjectionTask, project_images
+    from services.settings import Settings
+
+    torch.set_num_threads(available_cpus())
+    with Synthesizer(bundle, device="cpu") as synthesizer:
+        image = synthesizer.images([0], [0], [0])
+    encoder = load_encoder(bundle, device="cpu")
+    projector = ImageProjector(
+        bundle, distance=Settings.model_fields["projection_distance"].default, device="cpu", encode=encoder
+    )
+    task = ProjectionTask(replace(FAST, steps=steps))
+    times: dict[bool, list[float]] = {True: [], False: []}
+    previews: list[list[ProjectionPreview]] = []
+    for number in range(-1, 2 * rounds):
+        shown = number % 2 == 0
+        started = time.perf_counter()
+        project_images(projector, image, [None], task, lambda done: None, previews.append if shown else None)
+        if number >= 0:  # the first one compiles and allocates
+            times[shown].append(time.perf_counter() - started)
+    return {
+        "projection_seconds_with_previews": statistics.median(times[True]),
+        "projection_seconds_without": statistics.median(times[False]),
+        "previews_of_a_projection": len(previews) / rounds,
+        "projections": rounds,
+        "projection_steps": steps,
+    }
 
 
 def measure(bundle: Bundle, interactions: int) -> dict[str, Any]:
@@ -136,23 +180,61 @@ def measure(bundle: Bundle, interactions: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the lines")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument("--bundle", default=str(DEMO))
-    parser.add_argument("--interactions", type=int, default=200)
+    parser.add_argument("--interactions", type=int, default=200, help="movements of sliders, at least 4")
+    parser.add_argument("--projections", type=int, default=5, help="projections of each kind; 0: none")
+    parser.add_argument(
+        "--steps", type=int, default=100, help="steps of a projection; 100 are those of the fast schedule"
+    )
     options = parser.parse_args()
-    result = measure(open_bundle(options.bundle), options.interactions)
+    bundle = open_bundle(options.bundle)
+    result = measure(bundle, options.interactions)
+    if options.projections:
+        result |= projection_seconds(bundle, options.projections, options.steps)
     if options.json:
         print(json.dumps(result))
         return
-    print(f"first page, cold   {result['first_page_cold_seconds']:.2f} s")
-    print(f"first page, warm   {result['first_page_warm_seconds']:.2f} s (required: {REQUIRED_PAGE_SECONDS:g} s)")
-    median, slow = result["image_after_slider_seconds"], result["image_after_slider_seconds_p90"]
-    print(f"image after slider {median:.3f} s, 90 % below {slow:.3f} s (required: {REQUIRED_IMAGE_SECONDS:g} s)")
-    for name, key in (("page heap", "page_heap_megabytes"), ("gateway", "gateway_megabytes")):
-        print(
-            f"{name:<18} {' '.join(f'{each:.0f}' for each in result[key])} MB over {result['interactions']} interactions"
-        )
-    print(f"met: {'yes' if result['met'] else 'NO'}")
+    for line in table(result):
+        print(line)
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """Return the lines of the table of docs/benchmarks.md."""
+    over = f"MB over {result['interactions']} interactions"
+    rows = [
+        ("first page, cold", f"{result['first_page_cold_seconds']:.2f} s", ""),
+        ("first page, warm", f"{result['first_page_warm_seconds']:.2f} s", f"{REQUIRED_PAGE_SECONDS:g} s"),
+        (
+            "image after a slider, median",
+            f"{result['image_after_slider_seconds']:.3f} s",
+            f"{REQUIRED_IMAGE_SECONDS:g} s",
+        ),
+        ("90 % of the images", f"{result['image_after_slider_seconds_p90']:.3f} s", ""),
+        (
+            "heap of the page",
+            f"{' '.join(f'{each:.0f}' for each in result['page_heap_megabytes'])} {over}",
+            "no growth",
+        ),
+        ("gateway", f"{' '.join(f'{each:.0f}' for each in result['gateway_megabytes'])} {over}", "no growth"),
+    ]
+    if "projections" in result:
+        many = f"{result['previews_of_a_projection']:.1f}"
+        rows += [
+            (
+                f"projection of {result['projection_steps']} steps with previews ({many} of them)",
+                f"{result['projection_seconds_with_previews']:.2f} s",
+                "",
+            ),
+            ("projection without previews", f"{result['projection_seconds_without']:.2f} s", ""),
+        ]
+    lines = ["| | measured | required |", "| --- | --- | --- |"]
+    lines += [f"| {name} | {value} | {required} |" for name, value, required in rows]
+    return [
+        *lines,
+        "",
+        f"{result['bundle']}, {result['cpus']} cores; page and image met: {'yes' if result['met'] else 'NO'}",
+    ]
 
 
 if __name__ == "__main__":

@@ -54,6 +54,13 @@ def shows(page: Any, text: str, seconds: float = WAIT_SECONDS) -> None:
     page.get_by_text(text).first.wait_for(timeout=1000 * seconds)
 
 
+def make_dark(page: Any) -> None:
+    """Switch to the dark theme, and wait until its colours are there."""
+    page.locator("[data-ds-theme]").click()
+    assert page.locator("html").get_attribute("data-theme") == "dark"
+    page.wait_for_function("document.getAnimations().length === 0")
+
+
 def picture(size: int = 160) -> dict[str, Any]:
     """A file for the field of an upload: a reddish disc on skin-like colour."""
     image = Image.new("RGB", (size, size), (224, 172, 150))
@@ -316,9 +323,7 @@ def test_page_does_its_work_and_is_accessible(browser: Browser, name: str) -> No
     PAGES[name].use(page)
     page.wait_for_function("document.querySelectorAll('.ds-bar').length === 0")
     assert violations(page) == []
-    page.locator("[data-ds-theme]").click()
-    assert page.locator("html").get_attribute("data-theme") == "dark"
-    page.wait_for_function("document.getAnimations().length === 0")
+    make_dark(page)
     assert violations(page) == []
 
 
@@ -384,7 +389,7 @@ def test_reader_study_from_its_creation_to_its_results(browser: Browser) -> None
     shows(page, "Results so far")
     assert "4 of 4" in page.locator(".ds-study").inner_text()
     assert violations(page) == []
-    page.locator("[data-ds-theme]").click()
+    make_dark(page)
     assert violations(page) == []
     with page.expect_download() as saved:
         page.get_by_role("link", name="Answers as CSV").click()
@@ -406,15 +411,38 @@ def test_reader_study_from_its_creation_to_its_results(browser: Browser) -> None
 def test_what_is_entered_while_a_page_loads_is_kept(browser: Browser) -> None:
     page = browser.page()
     held: list[Any] = []
-    page.route("**/gradio_api/queue/join*", held.append)  # the events of the page wait
+
+    def hold(route: Any) -> None:
+        held.append(route)
+
+    join = "**/gradio_api/queue/join*"
+    page.route(join, hold)  # the events of the page wait
     page.goto(f"{browser.address}/studio/authenticity?class_name=benign&seed=5&index=3")
     page.wait_for_function("[...document.querySelectorAll('input[type=number]')].some(field => field.value === '5')")
     page.get_by_label("Seed").fill("77")
-    page.unroute("**/gradio_api/queue/join*")
+    page.route(join, lambda route: route.continue_())  # later ones do not
     for route in held:
         route.continue_()
     shows(page, "Limits of this answer")
     assert (page.get_by_label("Seed").input_value(), page.get_by_label("Index").input_value()) == ("77", "3")
+
+
+@pytest.mark.full
+def test_what_was_stopped_stays_stopped(browser: Browser) -> None:
+    page = browser.open("")
+    page.wait_for_load_state("networkidle")
+    number = page.get_by_label("number input for Number of images")
+    number.fill("64")
+    number.press("Enter")
+    press(page, "Generate")
+    page.locator(".ds-tile").first.wait_for()
+    press(page, "Stop")
+    shows(page, "Stopped.")
+    tiles = page.locator(".ds-tile").count()
+    page.wait_for_timeout(2000)  # of what was on its way
+    assert page.get_by_text("Stopped.").is_visible() and page.locator(".ds-tile").count() == tiles < 64
+    press(page, "Generate")
+    page.get_by_role("button", name="Stop", exact=True).wait_for()
 
 
 @pytest.mark.full

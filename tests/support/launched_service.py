@@ -75,12 +75,14 @@ def launching(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
         launched.append(Launched(process, client, log))
         return launched[-1]
 
-    yield start
-    for service in launched:
-        service.client.close()
-        service.process.terminate()
-    for service in launched:
-        try:
-            service.process.wait(20)
-        except subprocess.TimeoutExpired:
-            service.process.kill()
+    try:
+        yield start
+    finally:  # also when the test fails or leaves a loop over this generator
+        for service in launched:
+            service.client.close()
+            service.process.terminate()
+        for service in launched:
+            try:
+                service.process.wait(20)
+            except subprocess.TimeoutExpired:
+                service.process.kill()

@@ -7,6 +7,7 @@ import html
 import io
 import json
 import shlex
+from html.parser import HTMLParser
 from typing import Any
 
 import gradio as gr
@@ -14,7 +15,7 @@ import pytest
 from dermis_client import APIConnectionError, DermisError, Embedding, EmbeddingMap, Model, Study, StudyResults
 from dermis_client.errors import RateLimitError, UnprocessableEntityError
 from dermis_client.models import Problem
-from dermis_client.studies import StudyImages
+from dermis_client.studies import NewInvitation, StudyImages
 from dermis_studio import markup, scales, snippets
 from dermis_studio.pages import map_points, study_view
 from dermis_studio.samples import SampleRef, words_of
@@ -154,19 +155,28 @@ def test_bars_of_the_distance_scale_have_the_area_of_their_share() -> None:
     assert scales.distance_scale(0.3, {}) == ""
 
 
-def test_study_is_described_without_markup_from_outside() -> None:
-    study = Study.model_validate(
+NOW = "2026-11-29T00:00:00Z"
+
+
+def studied(**fields: Any) -> Study:
+    """An open study of four images."""
+    return Study.model_validate(
         {
             "id": f"st_{'0' * 32}",
-            "name": "<b>Pilot",
+            "name": "Pilot",
             "state": "open",
             "images": 4,
-            "seed": 987654321987,
+            "seed": 1,
             "model": {"name": "demo", "digest": "d" * 64},
-            "created_at": "2026-11-29T00:00:00Z",
+            "created_at": NOW,
             "expires_at": "2027-05-28T00:00:00Z",
         }
+        | fields
     )
+
+
+def test_study_is_described_without_markup_from_outside() -> None:
+    study = studied(name="<b>Pilot", seed=987654321987)
     rate = {"count": 3, "total": 4, "share": 0.75, "low": 0.3, "high": 0.95}
     rates = dict.fromkeys(("accuracy", "sensitivity", "specificity", "called_generated"), rate)
     reader = {"invitation": "a", "label": "<i>R", "answered": 4, "rates": rates, "d_prime": 1, "criterion": 0}
@@ -179,6 +189,47 @@ def test_study_is_described_without_markup_from_outside() -> None:
     collecting = study.model_copy(update={"state": "collecting", "classes": {"nevus": StudyImages(uploaded=1)}})
     waiting = study_view.described(collecting)
     assert "Upload 1 more" in waiting and 'data-act="open"' in waiting and " disabled>Choose the images" in waiting
+
+
+def test_form_of_a_study_stays_in_its_place_while_the_page_is_shown_again() -> None:
+    """Gradio compares what it shows with what was there place by place, and replaces an element that is another one."""
+    study = studied(state="preparing")
+    invitation = {"id": "a", "label": "R", "state": "active", "answered": 0, "created_at": NOW, "expires_at": NOW}
+    made = NewInvitation.model_validate(invitation | {"token": "t", "path": "/read#t", "url": "http://host/read#t"})
+    opened = study.model_copy(update={"state": "open"})
+    shown = [
+        study_view.described(study),
+        study_view.described(opened),
+        study_view.described(opened, [made], None, made, markup.success("Done")),
+    ]
+    assert {place_of(each, "form") for each in shown} == {(0, 3, 2)}
+    assert [each.count('data-made="a"') for each in shown] == [0, 0, 1]
+
+
+def place_of(content: str, name: str) -> tuple[int, ...]:
+    """The places of an element and of those around it among the elements beside them, from outside."""
+    places: list[tuple[int, ...]] = []
+    counts: list[int] = [0]
+    path: list[int] = []
+
+    class Places(HTMLParser):
+        def handle_starttag(self, tag: str, attributes: Any) -> None:
+            if tag == name:
+                places.append((*path, counts[-1]))
+            if tag not in {"input", "img", "br"}:
+                path.append(counts[-1])
+                counts[-1] += 1
+                counts.append(0)
+            else:
+                counts[-1] += 1
+
+        def handle_endtag(self, tag: str) -> None:
+            path.pop()
+            counts.pop()
+
+    Places().feed(content)
+    assert len(places) == 1
+    return places[0]
 
 
 def known_map(**training: Any) -> EmbeddingMap:

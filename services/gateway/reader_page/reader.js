@@ -124,7 +124,6 @@
   }
 
   function finish() {
-    forgetDraft();
     showEnd("Thank you", `You have answered all ${reading.images} images. Your answers are stored; you can close this page. `
       + "Until the study is closed you can still go back and change them.");
   }
@@ -192,26 +191,32 @@
   });
   addEventListener("pagehide", () => { if (!element("task").hidden) { countTime(); keepDraft(); } });
 
-  // ---- What is chosen and not stored yet survives a reload of the page ----
+  // ---- What is chosen and not stored yet survives going to another image and a reload of the page ----
 
-  function keepDraft() {
-    try { sessionStorage.setItem(storageName, JSON.stringify({ position, ...draft })); } catch { /* storage is off */ }
+  const drafts = new Map(); // by position
+  try {
+    for (const [at, kept] of JSON.parse(sessionStorage.getItem(storageName)) ?? []) drafts.set(at, kept);
+  } catch { /* nothing was kept */ }
+
+  function storeDrafts() {
+    try { sessionStorage.setItem(storageName, JSON.stringify([...drafts])); } catch { /* storage is off */ }
   }
 
-  function forgetDraft() {
-    try { sessionStorage.removeItem(storageName); } catch { /* storage is off */ }
+  function keepDraft() {
+    drafts.set(position, { ...draft });
+    storeDrafts();
+  }
+
+  function forgetDraft(at) {
+    drafts.delete(at);
+    storeDrafts();
   }
 
   function draftOf(at) {
     const known = answers.get(at);
     const stored = { answer: known?.answer ?? null, confidence: known?.confidence ?? null, seconds: known?.seconds ?? 0 };
-    try {
-      const kept = JSON.parse(sessionStorage.getItem(storageName));
-      if (kept?.position === at && kept.seconds >= stored.seconds) {
-        return { answer: kept.answer, confidence: kept.confidence, seconds: kept.seconds };
-      }
-    } catch { /* nothing was kept */ }
-    return stored;
+    const kept = drafts.get(at);
+    return kept && kept.seconds >= stored.seconds ? { ...kept } : stored;
   }
 
   // ---- The current image ----
@@ -284,7 +289,7 @@
     }
     busy = false;
     answers.set(position, { position, ...answer });
-    forgetDraft();
+    forgetDraft(position);
     if (answers.size >= reading.images && position === reading.images) finish();
     else showImage(Math.min(position + 1, reading.images));
   }
@@ -292,6 +297,7 @@
   function back() {
     if (busy || position === 1) return;
     stopClock();
+    keepDraft();
     showImage(position - 1);
   }
 

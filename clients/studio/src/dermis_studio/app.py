@@ -33,7 +33,7 @@ from dermis_studio.site import StudioSite
 from dermis_studio.studio import Studio
 from dermis_studio.theme import theme
 
-_BUILDERS = {
+BUILDERS = {
     "": generate.build,
     "explore": explore.build,
     "project": project.build,
@@ -71,11 +71,11 @@ def create_site(
     first, *others = frame.PAGES
     # Nothing is kept on the disk; should a component write a file, it is deleted within minutes.
     with gr.Blocks(title="dermis studio", analytics_enabled=False, delete_cache=(300, 300), fill_width=True) as blocks:
-        _BUILDERS[first.path](studio, blocks)
+        BUILDERS[first.path](studio, blocks)
     for page in others:
-        if page.path in _BUILDERS:
+        if page.path in BUILDERS:
             with blocks.route(page.name, f"/{page.path}"):
-                _BUILDERS[page.path](studio, blocks)
+                BUILDERS[page.path](studio, blocks)
     for block in blocks.blocks.values():
         if isinstance(block, gr.Dropdown | gr.Radio):
             setattr(block, "preprocess", _as_sent)  # noqa: B010  (a method cannot be assigned)

@@ -16,6 +16,7 @@ from dermis_client import AsyncDermisClient, DermisError, Model
 
 from dermis_studio import markup
 from dermis_studio.access import Visitor, Visitors, key_of
+from dermis_studio.displays import Displays
 from dermis_studio.service import Service
 
 logger = logging.getLogger("dermis.studio")
@@ -33,11 +34,13 @@ class Studio:
     Attributes:
         service: The service.
         visitors: Its visitors.
+        displays: What is shown on the open pages.
     """
 
     def __init__(self, service: Service, visitors: Visitors) -> None:
         self.service = service
         self.visitors = visitors
+        self.displays = Displays()
 
     @asynccontextmanager
     async def client(self, request: gr.Request) -> AsyncIterator[AsyncDermisClient]:

@@ -59,6 +59,7 @@ def theme() -> gr.themes.Base:
         "button_primary_background_fill": "var(--ds-accent)",
         "button_primary_background_fill_hover": "var(--ds-accent-strong)",
         "button_primary_border_color": "var(--ds-accent)",
+        "button_primary_border_color_hover": "var(--ds-accent-strong)",
         "button_primary_text_color": "var(--ds-on-accent)",
         "button_secondary_background_fill": "var(--ds-surface)",
         "button_secondary_background_fill_hover": "var(--ds-sunken)",

@@ -12,9 +12,10 @@ from dermis_client import AuthenticityResult, Model
 
 from dermis_studio import markup
 from dermis_studio.access import Visitor
+from dermis_studio.loading import fill_for_model, run_if_named
 from dermis_studio.samples import check, distance, find_model
 from dermis_studio.sources import Picture, SourceFields, picture
-from dermis_studio.studio import PRIVATE, Studio, chosen_model, heading, html, problem_of, query_of, shows_problems
+from dermis_studio.studio import PRIVATE, Studio, heading, html, problem_of, query_of
 
 NOTHING = markup.empty_state(
     "No image checked yet", "Choose a sample or an image, then press Check. No training image is shown here."
@@ -36,22 +37,9 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         with gr.Column():
             result = html(NOTHING)
 
-    async def load(request: gr.Request) -> Any:
-        try:
-            visitor = await studio.visitor(request)
-            async with studio.client(request) as client:
-                update, chosen = await chosen_model(client, request)
-            query = query_of(request)
-            return [gr.skip(), update, *source_updates(source, chosen, visitor, query), *_button(chosen)]
-        except Exception as error:
-            return [problem_of(error), *[gr.skip()] * (len(source.outputs) + 2)]
-
-    @shows_problems(len(source.outputs) + 2)
-    async def choose_model(name: str, request: gr.Request) -> Any:
-        visitor = await studio.visitor(request)
-        async with studio.client(request) as client:
-            chosen = await find_model(client, name)
-        return [NOTHING, *source_updates(source, chosen, visitor, {}), *_button(chosen)]
+    def updates(chosen: Model, visitor: Visitor, query: dict[str, str]) -> list[Any]:
+        button = gr.update(interactive=chosen.authenticity is not None)
+        return [*source_updates(source, chosen, visitor, query), button]
 
     async def run(request: gr.Request, name: str, *values: Any) -> AsyncIterator[Any]:
         yield markup.progress("Comparing the image with the training images", None)
@@ -67,24 +55,11 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         except Exception as error:
             yield problem_of(error)
 
-    async def run_if_named(request: gr.Request, name: str, *values: Any) -> AsyncIterator[Any]:
-        """Check the sample that the address names."""
-        if query_of(request).get("class_name"):
-            async for shown in run(request, name, *values):
-                yield shown
-        else:  # a generator without any value would empty its outputs
-            yield gr.skip()
-
-    inputs = [model, *source.inputs]
+    inputs, fields = [model, *source.inputs], [*source.outputs, start]
     source.fill_from_address(blocks)
-    loaded = blocks.load(load, None, [result, model, *source.outputs, start], **PRIVATE)
-    loaded.then(run_if_named, inputs, result, concurrency_limit=None, **PRIVATE)
-    model.input(choose_model, model, [result, *source.outputs, start], **PRIVATE)
+    loaded = fill_for_model(studio, blocks, model, fields, updates, problem=result, result=result, nothing=NOTHING)
+    run_if_named(loaded, run, inputs, [result])
     start.click(run, inputs, result, concurrency_limit=None, **PRIVATE)
-
-
-def _button(model: Model) -> list[Any]:
-    return [gr.update(interactive=model.authenticity is not None)]
 
 
 def source_updates(source: SourceFields, model: Model, visitor: Visitor, query: dict[str, str]) -> list[Any]:

@@ -14,10 +14,12 @@ from dermis_client.models import HeatMapMethod
 from PIL import Image, ImageOps
 
 from dermis_studio import markup
+from dermis_studio.access import Visitor
+from dermis_studio.loading import fill_for_model, run_if_named
 from dermis_studio.samples import DETAIL_PIXELS, find_model, png, probability
 from dermis_studio.scales import threshold_name
 from dermis_studio.sources import Picture, SourceFields, opened, picture
-from dermis_studio.studio import PRIVATE, Studio, chosen_model, heading, html, problem_of, query_of, shows_problems
+from dermis_studio.studio import Studio, heading, html, problem_of, query_of
 
 NOTHING = markup.empty_state("No image classified yet", "Choose a sample or an image, then press Classify.")
 NOTICE = (
@@ -48,33 +50,14 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         with gr.Column():
             result = html(NOTHING)
 
-    async def load(request: gr.Request) -> Any:
-        try:
-            visitor = await studio.visitor(request)
-            async with studio.client(request) as client:
-                update, chosen = await chosen_model(client, request)
-            query = query_of(request)
-            fields = source.updates(chosen, query, _KEPT, samples=visitor.may("images"))
-            return [gr.skip(), update, *fields, *_of_model(chosen)]
-        except Exception as error:
-            return [problem_of(error), *[gr.skip()] * (len(source.outputs) + 3)]
-
-    @shows_problems(len(source.outputs) + 3)
-    async def choose_model(name: str, request: gr.Request) -> Any:
-        visitor = await studio.visitor(request)
-        async with studio.client(request) as client:
-            chosen = await find_model(client, name)
-        return [NOTHING, *source.updates(chosen, {}, _KEPT, samples=visitor.may("images")), *_of_model(chosen)]
+    def updates(chosen: Model, visitor: Visitor, query: dict[str, str]) -> list[Any]:
+        return [*source.updates(chosen, query, _KEPT, samples=visitor.may("images")), *_of_model(chosen)]
 
     async def run(
         request: gr.Request, name: str, threshold: str | None, method: HeatMapMethod | Literal["none"], *values: Any
     ) -> AsyncIterator[Any]:
-        running, ended = (
-            [gr.update(visible=False), gr.update(visible=True)],
-            [gr.update(visible=True), gr.update(visible=False)],
-        )
         text = "Classifying the image" if method == "none" else "Classifying the image and computing the heat map"
-        yield markup.progress(text, None), *running
+        yield markup.progress(text, None)
         try:
             async with studio.client(request) as client:
                 chosen = await find_model(client, name)
@@ -85,32 +68,17 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                     threshold=threshold or None,
                     heat_map=None if method == "none" else method,
                 )
-            yield await asyncio.to_thread(described, image, chosen, classified), *ended
+            yield await asyncio.to_thread(described, image, chosen, classified)
         except Exception as error:
-            yield problem_of(error), *ended
+            yield problem_of(error)
 
-    async def run_if_named(request: gr.Request, *values: Any) -> AsyncIterator[Any]:
-        """Classify the sample that the address names."""
-        if query_of(request).get("class_name"):
-            async for shown in run(request, *values):
-                yield shown
-        else:  # a generator without any value would empty its outputs
-            yield gr.skip(), gr.skip(), gr.skip()
-
-    def stopped() -> Any:
-        return (
-            markup.empty_state("Stopped", "Press Classify to start again."),
-            gr.update(visible=True),
-            gr.update(visible=False),
-        )
-
-    inputs, outputs = [model, threshold, method, *source.inputs], [result, start, stop]
+    inputs = [model, threshold, method, *source.inputs]
+    stopped = markup.empty_state("Stopped", "Press Classify to start again.")
+    shown = studio.displays.run_until_stopped([start.click], run, inputs, [result], (start, stop), stopped)
     source.fill_from_address(blocks)
-    loaded = blocks.load(load, None, [result, model, *source.outputs, threshold, start], **PRIVATE)
-    loaded.then(run_if_named, inputs, outputs, concurrency_limit=None, **PRIVATE)
-    model.input(choose_model, model, [result, *source.outputs, threshold, start], **PRIVATE)
-    running = start.click(run, inputs, outputs, concurrency_limit=None, **PRIVATE)
-    stop.click(stopped, None, outputs, cancels=[running], **PRIVATE)
+    fields = [*source.outputs, threshold, start]
+    loaded = fill_for_model(studio, blocks, model, fields, updates, problem=result, result=result, nothing=NOTHING)
+    run_if_named(loaded, shown, inputs, [result, start, stop])
 
 
 _KEPT = "<p class='ds-muted'>Your image is classified in memory, and not kept.</p>"

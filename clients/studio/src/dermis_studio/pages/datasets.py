@@ -10,6 +10,7 @@ import gradio as gr
 from dermis_client import AsyncDermisClient, Model
 
 from dermis_studio import markup, snippets
+from dermis_studio.displays import stops
 from dermis_studio.pages import dataset_view as view
 from dermis_studio.samples import NOISE, find_model
 from dermis_studio.studio import (
@@ -39,7 +40,7 @@ NOTHING = markup.empty_state("No dataset selected", "Create a dataset, or open o
 _ON_LOAD = """
 element.addEventListener('click', (event) => {
   const button = event.target.closest('[data-act]');
-  if (!button) return;
+  if (!button || event.detail > 1) return;
   const message = button.dataset.confirm;
   if (message && !window.confirm(message)) return;
   trigger('select', { act: button.dataset.act, id: button.dataset.id });
@@ -154,6 +155,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         ) + markup.code_block("Python", snippets.python(address, "datasets.create", body, then))
         return words + view.quotas(usage), f'<details class="ds-more"><summary>Copy as code</summary>{code}</details>'
 
+    @studio.displays.newest(2)
     async def start(request: gr.Request, *values: Any) -> AsyncIterator[Any]:
         try:
             async with studio.client(request) as client:
@@ -164,6 +166,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         except Exception as error:
             yield problem_of(error), gr.skip()
 
+    @studio.displays.newest(2)
     async def act(event: gr.EventData, request: gr.Request) -> AsyncIterator[Any]:
         message: Mapping[str, Any] = event._data if isinstance(event._data, dict) else {}
         name, dataset_id = message.get("act"), str(message.get("id"))
@@ -183,6 +186,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         except Exception as error:
             yield problem_of(error), gr.skip()
 
+    @studio.displays.newest(2)
     async def reopen(request: gr.Request) -> AsyncIterator[Any]:
         """Open the dataset that the address names, or else the newest one that is not finished."""
         try:
@@ -207,9 +211,11 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     gate.change(lambda value: gr.update(visible=value != "none"), gate, rejected, **PRIVATE)
     changes = [field.input if hasattr(field, "input") else field.change for field in fields]
     gr.on(changes, reckon, fields, [estimate, code], trigger_mode="always_last", **PRIVATE)
-    created = create.click(start, fields, [current, table], concurrency_limit=None, cancels=[following], **PRIVATE)
+    stops(create.click, following)
+    created = create.click(start, fields, [current, table], concurrency_limit=None, **PRIVATE)
     for component in (current, table):
-        component.select(act, None, [current, table], concurrency_limit=None, cancels=[following, created], **PRIVATE)
+        stops(component.select, following, created)
+        component.select(act, None, [current, table], concurrency_limit=None, trigger_mode="multiple", **PRIVATE)
 
 
 async def followed(client: AsyncDermisClient, dataset_id: str, writes: bool) -> AsyncIterator[Any]:

@@ -14,22 +14,21 @@ from PIL import Image
 
 from dermis_studio import downloads, markup
 from dermis_studio.access import Visitor, key_of
+from dermis_studio.loading import fill_for_model
 from dermis_studio.pages.generate import parts, shares
 from dermis_studio.pages.map_points import NOT_KNOWN, OWN, PROJECTED, Point, element, of_sample, thumbnail
 from dermis_studio.samples import SampleRef, find_model
 from dermis_studio.sources import content_of, drop, opened
+from dermis_studio.starts import offered
 from dermis_studio.studio import (
-    PRIVATE,
     AddressField,
     Studio,
-    chosen_model,
     cookies_of,
     fill_from_address,
     heading,
     html,
     problem_of,
     query_of,
-    shows_problems,
 )
 
 MAX_IMAGES = 480
@@ -75,24 +74,6 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             status = html()
             drawing = html(NOTHING)
 
-    fields = [status, model, of_projections, of_file, note, start]
-
-    async def load(request: gr.Request) -> Any:
-        try:
-            visitor = await studio.visitor(request)
-            async with studio.client(request) as client:
-                update, chosen = await chosen_model(client, request)
-        except Exception as error:
-            return [problem_of(error), *[gr.skip()] * (len(fields) - 1)]
-        return [gr.skip(), update, *_allowed(chosen, visitor)]
-
-    @shows_problems(len(fields) - 1)
-    async def choose_model(name: str, request: gr.Request) -> Any:
-        visitor = await studio.visitor(request)
-        async with studio.client(request) as client:
-            chosen = await find_model(client, name)
-        return [NOTHING, *_allowed(chosen, visitor)]
-
     async def draw(
         request: gr.Request,
         name: str,
@@ -102,12 +83,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         projections: str | None,
         file: str | None,
     ) -> AsyncIterator[Any]:
-        running, ended = (
-            (gr.update(visible=False), gr.update(visible=True)),
-            (gr.update(visible=True), gr.update(visible=False)),
-        )
         total = int(count)
-        yield markup.progress("Reading the map of the training images", None), gr.skip(), *running
+        yield markup.progress("Reading the map of the training images", None), gr.skip()
         try:
             visitor = await studio.visitor(request)
             async with studio.client(request) as client:
@@ -116,38 +93,32 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 points = await _named(studio, client, request, visitor, chosen, projections, file)
                 first = 0 if points else None
                 named, done, calls = {point.query for point in points}, 0, 0
-                yield markup.progress(f"0 of {total} images", 0.0), element(known, points, first), *running
+                yield markup.progress(f"0 of {total} images", 0.0), element(known, points, first)
                 async for part in _samples(client, visitor, chosen, total, int(seed or 0), truncation):
                     points += [point for point in part if point.query not in named]
                     calls, done = calls + 1, done + len(part)
                     shown = calls % _SHOWN_EVERY == 0 and done < total
                     drawn = await asyncio.to_thread(element, known, points, first) if shown else gr.skip()
-                    yield markup.progress(f"{done} of {total} images", done / total), drawn, *running
+                    yield markup.progress(f"{done} of {total} images", done / total), drawn
             words = f"{len(points)} images. {_explained(known)}"
             yield (
                 f'<p class="ds-muted" role="status">{words}</p>',
                 await asyncio.to_thread(element, known, points, first),
-                *ended,
             )
         except Exception as error:
-            yield problem_of(error), gr.skip(), *ended
-
-    def stopped() -> Any:
-        words = '<p class="ds-muted" role="status">Stopped. The map has the images that had been placed.</p>'
-        return words, gr.update(visible=True), gr.update(visible=False)
+            yield problem_of(error), gr.skip()
 
     fill_from_address(blocks, AddressField("seed", seed), AddressField("projection", projections))
-    blocks.load(load, None, fields, **PRIVATE)
-    model.input(choose_model, model, [drawing, *fields[2:]], **PRIVATE)
+    fields = [of_projections, of_file, note, start]
+    fill_for_model(studio, blocks, model, fields, _allowed, problem=status, result=drawing, nothing=NOTHING)
     inputs = [model, count, seed, truncation, projections, file]
-    running = gr.on(
-        [start.click, seed.submit], draw, inputs, [status, drawing, start, stop], concurrency_limit=None, **PRIVATE
-    )
-    stop.click(stopped, None, [status, start, stop], cancels=[running], **PRIVATE)
+    words = '<p class="ds-muted" role="status">Stopped. The map has the images that had been placed.</p>'
+    events = [start.click, seed.submit]
+    studio.displays.run_until_stopped(events, draw, inputs, [status, drawing], (start, stop), (words, gr.skip()))
 
 
-def _allowed(model: Model, visitor: Visitor) -> list[Any]:
-    """Return updates of the fields from `of_projections` on: what the model and the key allow."""
+def _allowed(model: Model, visitor: Visitor, query: dict[str, str]) -> list[Any]:
+    """Return updates of the fields that depend on the model: what it and the key allow."""
     index = model.authenticity
     uploads = index is not None and bool(index.get("uploads"))
     may_upload = uploads and visitor.may("authenticity:uploads")
@@ -173,15 +144,7 @@ async def _samples(
     client: AsyncDermisClient, visitor: Visitor, model: Model, total: int, seed: int, truncation: float
 ) -> AsyncIterator[list[Point]]:
     """Place generated images, in calls of a few each."""
-    pages = [
-        (path, words)
-        for path, words, scopes in (
-            ("explore", "Explore", ("edits",)),
-            ("authenticity", "Authenticity", ("authenticity:generated",)),
-            ("classify", "Classify", ("classify",)),
-        )
-        if visitor.may(*scopes)
-    ]
+    pages = offered(visitor, other_than="map")
     for class_name, index, part in parts(shares(total, model.classes), CHUNK):
         placed = await client.embeddings.place_generated(
             {class_name: part},
@@ -223,7 +186,7 @@ async def _named(
         for projection_id, embedding in zip(ids, named, strict=True):
             shown = await _reconstruction(studio, client, request, projection_id)
             words = f"Projection {projection_id[:11]}"
-            pages = [("explore", "Explore")] if visitor.may("edits") else []
+            pages = offered(visitor, projection=True, other_than="map")
             points.append(Point(words, PROJECTED, NOT_KNOWN, embedding, shown, f"projection={projection_id}", pages))
     sample = SampleRef.parse(query_of(request))
     if sample is not None and sample.class_name in model.classes:
@@ -236,7 +199,7 @@ async def _named(
             noise_mode=sample.noise,
             images=visitor.may("images"),
         )
-        points.append(of_sample(sample, placed[0], [("explore", "Explore")] if visitor.may("edits") else []))
+        points.append(of_sample(sample, placed[0], offered(visitor, other_than="map")))
     return points
 
 

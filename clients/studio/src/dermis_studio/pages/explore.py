@@ -132,6 +132,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                         0.5, MAX_STRENGTH, value=3, step=0.5, label="Strengths up to", buttons=[], min_width=160
                     )
                     draw = gr.Button("Draw map", min_width=120)
+                    stop_map = gr.Button("Stop", variant="stop", visible=False, min_width=120)
                 with gr.Row(elem_classes=["ds-map-row"]):
                     area = html(js_on_load=latent_map.ON_LOAD)
                     here = html()
@@ -143,6 +144,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                     end_index = gr.Number(label="Its index", value=1, precision=0, minimum=0, min_width=80)
                     frames = gr.Slider(3, 24, value=9, step=1, label="Images", buttons=[], min_width=140)
                     interpolate = gr.Button("Make film", min_width=120)
+                    stop_film = gr.Button("Stop", variant="stop", visible=False, min_width=120)
                 between = html()
 
     start_fields = [model, kind, class_name, seed, index, projection]
@@ -350,12 +352,17 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     reset.click(lambda: [0] * SLIDERS, None, sliders, **PRIVATE).then(
         show_edit, everything, [after, about, here], **edits
     )
-    draw.click(draw_map, [*everything, across, upwards, extent], area, concurrency_limit=None, **PRIVATE)
+    stopped = '<p class="ds-muted" role="status">Stopped.</p>'
+    studio.displays.run_until_stopped(
+        [draw.click], draw_map, [*everything, across, upwards, extent], [area], (draw, stop_map), stopped, "map"
+    )
     area.select(go_to, [chosen_names, *sliders], [chosen_names, *sliders], **PRIVATE).then(
         show_edit, everything, [after, about, here], **edits
     )
     ends = [*start_fields, end_class, end_seed, end_index, frames]
-    interpolate.click(make_film, ends, between, concurrency_limit=None, **PRIVATE)
+    studio.displays.run_until_stopped(
+        [interpolate.click], make_film, ends, [between], (interpolate, stop_film), stopped, "film"
+    )
     make.click(make_strip, [*everything, swept, reach, steps], strip, **PRIVATE)
 
 

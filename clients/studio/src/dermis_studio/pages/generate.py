@@ -26,6 +26,7 @@ from dermis_studio.samples import (
     reduced,
     tile_image,
 )
+from dermis_studio.starts import links, offered
 from dermis_studio.studio import PRIVATE, Studio, chosen_model, heading, html, problem_of, query_of, shows_problems
 
 MAX_IMAGES = 64
@@ -108,11 +109,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         request: gr.Request,
     ) -> AsyncIterator[Any]:
         tiles, total = "", int(count)
-        running, ended = (
-            (gr.update(visible=False), gr.update(visible=True)),
-            (gr.update(visible=True), gr.update(visible=False)),
-        )
-        yield markup.progress(f"Generating {total} images", 0.0), '<div class="ds-grid">', *running
+        yield markup.progress(f"Generating {total} images", 0.0), '<div class="ds-grid">'
         try:
             async with studio.client(request) as client:
                 chosen = await find_model(client, model)
@@ -121,14 +118,11 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                     tiles += "".join([tile(image, chosen.name, truncation, noise) for image in images])
                     done = tiles.count("<button")
                     text = f"{done} of {total} images"
-                    yield markup.progress(text, done / total), f'<div class="ds-grid">{tiles}', *running
+                    yield markup.progress(text, done / total), f'<div class="ds-grid">{tiles}'
             note = f"{total} images of {size_words(chosen)}."
-            yield f'<p class="ds-muted" role="status">{escape(note)}</p>', gr.skip(), *ended
+            yield f'<p class="ds-muted" role="status">{escape(note)}</p>', gr.skip()
         except Exception as error:
-            yield problem_of(error), gr.skip() if tiles else NOTHING, *ended
-
-    def stopped() -> Any:
-        return '<p class="ds-muted" role="status">Stopped.</p>', gr.update(visible=True), gr.update(visible=False)
+            yield problem_of(error), gr.skip() if tiles else NOTHING
 
     @shows_problems(2)
     async def show(event: gr.EventData, request: gr.Request) -> tuple[str, str]:
@@ -165,10 +159,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     model.input(choose_model, model, [status, class_name], **PRIVATE)
     new_seed.click(lambda: secrets.randbelow(10**6), None, seed, **PRIVATE)
     inputs = [model, class_name, count, seed, truncation, noise]
-    running = gr.on(
-        [start.click, seed.submit], generate, inputs, [status, grid, start, stop], concurrency_limit=None, **PRIVATE
-    )
-    stop.click(stopped, None, [status, start, stop], cancels=[running], **PRIVATE)
+    events, stopped = [start.click, seed.submit], '<p class="ds-muted" role="status">Stopped.</p>'
+    studio.displays.run_until_stopped(events, generate, inputs, [status, grid], (start, stop), (stopped, gr.skip()))
     grid.select(show, None, [detail, neighbours], concurrency_limit=None, trigger_mode="always_last", **PRIVATE)
     detail.select(show_neighbours, None, neighbours, concurrency_limit=None, trigger_mode="always_last", **PRIVATE)
 
@@ -236,17 +228,7 @@ def described(
 ) -> str:
     """Return everything about one image."""
     picture = enlarged(image.content, image.media_type, f"Generated image: {sample.words}", "")
-    starts = "".join(
-        f'<a class="ds-button" href="{path}?{escape(sample.query)}">{name}</a>'
-        for path, name, scopes in (
-            ("explore", "Explore", ("edits",)),
-            ("authenticity", "Authenticity", ("authenticity:generated",)),
-            ("classify", "Classify", ("classify",)),
-            ("map", "Map", ("authenticity:generated",)),
-            ("datasets", "Dataset", ("datasets:write",)),
-        )
-        if visitor.may(*scopes)
-    )
+    starts = links(sample.query, offered(visitor))
     rows = [
         ("Class", escape(sample.class_name)),
         ("Seed, index", f"{sample.seed}, {sample.index}"),

@@ -81,7 +81,10 @@ def training_words(known: EmbeddingMap) -> str:
         )
     total = f"{training.counted:,} training images"
     if not training.cubes:
-        return f"The {total} are not shown: no part of the map has {training.smallest} of them."
+        return (
+            f"The {total} are not shown: the operator of the service has switched that off, or no part of the map has "
+            f"{training.smallest} of them."
+        )
     return (
         f"Circles: cubes of the map with at least {training.smallest} training images, together about {shown:,} of {total}; "
         "the larger the circle, the more images. Single training images are not shown, because their places could tell who is "

@@ -13,9 +13,11 @@ from PIL import Image, ImageOps
 
 from dermis_studio import downloads, markup, scales
 from dermis_studio.access import key_of
+from dermis_studio.displays import stops
 from dermis_studio.pages.dataset_view import when
 from dermis_studio.samples import enlarged, find_model, png
 from dermis_studio.sources import content_of, drop, opened
+from dermis_studio.starts import links, offered
 from dermis_studio.studio import (
     PRIVATE,
     Studio,
@@ -44,9 +46,17 @@ POLL_SECONDS = 0.7
 _ON_LOAD = """
 element.addEventListener('click', (event) => {
   const button = event.target.closest('[data-act]');
-  if (button && window.confirm(button.dataset.confirm)) trigger('select', { act: button.dataset.act, id: button.dataset.id });
+  if (!button || event.detail > 1 || !window.confirm(button.dataset.confirm)) return;
+  trigger('select', { act: button.dataset.act, id: button.dataset.id });
+});
+// The kind of enlargement that was chosen stays when the next reconstruction arrives.
+let view = '';
+element.addEventListener('click', (event) => {
+  const button = event.target.closest('[data-ds-show]');
+  if (button) view = button.dataset.dsShow;
 });
 watch('value', () => {
+  if (view) for (const button of element.querySelectorAll(`[data-ds-show="${view}"][aria-pressed="false"]`)) button.click();
   const named = element.querySelector('[data-address]');
   if (named) history.replaceState(null, '', named.dataset.address);
 });
@@ -86,6 +96,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         async with studio.client(request) as client:
             return gr.skip(), class_update(await find_model(client, name))
 
+    @studio.displays.newest()
     async def run(
         request: gr.Request, file: str | None, name: str, class_name: str, schedule: str, video: bool
     ) -> AsyncIterator[Any]:
@@ -105,6 +116,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         except Exception as error:
             yield problem_of(error)
 
+    @studio.displays.newest()
     async def reopen(request: gr.Request) -> AsyncIterator[Any]:
         """Show the projection that the address names."""
         projection_id = query_of(request).get("projection")
@@ -119,22 +131,25 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         except Exception as error:
             yield problem_of(error)
 
-    async def act(event: gr.EventData, request: gr.Request) -> Any:
+    @studio.displays.newest(2)
+    async def act(event: gr.EventData, request: gr.Request) -> AsyncIterator[Any]:
         message = event._data if isinstance(event._data, dict) else {}
         try:
             async with studio.client(request) as client:
                 await client.projections.delete(str(message.get("id")))
             done = markup.success("The projection, its latent and its images are deleted.")
-            return f'<div data-address="project">{done}</div>', ""
+            yield f'<div data-address="project">{done}</div>', ""
         except Exception as error:
-            return problem_of(error), gr.skip()
+            yield problem_of(error), gr.skip()
 
     blocks.load(load, None, [result, model, class_name, start], **PRIVATE)
     reopened = blocks.load(reopen, None, result, concurrency_limit=None, **PRIVATE)
     model.input(choose_model, model, [result, class_name], **PRIVATE)
     inputs = [file, model, class_name, schedule, video]
-    running = start.click(run, inputs, result, concurrency_limit=None, cancels=[reopened], **PRIVATE)
-    result.select(act, None, [result, file], cancels=[running, reopened], **PRIVATE)
+    stops(start.click, reopened)
+    running = start.click(run, inputs, result, concurrency_limit=None, **PRIVATE)
+    stops(result.select, running, reopened)
+    result.select(act, None, [result, file], concurrency_limit=None, trigger_mode="multiple", **PRIVATE)
 
 
 def class_update(model: Model) -> Any:
@@ -170,7 +185,7 @@ async def followed(
         yield (
             f'<div class="ds-panel '
             f'ds-section">{_top(projection, "Cancel and delete")}{markup.progress(waiting, fraction)}'
-            f'<div class="ds-pair">{own}{current or _waiting_figure(projection)}</div></div>'
+            f'<div class="ds-pair ds-live">{own}{current or _waiting_figure(projection)}</div></div>'
         )
         await asyncio.sleep(POLL_SECONDS)
         projection = await client.projections.retrieve(projection.id)
@@ -189,9 +204,10 @@ async def followed(
 
 def _own_figure(content: bytes) -> str:
     """The image of the visitor beside its reconstruction."""
+    url = markup.data_url(_square(content), "image/png")
     return (
-        f'<figure class="ds-figure"><div><img src="{markup.data_url(_square(content), "image/png")}" width="384" height="384" '
-        'alt="Your image"></div><figcaption>Your image: the centred square, at 384 px (Lanczos).</figcaption></figure>'
+        f'<figure class="ds-figure ds-own"><div><img src="{url}" width="384" height="384" alt="Your image"></div>'
+        "<figcaption>Your image: the centred square, at 384 px (Lanczos).</figcaption></figure>"
     )
 
 
@@ -261,20 +277,13 @@ async def described(
         ("Expires", escape(when(projection.expires_at))),
     ]
     visitor = await studio.visitor(request)
-    links = "".join(
-        f'<a class="ds-button{strong}" href="{path}?projection={escape(projection.id)}">{words}</a>'
-        for path, words, strong, scope in (
-            ("explore", "Explore", " ds-strong", "edits"),
-            ("map", "Map", "", "authenticity:generated"),
-        )
-        if visitor.may(scope)
-    )
-    links += "".join(
+    starts = links(f"projection={projection.id}", offered(visitor, projection=True), "explore")
+    files = "".join(
         f'<a class="ds-button" href="{at}/{escape(names[kind])}" download>{words}</a>'
         for kind, words in (("latents", "Save latent"), ("image", "Save image"), ("video", "Save film"))
         if kind in names
     )
     return (
         f'<div class="ds-panel ds-section">{_top(projection, "Delete")}<div class="ds-pair">{pictures}</div>'
-        f'<div class="ds-actions">{links}</div>{markup.facts(rows)}{film}</div>'
+        f'<div class="ds-actions">{starts}{files}</div>{markup.facts(rows)}{film}</div>'
     )

@@ -11,6 +11,7 @@ import gradio as gr
 from dermis_client import AsyncDermisClient, NewInvitation, Study
 
 from dermis_studio import markup
+from dermis_studio.displays import stops
 from dermis_studio.pages import study_view as view
 from dermis_studio.studio import PRIVATE, Studio, chosen_model, heading, html, problem_of, query_of
 
@@ -27,7 +28,7 @@ element.addEventListener('click', (event) => {
   const cancel = event.target.closest('[data-study-cancel]');
   if (cancel) { cancel.dataset.stopped = 'yes'; return; }
   const button = event.target.closest('[data-act]');
-  if (!button || (button.dataset.confirm && !window.confirm(button.dataset.confirm))) return;
+  if (!button || event.detail > 1 || (button.dataset.confirm && !window.confirm(button.dataset.confirm))) return;
   trigger('select', { act: button.dataset.act, id: button.dataset.id, name: button.dataset.name });
 });
 element.addEventListener('submit', (event) => {
@@ -42,7 +43,8 @@ element.addEventListener('change', async (event) => {
   const id = input.dataset.studyUpload, files = [...input.files], SIZE = 8, MOST = 24 * 1024 * 1024;
   const bar = element.querySelector('[data-study-progress]'), cancel = element.querySelector('[data-study-cancel]');
   const query = input.dataset.class ? '?class=' + encodeURIComponent(input.dataset.class) : '';
-  for (const other of element.querySelectorAll('[data-study-upload], [data-act]')) other.disabled = true;
+  const enabled = [...element.querySelectorAll('[data-study-upload], [data-act]')].filter((other) => !other.disabled);
+  for (const other of enabled) other.disabled = true;
   bar.hidden = cancel.hidden = false;
   bar.max = files.length;
   let done = 0, problem = '';
@@ -77,9 +79,16 @@ element.addEventListener('change', async (event) => {
     bar.value = done;
   }
   input.value = '';
+  for (const other of enabled) other.disabled = false;  // the page may be shown as it was before
+  bar.hidden = cancel.hidden = true;
+  delete cancel.dataset.stopped;
+  tell(`${done} of ${files.length} images are uploaded`);
   trigger('select', { act: 'uploaded', id, done, total: files.length, problem });
 });
+let made = '';
 watch('value', () => {
+  const form = element.querySelector('[data-made]');
+  if (form && form.dataset.made !== made) { made = form.dataset.made; form.reset(); }  // its link is shown
   const named = element.querySelector('[data-address]');
   if (named) history.replaceState(null, '', named.dataset.address);
 });
@@ -143,6 +152,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             gr.update(value=min(200, most), maximum=most),
         )
 
+    @studio.displays.newest(2)
     async def reopen(request: gr.Request) -> AsyncIterator[Any]:
         """Show the study that the address names."""
         study_id = query_of(request).get("study")
@@ -157,6 +167,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         except Exception as error:
             yield problem_of(error), gr.skip()
 
+    @studio.displays.newest(2)
     async def start(
         request: gr.Request,
         name: str,
@@ -187,6 +198,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         except Exception as error:
             yield problem_of(error), gr.skip()
 
+    @studio.displays.newest(2)
     async def act(event: gr.EventData, request: gr.Request) -> AsyncIterator[Any]:
         message: Mapping[str, Any] = event._data if isinstance(event._data, dict) else {}
         name, study_id = message.get("act"), str(message.get("id"))
@@ -215,9 +227,11 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     blocks.load(load, None, [current, table, model, source, count], **PRIVATE)
     following = blocks.load(reopen, None, [current, table], concurrency_limit=None, **PRIVATE)
     fields = [name, model, count, source, equal, truncation, seed]
-    created = create.click(start, fields, [current, table], concurrency_limit=None, cancels=[following], **PRIVATE)
+    stops(create.click, following)
+    created = create.click(start, fields, [current, table], concurrency_limit=None, **PRIVATE)
     for component in (current, table):
-        component.select(act, None, [current, table], concurrency_limit=None, cancels=[following, created], **PRIVATE)
+        stops(component.select, following, created)
+        component.select(act, None, [current, table], concurrency_limit=None, trigger_mode="multiple", **PRIVATE)
 
 
 async def carried_out(

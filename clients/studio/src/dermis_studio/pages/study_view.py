@@ -75,32 +75,31 @@ def described(
         )
     question = "Delete this study with its images, invitations and answers? This cannot be undone."
     buttons += _action("delete", study.id, "Delete", kind="ds-button ds-danger", question=question)
-    parts = [
-        f'<div class="ds-top"><h2>{escape(study.name)}</h2><div class="ds-actions">{state(study)}{buttons}</div></div>',
-        message,
-    ]
+    top = (
+        f'<div class="ds-top"><h2>{escape(study.name)}</h2><div class="ds-actions">{state(study)}{buttons}</div></div>'
+    )
+    progress = ""
     if study.state == "failed":
-        parts.append(
+        progress = (
             f'<div class="ds-problem" role="alert"><h2>The images cannot be made</h2><p>{escape(study.error or "")}</p>'
             '<p class="ds-remedy">Correct the cause, then create the study again.</p></div>'
         )
     elif study.state == "preparing":
         text = f"{study.prepared:,} of {study.images:,} images are ready"
-        parts.append(markup.progress(text, study.prepared / max(1, study.images)))
+        progress = markup.progress(text, study.prepared / max(1, study.images))
     elif study.state == "collecting":
-        parts.append(_collection(study))
-    if study.state in ("preparing", "open"):
-        parts.append(_invite(study, invited))
-    if invitations:
-        parts.append(_invitations(study, invitations))
+        progress = _collection(study)
+    shown = ""
     if results is not None and results.answers:
-        parts.append(_results(study, results))
+        shown = _results(study, results)
     elif study.state in ("open", "closed"):
-        parts.append(
-            "<h3>Results</h3><p>There are no answers yet. Results appear here as soon as a reader has answered.</p>"
-        )
-    parts.append(_facts(study))
-    return f'<div class="ds-study" data-address="studies?study={escape(study.id)}">{"".join(parts)}</div>'
+        shown = "<h3>Results</h3><p>There are no answers yet. Results appear here as soon as a reader has answered.</p>"
+    invite = _invite(study, invited) if study.state in ("preparing", "open") else ""
+    # Each part has its place in every state. The page is shown again while somebody uses it, and elements that are at another
+    # place then are replaced, with what was entered into them.
+    parts = (top, message, progress, invite, _invitations(study, invitations), shown, _facts(study))
+    places = "".join(f"<div>{part}</div>" for part in parts)
+    return f'<div class="ds-study" data-address="studies?study={escape(study.id)}">{places}</div>'
 
 
 def _facts(study: Study) -> str:
@@ -163,8 +162,10 @@ def _invite(study: Study, invited: NewInvitation | None) -> str:
             + markup.code_block("Link", invited.url)
             + f'<p class="ds-muted">{escape(_LINKS)}</p>'
         )
+    made = "" if invited is None else f' data-made="{escape(invited.id)}"'
     return (
-        f'<h3>Invite a reader</h3>{shown}<form class="ds-invite" data-form="invite" data-id="{escape(study.id)}">'
+        f"<h3>Invite a reader</h3><div>{shown}</div>"
+        f'<form class="ds-invite" data-form="invite" data-id="{escape(study.id)}"{made}>'
         '<label>Name or code<input name="label" required maxlength="100" autocomplete="off"></label>'
         '<label>Link works for (days)<input name="days" type="number" min="1" max="3650" value="30" required></label>'
         '<button class="ds-button ds-strong" type="submit">Create link</button></form>'
@@ -172,6 +173,8 @@ def _invite(study: Study, invited: NewInvitation | None) -> str:
 
 
 def _invitations(study: Study, invitations: Sequence[Invitation]) -> str:
+    if not invitations:
+        return ""
     rows = []
     for invitation in invitations:
         share = f"{invitation.answered:,} of {study.images:,}"

@@ -1,0 +1,134 @@
+"""Which of the displays of a page is the newest one, so that an older one that still runs shows nothing over it.
+
+Gradio keeps to itself when it stops an event: the listeners of one component are sent one after the other, each once the one
+before has ended, and what an event has sent before it is stopped still arrives. So a page does not rely on that alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, cast
+
+import gradio as gr
+
+MOST_PAGES = 10_000
+Handler = Callable[..., AsyncIterator[Any]]
+
+
+class Displays:
+    """The number of the newest display of each page that is open.
+
+    Args:
+        most: Number of pages; beyond it, the least recently used one is forgotten, and what it shows ends.
+    """
+
+    def __init__(self, most: int = MOST_PAGES) -> None:
+        self._most = most
+        self._count = 0
+        self._newest: OrderedDict[str, int] = OrderedDict()
+
+    def begin(self, request: gr.Request, place: str = "") -> Callable[[], bool]:
+        """Begin a display on the page that sent a request.
+
+        Args:
+            request: The request.
+            place: Where on the page, if it has several displays at a time.
+
+        Returns:
+            A function that says whether this is still the newest display there.
+        """
+        page = f"{request.session_hash}/{place}"
+        self._count += 1
+        number = self._newest[page] = self._count
+        self._newest.move_to_end(page)
+        while len(self._newest) > self._most:
+            self._newest.popitem(last=False)
+        return lambda: self._newest.get(page) == number
+
+    def run_until_stopped(
+        self,
+        events: Sequence[Callable[..., Any]],
+        handler: Handler,
+        inputs: Sequence[Any],
+        outputs: Sequence[Any],
+        buttons: tuple[gr.Button, gr.Button],
+        stopped: Any,
+        place: str = "",
+    ) -> Handler:
+        """Let events run a handler until it ends or a button stops it.
+
+        Args:
+            events: The events, such as `button.click`.
+            handler: The handler, which yields values of `outputs`.
+            inputs: Its inputs.
+            outputs: Its outputs.
+            buttons: A button that is shown while the handler does not run, and the one that stops it, shown while it runs.
+            stopped: The values of `outputs` once it has been stopped.
+            place: Where on the page, if it has several displays at a time.
+
+        Returns:
+            The handler with updates of the buttons after its values.
+        """
+        running = (gr.update(visible=False), gr.update(visible=True))
+        ended = (gr.update(visible=True), gr.update(visible=False))
+
+        @functools.wraps(handler)
+        async def run(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+            async with aclosing(cast(Any, handler(*args, **kwargs))) as values:
+                async for shown in values:
+                    yield *(shown if isinstance(shown, tuple) else (shown,)), *running
+            yield *(gr.skip() for _ in outputs), *ended
+
+        def stop(request: gr.Request) -> Any:
+            self.begin(request, place)
+            return *(stopped if isinstance(stopped, tuple) else (stopped,)), *ended
+
+        shown_here: Handler = self.newest(len(outputs) + 2, place)(run)
+        listener: Mapping[str, Any] = {
+            "api_visibility": "private",
+            "show_progress": "hidden",
+            "concurrency_limit": None,
+        }
+        everything = [*outputs, *buttons]
+        started = gr.on(list(events), shown_here, list(inputs), everything, **listener)
+        stops(buttons[1].click, started)
+        buttons[1].click(stop, None, everything, **listener)
+        return shown_here
+
+    def newest(self, outputs: int = 1, place: str = "") -> Callable[[Handler], Handler]:
+        """A decorator of handlers that yield: they begin a display, and end without a trace when a newer one begins.
+
+        Args:
+            outputs: Number of outputs.
+            place: Where on the page, if it has several displays at a time.
+        """
+        unchanged = gr.skip() if outputs == 1 else tuple(gr.skip() for _ in range(outputs))
+
+        def decorate(handler: Handler) -> Handler:
+            @functools.wraps(handler)
+            async def handle(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+                is_newest = self.begin(next(value for value in args if isinstance(value, gr.Request)), place)
+                async with aclosing(cast(Any, handler(*args, **kwargs))) as values:
+                    async for shown in values:
+                        if not is_newest():
+                            break
+                        yield shown
+                if not is_newest():  # Gradio sends the last value once more when a handler ends
+                    yield unchanged
+
+            return handle
+
+        return decorate
+
+
+def stops(event: Callable[..., Any], *running: Any) -> None:
+    """Let an event of a component stop running handlers. Call this before the event gets a handler of its own.
+
+    Args:
+        event: The method that adds a listener, such as `button.click`.
+        running: What the listeners to be stopped returned.
+    """
+    event(None, None, None, cancels=list(running), api_visibility="private", show_progress="hidden")
