@@ -197,14 +197,16 @@ class Settings(AccessSettings, StudySettings):
     max_active_datasets: int = Field(
         32, ge=1, description="Maximum number of queued and running datasets of one tenant."
     )
-    max_images: int = Field(64, ge=1, le=1024, description="Maximum number of images in one call of /v1/images.")
-    max_waiting_image_calls: int = Field(32, ge=1, description="Maximum number of calls of /v1/images at one time.")
+    max_images: int = Field(64, ge=1, le=1024, description="Maximum number of images in one call.")
+    max_waiting_image_calls: int = Field(
+        32, ge=1, description="Maximum number of calls for images at one time: /v1/images, edits, comparisons, the map."
+    )
     max_image_wait_seconds: float = Field(
         5.0,
         gt=0,
         le=3600,
         description="Maximum time that a call for images may wait for those requested before, estimated from the measured "
-        "rate. A call above it is answered 503 at once.",
+        "rate of the model. A call above it is answered 503 at once, if its tenant has another one.",
     )
     max_body_bytes: int = Field(1 << 20, ge=1024, description="Maximum size of a request body in bytes.")
     max_upload_bytes: int = Field(
@@ -222,10 +224,11 @@ class Settings(AccessSettings, StudySettings):
         description="Whether /v1/authenticity compares uploaded images with the training images, and /v1/embeddings places "
         "them. If so, everyone who can send requests can find out whether an image is a training image.",
     )
-    training_positions: bool = Field(
-        False,
-        description="Whether GET /v1/embeddings shows where each training image is on the map, to callers with the scope "
-        "authenticity:uploads. Whoever has an image can then find out whether it is one of them.",
+    training_map: Literal["none", "counts", "positions"] = Field(
+        "counts",
+        description="What GET /v1/embeddings shows of the training images: `none`; `counts`, numbers of at least 20 images in "
+        "cubes; `positions`, also where each one is, to callers with the scope authenticity:uploads. Whoever has an image can "
+        "then find out whether it is one of them.",
     )
     max_compared_per_minute: int = Field(
         600,

@@ -46,8 +46,8 @@ def make_complete_bundle(root: Path, training: Images, *, name: str = "tiny", he
     return amend_bundle(bundle, parts={"authenticity": root / "i"})
 
 
-def make_complete_and_plain_bundle(root: Path) -> tuple[Bundle, str]:
-    """A bundle `tiny` with all parts, of `noise(60)`; and DERMIS_BUNDLES for it and a bundle `plain` without."""
-    complete = make_complete_bundle(root / "complete", noise(60))
+def make_complete_and_plain_bundle(root: Path, training: int = 60) -> tuple[Bundle, str]:
+    """A bundle `tiny` with all parts, of `noise(training)`; and DERMIS_BUNDLES for it and a bundle `plain` without."""
+    complete = make_complete_bundle(root / "complete", noise(training))
     plain = make_bundle(root / "plain", name="plain")
     return complete, f"{complete.location},{plain.location}"
