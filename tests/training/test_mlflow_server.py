@@ -66,10 +66,10 @@ def _is_healthy(address: str) -> bool:
 def test_runs_of_trainings_have_their_options_curves_and_pictures(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., tuple[int, str, str]]
 ) -> None:
-    def ask(path: str, **query: Any) -> Any:
-        if path.endswith("search"):
-            return httpx.post(f"{server}/api/2.0/mlflow/{path}", json=query, trust_env=False).raise_for_status().json()
-        return httpx.get(f"{server}/api/2.0/mlflow/{path}", params=query, trust_env=False).raise_for_status().json()
+    def ask(route: str, **query: Any) -> Any:
+        if route.endswith("search"):
+            return httpx.post(f"{server}/api/2.0/mlflow/{route}", json=query, trust_env=False).raise_for_status().json()
+        return httpx.get(f"{server}/api/2.0/mlflow/{route}", params=query, trust_env=False).raise_for_status().json()
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "lesions")
