@@ -66,13 +66,13 @@ def clustered_rate(count: NDArray[np.int_], total: NDArray[np.int_], half: NDArr
         once = wilson(len(total) if hits else 0, len(total))
         return Rate(hits, answers, hits / answers, once.low, once.high)
     rng = np.random.default_rng(0)
-    sums = np.zeros((2, RESAMPLES), dtype=np.int64)
+    resampled, resampled_answers = np.zeros(RESAMPLES), np.zeros(RESAMPLES)
     for part in (np.flatnonzero(half), np.flatnonzero(~half)):
-        values = np.stack([count[part], total[part]])
         for block in _blocks(len(part)):  # blocks draw the same numbers as one call for all resamples
             drawn = rng.integers(0, len(part), (block.stop - block.start, len(part)))
-            sums[:, block] += values[:, drawn].sum(axis=2)
-    low, high = np.quantile(sums[0] / sums[1], (0.025, 0.975))
+            resampled[block] += count[part].take(drawn).sum(axis=1)
+            resampled_answers[block] += total[part].take(drawn).sum(axis=1)
+    low, high = np.quantile(resampled / resampled_answers, (0.025, 0.975))
     return Rate(hits, answers, hits / answers, float(low), float(high))
 
 
