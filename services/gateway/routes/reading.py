@@ -58,7 +58,7 @@ async def get_reading_image(position: _Position, context: ContextDep, reader: _R
     """
     study, studies = reader.study, context.studies
     if study.state in ("collecting", "preparing"):
-        raise StudyStateError("its images are being prepared; try again in a moment")
+        raise StudyStateError("the images of the study are being prepared; try again in a moment")
     if study.state != "open":
         raise StudyStateError("the study has ended; its images are not shown any more")
     if position > study.images:
