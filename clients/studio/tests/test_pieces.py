@@ -71,7 +71,10 @@ def test_large_images_are_reduced_before_they_are_copied(mode: str) -> None:
     image = Image.new(mode, (2405, 1603))
     if mode == "P":
         image.putpalette([0, 0, 0] + [32, 64, 192] * 255)
-    image.paste(colour.get(mode, 90), (0, 0, 1203, 1603))
+    image.paste(
+        Image.new(mode, (1203, 1603), colour.get(mode, 90)) if mode == "I;16" else colour.get(mode, 90),
+        (0, 0, 1203, 1603),
+    )
     exif = Image.Exif()
     exif[0x112] = 6  # to be turned clockwise
     small, size = sources._decoded(encoded(image, "PNG", exif=exif, compress_level=1))
