@@ -232,7 +232,8 @@ def test_few_uploads_at_a_time_which_end_in_time(world: World, monkeypatch: pyte
     """Bodies that never end: the answer after `MAX_SECONDS` needs no further byte."""
 
     async def send(key: str, ended: asyncio.Event) -> tuple[int, str | None]:
-        started: list[Any] = []
+        started: list[None] = []
+        answers: list[tuple[int, str | None]] = []
 
         async def receive() -> Any:
             if not started:
@@ -244,7 +245,7 @@ def test_few_uploads_at_a_time_which_end_in_time(world: World, monkeypatch: pyte
         async def answered(message: Any) -> None:
             if message["type"] == "http.response.start":
                 headers = dict(message["headers"])
-                started.append((message["status"], headers.get(b"retry-after", b"").decode() or None))
+                answers.append((message["status"], headers.get(b"retry-after", b"").decode() or None))
 
         cookie = f"{COOKIE}={key}".encode()
         scope = {
@@ -255,7 +256,7 @@ def test_few_uploads_at_a_time_which_end_in_time(world: World, monkeypatch: pyte
             "headers": [(b"cookie", cookie)],
         }
         await world.site({**scope, "root_path": "", "scheme": "http"}, receive, answered)
-        return started[-1]
+        return answers[-1]
 
     async def run() -> None:
         ended, held = asyncio.Event(), world.site._uploads._limiter._held
