@@ -1,4 +1,4 @@
-"""The origin of an image in its file: XMP in PNG, JPEG and WebP, and the text of PNG that viewers show.
+"""The origin of an image or film in its file: XMP in PNG, JPEG, WebP, GIF and MP4, and the text of PNG that viewers show.
 
 The same origin always gives the same bytes: there is no date and no random identifier. XMP and the terms of `DigitalSourceType`
 are standards of Adobe (ISO 16684-1) and IPTC, which image tools, photo libraries and search engines read.
@@ -133,6 +133,24 @@ def rights(origin: ImageOrigin) -> str:
     licence = f"Licence: {escape(origin.licence, _MAX_NAME)}" if origin.licence not in ("", "unknown") else ""
     attribution = f"Attribution: {escape(origin.attribution, _MAX_TEXT)}" if origin.attribution else ""
     return ". ".join(filter(None, (licence, attribution)))
+
+
+def gif_with_xmp(data: bytes, origin: ImageOrigin) -> bytes:
+    """Add XMP to a GIF file, in the application extension of Adobe's XMP specification, part 3.
+
+    The packet is not divided into sub-blocks. Programs that do not know it read its bytes as lengths of sub-blocks until one
+    of them leads into the 258 bytes behind it, which lead to their end.
+    """
+    if data[-1:] != b";":
+        raise ValueError("the GIF file has no end")
+    trailer = b"\x01" + bytes(range(255, -1, -1)) + b"\x00"
+    return data[:-1] + b"\x21\xff\x0bXMP DataXMP" + xmp_packet(origin) + trailer + b";"
+
+
+def mp4_with_xmp(data: bytes, origin: ImageOrigin) -> bytes:
+    """Add XMP to an MP4 file, in the box `uuid` of Adobe's XMP specification, part 3."""
+    content = b"uuid" + bytes.fromhex("BE7ACFCB97A942E89C71999491E3AFAC") + xmp_packet(origin)
+    return data + (4 + len(content)).to_bytes(4, "big") + content
 
 
 def metadata_bytes(origin: ImageOrigin) -> int:
