@@ -16,9 +16,7 @@ VideoFormat = Literal["gif", "mp4"]
 MEDIA_TYPES = {"gif": "image/gif", "mp4": "video/mp4"}
 
 
-def encode_video(
-    frames: Images, kind: VideoFormat, *, frame_ms: int = 100, origin: ImageOrigin | None = None
-) -> bytes:
+def encode_video(frames: Images, kind: VideoFormat, *, frame_ms: int = 100, origin: ImageOrigin | None = None) -> bytes:
     """Encode frames as MP4 (H.264) or as an endless GIF of 256 colours.
 
     Args:

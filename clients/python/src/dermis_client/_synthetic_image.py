@@ -30,9 +30,7 @@ _SHEET_XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <?xpacket end="r"?>"""
 _TERM = re.compile(rb"newscodes/digitalsourcetype/([A-Za-z]+)")
 # Written into the XMP of a sheet if all its images agree on them: the generator, and licence and attribution.
-_SHARED_ATTRIBUTES = re.compile(
-    rb"""\s(Iptc4xmpExt:(?:AISystemUsed|AISystemVersionUsed)=(?:"[^"<>]*"|'[^'<>]*'))"""
-)
+_SHARED_ATTRIBUTES = re.compile(rb"""\s(Iptc4xmpExt:(?:AISystemUsed|AISystemVersionUsed)=(?:"[^"<>]*"|'[^'<>]*'))""")
 _SHARED_ELEMENTS = re.compile(
     rb'(<dc:rights><rdf:Alt><rdf:li xml:lang="x-default">[^<>]*</rdf:li></rdf:Alt></dc:rights>)'
 )
