@@ -67,7 +67,7 @@ class SyntheticImage(Image.Image):
             result.palette = made.palette
         return result
 
-    def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
+    def save(self, fp: Any, format: str | None = None, **params: Any) -> None:  # noqa: A002  # as Pillow names it
         """Write the image as Pillow does, with its XMP unless `params` has other metadata (`pnginfo`, `xmp`).
 
         Args:
@@ -135,9 +135,9 @@ def _shared(pattern: re.Pattern[bytes], packets: Sequence[bytes]) -> list[str]:
     return [text.decode("utf-8", "replace") for text in dict.fromkeys(found[0] if found else ()) if text in common]
 
 
-def _is_gif(fp: Any, format: str | None) -> bool:
-    if format is not None:
-        return format.upper() == "GIF"
+def _is_gif(fp: Any, kind: str | None) -> bool:
+    if kind is not None:
+        return kind.upper() == "GIF"
     name = fp if isinstance(fp, str | bytes | os.PathLike) else getattr(fp, "name", "")
     return os.fsdecode(name).lower().endswith(".gif") if isinstance(name, str | bytes | os.PathLike) else False
 
