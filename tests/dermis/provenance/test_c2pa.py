@@ -81,7 +81,7 @@ def test_origin_is_read_from_this_and_former_versions_only(
     signed = signer.sign(plain, "png", ORIGIN)
     result = ImageVerifier([signers["Clinic"].authority]).verify(signed)
     assert result.state == "signed" and (result.origin is not None) == known
-    assert not known or result.origin is not None and result.origin["seed"] == 7
+    assert not known or (result.origin is not None and result.origin["seed"] == 7)
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
