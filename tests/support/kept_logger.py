@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from dermis.imaging import Images
 from training.loggers import Loggers
 
 
@@ -23,7 +22,7 @@ class KeptLogger:
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         self.points.append((dict(values), step))
 
-    def image(self, name: str, image: Images, step: int) -> None:
+    def image(self, name: str, png: bytes, step: int) -> None:
         pass
 
     def close(self) -> None:
