@@ -44,12 +44,14 @@ class Report:
         changed: Files that differ from the manifest, or are not regular files.
         missing: Files that are listed but do not exist.
         extra: Files that exist but are not listed.
+        canonical: The digest of the dataset without the signatures of images; empty if they are not signed.
     """
 
     checked: int
     changed: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
+    canonical: str = ""
 
     @property
     def ok(self) -> bool:
@@ -93,7 +95,8 @@ def verify(location: str | Path) -> Report:
             missing += sorted(known - unpacked)
             changed += different
             extra -= known
-    return Report(len(listed), tuple(sorted(changed)), tuple(sorted(missing)), tuple(sorted(extra)))
+    digest = "" if manifest.canonical is None else manifest.canonical.digest
+    return Report(len(listed), tuple(sorted(changed)), tuple(sorted(missing)), tuple(sorted(extra)), digest)
 
 
 def _canonically_changed(store: Store, manifest: Manifest, wrong: Set[str]) -> list[str]:
