@@ -136,7 +136,7 @@ def sweep(
             images = synthesizer.images_from_ws(moved, "random", seeds=seeds, indices=indices)
             frames.append(contact_sheet(as_rgb(images), columns=4, padding=0))
     there_and_back = np.stack([*frames, *frames[-2:0:-1]])
-    origin = origin_of(opened).of_sample(seed, edits=[Edit(direction, reach)])
+    origin = origin_of(opened).of_sample(seed)
     write_file(out, encode_video(there_and_back, kind, frame_ms=frame_ms, origin=origin))
     typer.echo(f"{out}: {samples} samples along {direction}, from {-reach:g} to {reach:g} and back")
 
