@@ -107,8 +107,8 @@ _OTHER_PHRASES = frozenset({
 # Parts of names of diagnoses that look like a doubt or a negation.
 _NOT_DOUBTS = re.compile(
     r"\b(?:(?<=\bgraft )(?:vs|versus)(?= host\b)|(?<=\bmelanotic pigmentations )not melanocytic nevus|without atypia"
-    r"|by history(?: and histopathological pattern)?|(?<=\blichen planus )like(?= keratosis\b)|(?<=\bpanniculitis )like"
-    r"|non(?= langerhans\b))\b"
+    r"|(?<=\bcongenital )by history(?: and histopathological pattern)?|(?<=\blichen planus )like(?= keratosis\b)"
+    r"|(?<=\bpanniculitis )like|non(?= langerhans\b))\b"
 )
 # Cancers other than melanoma, in situ or invasive, as all of these collections count them.
 _CANCER_WORDS = frozenset({

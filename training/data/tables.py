@@ -72,7 +72,12 @@ _TRUTH_COLUMNS = frozenset(
 _BINARY_COLUMNS = ("target", "melanoma", "is_melanoma", "dx", "diagnosis", "diagnostic", "disease", "class", "label")
 # Columns of diagnoses, which are compared with the classes of another column.
 _DIAGNOSIS_COLUMNS = ("iddx_full", "diagnosis_3", "diagnosis", "dx", "diagnostic", "disease")
-_NO_VALUE = frozenset({"", "na", "n/a", "nan", "none", "null", "unknown", "-"})
+_NO_VALUE = frozenset({
+    "", "na", "n/a", "n.a.", "nan", "<na>", "nat", "none", "null", "nil", "unknown", "unk", "undefined", "undetermined", "missing",
+    "unspecified", "not specified", "not available", "not applicable", "not known", "not stated", "not reported", "-", "--", "?",
+})  # fmt: skip
+_SEXES = {"f": "female", "woman": "female", "m": "male", "man": "male"}
+_AGE = re.compile(r"(\d+)\.0*")
 # DDI has groups of two Fitzpatrick types. In Fitzpatrick17k -1 is no type.
 _SKIN_TYPES = {
     **{str(number): name for number, name in enumerate(("I", "II", "III", "IV", "V", "VI"), 1)},
@@ -84,7 +89,7 @@ _HEADERLESS = ("image", "target")
 _BEGINNING_BYTES = 1 << 16
 _MAX_BYTES = 512 << 20  # of a table, decompressed; that of SLICE-3D has less than half
 _MAX_COLUMNS = 10_000
-_MAX_CELLS = 50_000_000  # SLICE-3D has 22 million
+MAX_CELLS = 50_000_000  # SLICE-3D has 22 million
 _PIECE = 1 << 20
 
 
@@ -99,9 +104,10 @@ class Table:
     ids: tuple[str, ...]  # names without folders and suffixes
     classes: tuple[str, ...]  # "" for a row without a class
     rows: tuple[dict[str, str], ...]
+    own_columns: tuple[str, ...]  # without those that were added from other tables
     kind: str = ""  # name of the known data set, such as "ISIC 2018 task 3"; "" if it is not known
     origins: tuple[ClassOrigin, ...] = ()  # how values became classes
-    note: str = ""  # message to the user about the classes
+    notes: tuple[str, ...] = ()  # messages to the user
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,12 @@ class Grid:
     cells: tuple[tuple[str, ...], ...]  # one tuple for each row, as long as the header
     first_row: int  # line number of the first row in the file: 2 after a header
     has_header: bool = True
+    added_columns: int = 0  # the last columns, which are from other tables
+
+    @property
+    def own_header(self) -> tuple[str, ...]:
+        """The columns of the file itself."""
+        return self.header[: len(self.header) - self.added_columns]
 
     def column(self, name: str) -> list[str]:
         i = self.header.index(name)
@@ -126,6 +138,7 @@ def read_table(
     image_column: str | None = None,
     mapping: Mapping[str, str] | None = None,
     count_images: Callable[[Sequence[str]], int] | None = None,
+    complete: Callable[[Grid], tuple[Grid, tuple[str, ...]]] | None = None,
 ) -> Table:
     """Read a table with one row for each image.
 
@@ -140,12 +153,15 @@ def read_table(
         image_column: Column that names the images; by default, the one of ID_COLUMNS that names most images.
         mapping: Classes by value; takes precedence over all other rules.
         count_images: Counts the names that are images; None if there are no images to compare with.
+        complete: Adds the columns of other tables, and returns notes for the user.
 
     Raises:
         DataError: The table is not valid; the message names the file and the column, row or value.
     """
     where = file.path / file.member if isinstance(file, ImageFile) else file
-    grid = read_grid(file)
+    grid, notes = read_grid(file), ()
+    if complete is not None:
+        grid, notes = complete(grid)
     id_column, names, ids = _images(where, grid, image_column, count_images)
     column = None if class_column is None else _named(where, grid, class_column, "--class-column")
     used, values = _values(where, grid, column, binary)
@@ -155,12 +171,12 @@ def read_table(
     has_truth_values = used in _TRUTH_COLUMNS
     rules = ClassRules(where, used, binary=binary, has_truth_values=has_truth_values, mapping=mapping or {})
     classes, origins = class_of(values, rules)
-    note = ""
     if binary and used in ("target", "label", "class", "benign_malignant", "malignant"):
         note = _compare(where, grid, names, classes, used, class_column is not None)
+        notes = (note, *notes) if note else notes
     rows = tuple(dict(zip(grid.header, row, strict=True)) for row in grid.cells)
     kind = table_kind(grid.header, named=grid.has_header)
-    return Table(where, id_column, used, tuple(names), tuple(ids), classes, rows, kind, origins, note)
+    return Table(where, id_column, used, tuple(names), tuple(ids), classes, rows, grid.own_header, kind, origins, notes)
 
 
 def read_image_names(file: Path, image_column: str | None = None) -> tuple[list[str], list[str]]:
@@ -214,6 +230,8 @@ def table_kind(header: Sequence[str], *, named: bool = True) -> str:
         ("ISIC 2017 part 3", {"image_id", *TWO_OF_2017}),
         ("ISIC 2020", {"image_name", "target", "benign_malignant"}),
         ("ISIC 2024 (SLICE-3D)", {"isic_id", "target", "iddx_full"}),
+        ("ISIC 2024 (SLICE-3D)", {"isic_id", "malignant", "iddx_full"}),
+        ("ISIC 2024 (SLICE-3D)", {"isic_id", "tbp_tile_type"}),
         ("HAM10000", {"lesion_id", "image_id", "dx"}),
         ("BCN20000", {"bcn_filename", "diagnosis"}),
         ("PAD-UFES-20", {"img_id", "diagnostic"}),
@@ -228,13 +246,16 @@ def table_kind(header: Sequence[str], *, named: bool = True) -> str:
 def value_of(row: Mapping[str, str], name: str) -> str:
     """Value of a row in a column with this name or another name of the same meaning; "" if missing or unknown.
 
-    A skin type is written as a Roman numeral, or as a range of two, in place of the numbers of most tables.
+    Values that tables spell differently are written in one way: sex as "female" or "male", sites in lower case, ages without ".0",
+    and skin types as a Roman numeral, or as a range of two, in place of the numbers of most tables.
     """
     for column in _SYNONYMS.get(name, (name,)):
-        value = row.get(column, "").strip()
-        if name == "skin_type":
-            value = _skin_type(value)
-        if value.lower() not in _NO_VALUE:
+        value = " ".join(row.get(column, "").split())
+        if value.casefold() in _NO_VALUE:
+            continue
+        if name in _SPELLINGS:
+            value = _SPELLINGS[name](value)
+        if value:
             return value
     return _diagnosis_of_classes(row) if name == "diagnosis" else ""
 
@@ -259,12 +280,33 @@ def _is_hot(value: str) -> bool:
 
 
 def _skin_type(value: str) -> str:
-    """A Fitzpatrick type as "I" to "VI", or two as "I-II"; another text, such as a name of a skin tone, as it is."""
+    """A Fitzpatrick type as "I" to "VI", or two as "I-II"; another text, such as a name of a skin tone, in lower case."""
     plain = re.sub(r"^(?:fitzpatrick|skin|fst|type|[\s_])+", "", value, flags=re.IGNORECASE)
     known = _SKIN_TYPES.get(plain.removesuffix(".0"))
     if known is not None:
         return known
-    return plain.upper() if plain.upper() in _SKIN_TYPES.values() else value
+    return plain.upper() if plain.upper() in _SKIN_TYPES.values() else value.casefold()
+
+
+def _sex(value: str) -> str:
+    return _SEXES.get(value.casefold(), value.casefold())
+
+
+def _site(value: str) -> str:
+    """A site as in the ISIC Archive: "upper extremity", "head/neck"."""
+    return re.sub(r" ?/ ?", "/", " ".join(value.casefold().replace("_", " ").split()))
+
+
+def _age(value: str) -> str:
+    return _AGE.sub(r"\1", value) if _AGE.fullmatch(value) else value
+
+
+_SPELLINGS: Mapping[str, Callable[[str], str]] = {
+    "age_approx": _age,
+    "sex": _sex,
+    "anatom_site": _site,
+    "skin_type": _skin_type,
+}
 
 
 def read_grid(file: Path | ImageFile, max_rows: int | None = None) -> Grid:
@@ -295,7 +337,7 @@ def read_grid(file: Path | ImageFile, max_rows: int | None = None) -> Grid:
                     f"{where}: line {reader.line_num} has {len(row):,} columns, more than {_MAX_COLUMNS:,}; "
                     "keep the needed ones in a copy"
                 )
-            if count > _MAX_CELLS:
+            if count > MAX_CELLS:
                 raise _too_many_cells(where)
             if any(cell.strip() for cell in row):
                 rows.append((reader.line_num, [_EXCEL_TEXT.sub(r"\1", cell.strip()) for cell in row]))
@@ -309,7 +351,7 @@ def read_grid(file: Path | ImageFile, max_rows: int | None = None) -> Grid:
     _, first = rows[0]
     has_header = not _has_no_header(first)
     header, body = (_header(first), rows[1:]) if has_header else (list(_HEADERLESS), rows)
-    if len(header) * len(body) > _MAX_CELLS:  # short rows are filled up
+    if len(header) * len(body) > MAX_CELLS:  # short rows are filled up
         raise _too_many_cells(where)
     cells = []
     for number, row in body:
@@ -323,7 +365,7 @@ def read_grid(file: Path | ImageFile, max_rows: int | None = None) -> Grid:
 
 
 def _too_many_cells(where: Path) -> DataError:
-    return DataError(f"{where}: has more than {_MAX_CELLS:,} cells; keep the needed columns in a copy")
+    return DataError(f"{where}: has more than {MAX_CELLS:,} cells; keep the needed columns in a copy")
 
 
 def _read(file: Path | ImageFile, where: Path, *, beginning: bool) -> bytes:
@@ -412,7 +454,7 @@ def _id_column(
 ) -> str:
     if image_column is not None:
         return _named(where, grid, image_column, "--image-column")
-    known = [name for name in ID_COLUMNS if name in grid.header]
+    known = [name for name in ID_COLUMNS if name in grid.own_header]
     if not known:
         hint = ""
         if count_images is not None and grid.cells:
@@ -454,9 +496,11 @@ def _values(where: Path, grid: Grid, column: str | None, binary: bool) -> tuple[
         return chosen, [(value,) for value in grid.column(chosen)]
     if set(TWO_OF_2017) <= set(header):
         return ", ".join(TWO_OF_2017), [(name,) for name in _two_of_2017(where, grid)]
-    chosen = find_column(header, CLASS_COLUMNS)
+    one_hot = _is_one_hot(header)
+    chosen = find_column(grid.own_header, CLASS_COLUMNS)
+    if chosen is None and not one_hot:
+        chosen = find_column(header, CLASS_COLUMNS)
     if chosen is None:
-        one_hot = _is_one_hot(header)
         return (
             ("MEL, NV, ...", [(code,) for code in _one_hot(where, grid)])
             if one_hot
@@ -472,7 +516,7 @@ def _is_one_hot(columns: Sequence[str]) -> bool:
 def _named_one_hot(grid: Grid) -> list[str]:
     """The class of each row if all columns except ids are named after classes, as in tables of Roboflow; otherwise empty."""
     ids = {*ID_COLUMNS, *(name for group in GROUP_COLUMNS.values() for name in group)}
-    names = [name for name in grid.header if name not in ids]
+    names = [name for name in grid.own_header if name not in ids]
     if len(names) < 2 or _is_one_hot(names) or set(names) == {*TWO_OF_2017} or not all(map(binary_class, names)):
         return []
     rows = list(zip(*(grid.column(name) for name in names), strict=True))
