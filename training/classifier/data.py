@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis.errors import DataError
+from training.data.attributes import value_of
 from training.data.images import load_images
 from training.data.sources import ReadOptions, Record, Source, read_source
 from training.data.splits import group_of, read_split, split_by_patient
-from training.data.tables import value_of
 
 CLASS_NAMES = ("benign", "malignant")
 SHARES: Mapping[str, float] = {"train": 0.65, "validation": 0.15, "test": 0.2}

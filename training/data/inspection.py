@@ -25,10 +25,10 @@ from dermis.image_reading import read_training_image
 from dermis.imaging import encode
 from dermis.skin_tone import CLASSES, skin_tone_of, tone_class
 from training.data.artefacts import Summary, artefact_sheet, summarise
+from training.data.attributes import METADATA_COLUMNS, value_of
 from training.data.images import BROKEN_IMAGE
 from training.data.sources import Record, Source
 from training.data.splits import write_rows
-from training.data.tables import METADATA_COLUMNS, value_of
 
 CHECKED = ("patient_id", "lesion_id", *METADATA_COLUMNS)
 _MIN_IMAGES_FOR_PROCESSES = 64  # for fewer images, starting processes takes longer than the measurement

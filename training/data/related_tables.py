@@ -12,17 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from dermis.errors import DataError, escape, quote
+from training.data.attributes import GROUP_COLUMNS
 from training.data.files import ImageFile, Listing, list_members, plain_id
-from training.data.tables import (
-    GROUP_COLUMNS,
-    ID_COLUMNS,
-    MAX_CELLS,
-    Grid,
-    Table,
-    find_column,
-    is_table,
-    read_grid,
-)
+from training.data.tables import ID_COLUMNS, MAX_CELLS, Grid, Table, find_column, is_table, read_grid
 
 _METADATA = "metadata.csv"
 # The names of the tables of a challenge: X_GroundTruth.csv, X_Supplement.csv, X_Metadata.csv, and metadata.csv in X_Input. In

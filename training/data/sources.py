@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, TypedDict, get_args
 
 from dermis.errors import DataError, escape, quote
+from training.data.attributes import value_of
 from training.data.class_names import ClassOrigin, ClassRules, benign_but_malignant, class_of
 from training.data.files import (
     ARCHIVE,
@@ -47,7 +48,6 @@ from training.data.tables import (
     read_grid,
     read_image_names,
     read_table,
-    value_of,
 )
 
 Layout = Literal["isic", "imagefolder", "stylegan", "table"]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from dermis.errors import DataError, escape, quote
+from training.data.attributes import GROUP_COLUMNS, ONE_HOT_COLUMNS, SYNONYMS, TWO_OF_2017, is_one_hot
 from training.data.class_names import ClassOrigin, ClassRules, class_of, contradiction
 from training.data.diagnoses import binary_class, is_no, is_yes
 from training.data.files import TABLE_SUFFIXES, ImageFile, plain_id
@@ -35,34 +36,10 @@ CLASS_COLUMNS = (
     "target", "benign_malignant", "malignant", "diagnosis_1", "class", "label", "dx", "diagnosis", "diagnostic", "disease",
     "iddx_1", "melanoma",
 )  # fmt: skip
-ONE_HOT_COLUMNS = ("MEL", "NV", "BCC", "AK", "AKIEC", "BKL", "DF", "VASC", "SCC", "UNK")
-TWO_OF_2017 = ("melanoma", "seborrheic_keratosis")  # neither is a nevus
 
-# Columns with the same meaning under different names.
-METADATA_COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "diagnosis": (
-        "diagnosis", "dx", "diagnosis_3", "diagnosis_2", "diagnosis_1", "diagnostic", "disease", "iddx_full", "iddx_3",
-        "iddx_2", "iddx_1",
-    ),
-    "age_approx": ("age_approx", "age", "age_approximate"),
-    "sex": ("sex", "gender"),
-    "anatom_site": (
-        "anatom_site", "anatom_site_general_challenge", "anatom_site_general", "anatom_site_1", "localization", "location",
-        "region",
-    ),
-    "skin_type": (
-        "skin_type", "fitzpatrick_skin_type", "fitzpatrick_scale", "fitzpatrick", "fitzpatrick_type", "fitspatrick",
-        "skin_tone",
-    ),
-}  # fmt: skip
-GROUP_COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "patient_id": ("patient_id", "patient", "patientid", "patient_uid", "subject_id", "subject"),
-    "lesion_id": ("lesion_id", "lesion", "lesionid", "lesion_uid", "case_num", "case_id", "group_id"),
-}
 _RIGHTS = ("copyright_license", "attribution", "source")
-_SYNONYMS: Mapping[str, tuple[str, ...]] = {**METADATA_COLUMNS, **GROUP_COLUMNS}
 _KNOWN = {
-    *ID_COLUMNS, *CLASS_COLUMNS, *TWO_OF_2017, *_RIGHTS, *(name for names in _SYNONYMS.values() for name in names),
+    *ID_COLUMNS, *CLASS_COLUMNS, *TWO_OF_2017, *_RIGHTS, *(name for names in SYNONYMS.values() for name in names),
 }  # fmt: skip
 _DETAILED = re.compile(r"(?:diagnosis|iddx)_[1-9]")  # matches columns of the Archive from general (1) to specific
 # In these columns 0 and 1, or false and true, mean benign and malignant. In other columns they are names of classes.
@@ -72,17 +49,6 @@ _TRUTH_COLUMNS = frozenset(
 _BINARY_COLUMNS = ("target", "melanoma", "is_melanoma", "dx", "diagnosis", "diagnostic", "disease", "class", "label")
 # Columns of diagnoses, which are compared with the classes of another column.
 _DIAGNOSIS_COLUMNS = ("iddx_full", "diagnosis_3", "diagnosis", "dx", "diagnostic", "disease")
-_NO_VALUE = frozenset({
-    "", "na", "n/a", "n.a.", "nan", "<na>", "nat", "none", "null", "nil", "unknown", "unk", "undefined", "undetermined", "missing",
-    "unspecified", "not specified", "not available", "not applicable", "not known", "not stated", "not reported", "-", "--", "?",
-})  # fmt: skip
-_SEXES = {"f": "female", "woman": "female", "m": "male", "man": "male"}
-_AGE = re.compile(r"(\d+)\.0*")
-# DDI has groups of two Fitzpatrick types. In Fitzpatrick17k -1 is no type.
-_SKIN_TYPES = {
-    **{str(number): name for number, name in enumerate(("I", "II", "III", "IV", "V", "VI"), 1)},
-    "12": "I-II", "34": "III-IV", "56": "V-VI", "-1": "",
-}  # fmt: skip
 _ISIC_NAME = re.compile(r"ISIC_\d{3,}(?:_downsampled)?(?:\.\w+)?", re.IGNORECASE)
 _EXCEL_TEXT = re.compile(r'^="(.*)"$')  # a form of cells by which Excel keeps the leading zeros of ids
 _HEADERLESS = ("image", "target")
@@ -211,7 +177,7 @@ def has_images(header: Sequence[str]) -> bool:
 
 
 def has_classes(header: Sequence[str]) -> bool:
-    return find_column(header, CLASS_COLUMNS) is not None or _is_one_hot(header)
+    return find_column(header, CLASS_COLUMNS) is not None or is_one_hot(header)
 
 
 def table_kind(header: Sequence[str], *, named: bool = True) -> str:
@@ -241,72 +207,6 @@ def table_kind(header: Sequence[str], *, named: bool = True) -> str:
         ("ISIC Archive", {"isic_id", "diagnosis_1"}),
     )
     return next((name for name, needed in known if needed <= columns), "")
-
-
-def value_of(row: Mapping[str, str], name: str) -> str:
-    """Value of a row in a column with this name or another name of the same meaning; "" if missing or unknown.
-
-    Values that tables spell differently are written in one way: sex as "female" or "male", sites in lower case, ages without ".0",
-    and skin types as a Roman numeral, or as a range of two, in place of the numbers of most tables.
-    """
-    for column in _SYNONYMS.get(name, (name,)):
-        value = " ".join(row.get(column, "").split())
-        if value.casefold() in _NO_VALUE:
-            continue
-        if name in _SPELLINGS:
-            value = _SPELLINGS[name](value)
-        if value:
-            return value
-    return _diagnosis_of_classes(row) if name == "diagnosis" else ""
-
-
-def _diagnosis_of_classes(row: Mapping[str, str]) -> str:
-    """The diagnosis in tables that have it in the columns of the classes: one-hot, and the labels of Fitzpatrick17k."""
-    if "three_partition_label" in row:
-        return row.get("label", "").strip()
-    if _is_one_hot(tuple(row)):
-        hot = [name for name in ONE_HOT_COLUMNS if _is_hot(row.get(name, ""))]
-        return hot[0].lower() if hot and hot[0] != "UNK" else ""
-    if set(TWO_OF_2017) <= row.keys():
-        return next((name.replace("_", " ") for name in TWO_OF_2017 if is_yes(row[name])), "nevus")
-    return ""
-
-
-def _is_hot(value: str) -> bool:
-    try:
-        return float(value.replace(",", ".") or 0) > 0.5
-    except ValueError:
-        return False
-
-
-def _skin_type(value: str) -> str:
-    """A Fitzpatrick type as "I" to "VI", or two as "I-II"; another text, such as a name of a skin tone, in lower case."""
-    plain = re.sub(r"^(?:fitzpatrick|skin|fst|type|[\s_])+", "", value, flags=re.IGNORECASE)
-    known = _SKIN_TYPES.get(plain.removesuffix(".0"))
-    if known is not None:
-        return known
-    return plain.upper() if plain.upper() in _SKIN_TYPES.values() else value.casefold()
-
-
-def _sex(value: str) -> str:
-    return _SEXES.get(value.casefold(), value.casefold())
-
-
-def _site(value: str) -> str:
-    """A site as in the ISIC Archive: "upper extremity", "head/neck"."""
-    return re.sub(r" ?/ ?", "/", " ".join(value.casefold().replace("_", " ").split()))
-
-
-def _age(value: str) -> str:
-    return _AGE.sub(r"\1", value) if _AGE.fullmatch(value) else value
-
-
-_SPELLINGS: Mapping[str, Callable[[str], str]] = {
-    "age_approx": _age,
-    "sex": _sex,
-    "anatom_site": _site,
-    "skin_type": _skin_type,
-}
 
 
 def read_grid(file: Path | ImageFile, max_rows: int | None = None) -> Grid:
@@ -486,7 +386,7 @@ def _values(where: Path, grid: Grid, column: str | None, binary: bool) -> tuple[
             return f"{detailed[0]} to {detailed[-1]}", list(paths)
         if set(TWO_OF_2017) <= set(header):
             return TWO_OF_2017[0], [(value,) for value in grid.column(TWO_OF_2017[0])]
-        if "target" not in header and _is_one_hot(header):
+        if "target" not in header and is_one_hot(header):
             return "MEL, NV, ...", [(code,) for code in _one_hot(where, grid)]
         chosen = find_column(header, _BINARY_COLUMNS) or next(iter(detailed), None)
         if chosen is None:
@@ -496,7 +396,7 @@ def _values(where: Path, grid: Grid, column: str | None, binary: bool) -> tuple[
         return chosen, [(value,) for value in grid.column(chosen)]
     if set(TWO_OF_2017) <= set(header):
         return ", ".join(TWO_OF_2017), [(name,) for name in _two_of_2017(where, grid)]
-    one_hot = _is_one_hot(header)
+    one_hot = is_one_hot(header)
     chosen = find_column(grid.own_header, CLASS_COLUMNS)
     if chosen is None and not one_hot:
         chosen = find_column(header, CLASS_COLUMNS)
@@ -509,15 +409,11 @@ def _values(where: Path, grid: Grid, column: str | None, binary: bool) -> tuple[
     return chosen, [(value,) for value in grid.column(chosen)]
 
 
-def _is_one_hot(columns: Sequence[str]) -> bool:
-    return "MEL" in columns and "NV" in columns
-
-
 def _named_one_hot(grid: Grid) -> list[str]:
     """The class of each row if all columns except ids are named after classes, as in tables of Roboflow; otherwise empty."""
     ids = {*ID_COLUMNS, *(name for group in GROUP_COLUMNS.values() for name in group)}
     names = [name for name in grid.own_header if name not in ids]
-    if len(names) < 2 or _is_one_hot(names) or set(names) == {*TWO_OF_2017} or not all(map(binary_class, names)):
+    if len(names) < 2 or is_one_hot(names) or set(names) == {*TWO_OF_2017} or not all(map(binary_class, names)):
         return []
     rows = list(zip(*(grid.column(name) for name in names), strict=True))
     if not all(all(is_yes(value) or is_no(value) for value in row) and sum(map(is_yes, row)) == 1 for row in rows):

@@ -18,11 +18,11 @@ from PIL import Image
 
 from dermis.skin_tone import skin_tone, tone_class
 from training.classifier.data import load_real
+from training.data.attributes import value_of
 from training.data.inspection import attribute_counts, inspect_source
 from training.data.prepare import prepare
 from training.data.sources import Source, read_source
 from training.data.splits import split_by_patient, write_split
-from training.data.tables import value_of
 
 SLICE_3D = (
     "isic_id,target,patient_id,age_approx,sex,anatom_site_general,clin_size_long_diam_mm,image_type,tbp_tile_type,tbp_lv_A,"
