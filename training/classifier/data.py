@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis.errors import DataError
-from training.data.attributes import value_of
+from training.data.attributes import preferred_spellings, value_of
 from training.data.images import load_images
 from training.data.sources import ReadOptions, Record, Source, read_source
 from training.data.splits import group_of, read_split, split_by_patient
@@ -108,9 +108,10 @@ def load_real(
     if absent:
         raise DataError(f"{path}: has no {absent[0]} images; a classifier needs images of both classes")
     parts = _parts(source, split, shares, split_seed)
+    spellings = preferred_spellings(value_of(record.row, "source") for record in source.records)
     decoded = {}
     for name, ids in parts.items():
-        part = _part(source.select(ids), size, cache, progress)
+        part = _part(source.select(ids), size, cache, progress, spellings)
         if 0 in part.classes.values():
             raise DataError(f"{path}: the part {name} has {part.classes}; each part needs images of both classes")
         decoded[name] = part
@@ -162,10 +163,12 @@ def _check_groups(source: Source, part_of: Mapping[str, str]) -> None:
             )
 
 
-def _part(source: Source, size: int, cache: Path | None, progress: bool) -> RealPart:
+def _part(source: Source, size: int, cache: Path | None, progress: bool, spellings: Mapping[str, str]) -> RealPart:
+    """Decode one part. spellings: the spelling of each source in lower case."""
     dataset = load_images(source, size, cache=cache, progress=progress)
     to_label = np.array([CLASS_NAMES.index(name) for name in dataset.class_names], dtype=np.int64)
     attributes = {name: tuple(_attribute(record, name) for record in source.records) for name in ATTRIBUTES}
+    attributes["source"] = tuple(spellings.get(value.casefold(), value) for value in attributes["source"])
     for name, column in SKIN_ATTRIBUTES.items():
         values = tuple(value_of(record.row, column) or UNKNOWN for record in source.records)
         if set(values) - {UNKNOWN}:

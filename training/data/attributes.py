@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from training.data.diagnoses import is_yes
 
@@ -66,6 +67,14 @@ def value_of(row: Mapping[str, str], name: str) -> str:
         if value:
             return value
     return _diagnosis_of_classes(row) if name == "diagnosis" else ""
+
+
+def preferred_spellings(values: Iterable[str]) -> dict[str, str]:
+    """The most frequent spelling of values that differ in case only, by the value in lower case."""
+    counts: dict[str, Counter[str]] = {}
+    for value in values:
+        counts.setdefault(value.casefold(), Counter())[value] += 1
+    return {folded: min(each, key=lambda value: (-each[value], value)) for folded, each in counts.items()}
 
 
 def _diagnosis_of_classes(row: Mapping[str, str]) -> str:

@@ -25,7 +25,7 @@ from dermis.image_reading import read_training_image
 from dermis.imaging import encode
 from dermis.skin_tone import CLASSES, skin_tone_of, tone_class
 from training.data.artefacts import Summary, artefact_sheet, summarise
-from training.data.attributes import METADATA_COLUMNS, value_of
+from training.data.attributes import METADATA_COLUMNS, preferred_spellings, value_of
 from training.data.images import BROKEN_IMAGE
 from training.data.sources import Record, Source
 from training.data.splits import write_rows
@@ -77,7 +77,9 @@ def inspect_source(source: Source, *, workers: int | None = None, progress: bool
             artefacts.append(result[1])
             skin_tones.append(result[2])
     classes = Counter(map(_class, records))
-    origins = [record.row.get("source", "") or "(unknown)" for record in opened]
+    named = [value_of(record.row, "source") for record in opened]
+    spellings = preferred_spellings(named)
+    origins = [spellings[name.casefold()] or "(unknown)" for name in named]
     return Inspection(
         source,
         {name: classes[name] for name in sorted(classes)},
