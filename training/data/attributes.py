@@ -32,6 +32,8 @@ GROUP_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "patient_id": ("patient_id", "patient", "patientid", "patient_uid", "subject_id", "subject"),
     "lesion_id": ("lesion_id", "lesion", "lesionid", "lesion_uid", "case_num", "case_id", "group_id"),
 }
+ITA, ITA_CLASS = "ita", "ita_class"
+"""Columns of the individual typology angle, in degrees, and of its class, which are estimated from the image."""
 SYNONYMS: Mapping[str, tuple[str, ...]] = {**METADATA_COLUMNS, **GROUP_COLUMNS}
 
 _NO_VALUE = frozenset({
