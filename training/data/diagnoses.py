@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from typing import Literal
 
 MALIGNANT: Literal["malignant"] = "malignant"
@@ -171,13 +172,15 @@ def is_no(value: str) -> bool:
 
 
 def binary_class(value: str) -> BinaryClass | None:
-    """Class of a diagnosis.
+    """Class of a diagnosis, or of its levels from general to specific with "::" between them.
 
     Returns:
         "malignant" for melanoma (or the word "malignant" alone), "benign" for another diagnosis (or the word "benign" alone),
         "" for a missing diagnosis, and None for a value that is not understood: unknown words, a doubtful diagnosis ("melanoma
         vs nevus"), or a negation of something else.
     """
+    if "::" in value:
+        return _class_of_levels(value.split("::"))
     words = plain_words(value)
     if not words or words in _NO_DIAGNOSIS:
         return ""
@@ -221,6 +224,17 @@ def binary_class(value: str) -> BinaryClass | None:
     ):
         return None
     return BENIGN if any(token in _OTHER_WORDS for token in tokens) or words in _MALIGNANT_TISSUES else None
+
+
+def _class_of_levels(levels: Sequence[str]) -> BinaryClass | None:
+    """Class of a diagnosis by its levels. The most general one, "Malignant", can be any cancer."""
+    classes = {level: "" if plain_words(level) == MALIGNANT else binary_class(level) for level in levels}
+    if MALIGNANT in classes.values():
+        return MALIGNANT
+    doubtful = [level for level, class_name in classes.items() if class_name is None]
+    if BENIGN in classes.values() and not any("mel" in level.casefold() for level in doubtful):
+        return BENIGN
+    return None if doubtful else ""
 
 
 def other_malignancy(value: str) -> Literal["cancer", "precancer", ""]:
