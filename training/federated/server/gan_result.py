@@ -12,7 +12,8 @@ from dermis import __version__
 from dermis.bundle import write_bundle
 from dermis.files import write_file
 from dermis.image_metadata import ImageOrigin
-from dermis.imaging import contact_sheet, encode
+from dermis.image_reading import read_training_image
+from dermis.imaging import Images, contact_sheet, encode
 from dermis.networks import Generator
 from training.federated.config import FederationConfig, gan_config
 from training.federated.messages.serialization import Tensors
@@ -67,7 +68,7 @@ def write_result(federation: FederationConfig, state: GlobalState, out: Path) ->
     }
     grid = contact_sheet(sample_grid(generator, device), columns=GRID)
     made_by = ImageOrigin(federation.name, licence=federation.licence, attribution=federation.attribution)
-    write_file(out / f"samples-{state.round:06d}.png", encode(grid, origin=made_by))
+    write_file(_samples(out, state.round), encode(grid, origin=made_by))
     write_bundle(
         out / FOLDER,
         name=federation.name,
@@ -81,6 +82,15 @@ def write_result(federation: FederationConfig, state: GlobalState, out: Path) ->
         replace=True,
     )
     return out / FOLDER
+
+
+def read_samples(out: Path, round_number: int) -> Images:
+    """Read the grid of samples of a round that `write_result` wrote, uint8 [H, W, 3]."""
+    return read_training_image(_samples(out, round_number).read_bytes())
+
+
+def _samples(out: Path, round_number: int) -> Path:
+    return out / f"samples-{round_number:06d}.png"
 
 
 def _card(federation: FederationConfig, provenance: dict[str, Any]) -> str:
