@@ -12,8 +12,7 @@ from dermis import __version__
 from dermis.bundle import write_bundle
 from dermis.files import write_file
 from dermis.image_metadata import ImageOrigin
-from dermis.image_reading import read_training_image
-from dermis.imaging import Images, contact_sheet, encode
+from dermis.imaging import contact_sheet, encode
 from dermis.networks import Generator
 from training.federated.config import FederationConfig, gan_config
 from training.federated.messages.serialization import Tensors
@@ -84,9 +83,9 @@ def write_result(federation: FederationConfig, state: GlobalState, out: Path) ->
     return out / FOLDER
 
 
-def read_samples(out: Path, round_number: int) -> Images:
-    """Read the grid of samples of a round that `write_result` wrote, uint8 [H, W, 3]."""
-    return read_training_image(_samples(out, round_number).read_bytes())
+def read_samples(out: Path, round_number: int) -> bytes:
+    """Read the PNG file with the grid of samples of a round that `write_result` wrote."""
+    return _samples(out, round_number).read_bytes()
 
 
 def _samples(out: Path, round_number: int) -> Path:

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import typer
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from dermis_client._status import describe
 from dermis_client._untrusted import one_line
@@ -47,14 +46,9 @@ def format_of(path: Path) -> str:
 
 
 def encode(image: Image.Image, path: Path) -> bytes:
-    """Encode a sheet in the format of the path's suffix, with its XMP."""
-    buffer, kind, xmp = io.BytesIO(), format_of(path), image.info["xmp"]
-    if kind == "PNG":
-        text = PngInfo()
-        text.add_itxt("XML:com.adobe.xmp", xmp.decode())
-        image.save(buffer, kind, pnginfo=text)
-    else:
-        image.save(buffer, kind, xmp=xmp)
+    """Encode a sheet in the format of the path's suffix. Saving it writes its XMP."""
+    buffer = io.BytesIO()
+    image.save(buffer, format_of(path))
     return buffer.getvalue()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 from dermis_client import AsyncDermisClient, Direction, EditedImage, Model
-from PIL import Image
+from dermis_client.images import sheet
 
 from dermis_studio import markup, snippets
 from dermis_studio.pages import latent_map
@@ -447,9 +447,7 @@ def strip_of(images: Sequence[EditedImage], direction: str) -> str:
         for image, picture in zip(images, pictures, strict=True)
     )
     width, height = pictures[0].size
-    sheet = Image.new("RGB", ((width + 2) * len(pictures) - 2, height), "white")
-    for position, picture in enumerate(pictures):
-        sheet.paste(picture, (position * (width + 2), 0))
+    strip = sheet(pictures, len(pictures), 2)
     film = io.BytesIO()
     there_and_back = [*pictures, *pictures[-2:0:-1]]
     there_and_back[0].save(film, "GIF", save_all=True, append_images=there_and_back[1:], duration=140, loop=0)
@@ -457,7 +455,7 @@ def strip_of(images: Sequence[EditedImage], direction: str) -> str:
     return (
         f'<div class="ds-strip" tabindex="0" role="group" aria-label="Strip of {name}">{cells}</div>'
         f'<p class="ds-muted">{width} x {height} px, shown 1:1.</p><div class="ds-actions">'
-        f'<a class="ds-button" download="{name}.png" href="{markup.data_url(png(sheet), "image/png")}">Save strip (PNG)</a>'
+        f'<a class="ds-button" download="{name}.png" href="{markup.data_url(png(strip), "image/png")}">Save strip (PNG)</a>'
         f'<a class="ds-button" download="{name}.gif" href="{markup.data_url(film.getvalue(), "image/gif")}">Save film '
         f"(GIF)</a></div>"
     )
