@@ -20,6 +20,7 @@ from dermis_client.errors import InvalidRequestError
 from dermis_client.folders import VerifyReport
 from dermis_client.latent import AuthenticityResult, Direction, Projection
 from dermis_client.models import ClassificationsResult, DatasetRecord, Model, Usage
+from dermis_client.params import EditParams, SweepParams
 from dermis_client.report import DatasetReport, ReportNumber
 
 
@@ -185,9 +186,9 @@ EditOption = Annotated[
 ]
 
 
-def parse_edits(texts: Sequence[str] | None) -> list[dict[str, Any]] | None:
+def parse_edits(texts: Sequence[str] | None) -> list[EditParams] | None:
     """Parse the values of --edit to [{"direction", "strength", "layers"}]. Raises InvalidRequestError."""
-    edits: list[dict[str, Any]] = []
+    edits: list[EditParams] = []
     for text in texts or ():
         match = re.fullmatch(r"([^=]+)=([+-]?[0-9]*\.?[0-9]+)(?:@([0-9]+)-([0-9]+))?", text)
         if match is None:
@@ -213,7 +214,7 @@ def parse_projection(text: str) -> tuple[str, int]:
     return name, int(image or 0)
 
 
-def parse_sweep(text: str | None) -> dict[str, Any] | None:
+def parse_sweep(text: str | None) -> SweepParams | None:
     """Parse the value of --sweep to {"direction", "strengths"}. Raises InvalidRequestError."""
     if text is None:
         return None

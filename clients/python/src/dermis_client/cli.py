@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -20,6 +21,14 @@ from dermis_client._untrusted import one_line, printable, printable_json
 from dermis_client._version import __version__
 from dermis_client.errors import DermisError, InvalidRequestError
 from dermis_client.models import DatasetFormat, DatasetState, HeatMapMethod, ImageFormat, NoiseMode
+from dermis_client.params import (
+    ClassifierKeep,
+    ClassifierParams,
+    GateCondition,
+    OnReject,
+    PrivacyParams,
+    ProjectionSchedule,
+)
 from dermis_client.resources.dataset_records import Dataset
 
 MAX_LINE_LENGTH = 10_000  # maximum number of characters of a printed line
@@ -167,7 +176,8 @@ def create(
     noise_mode: Noise = None,
     shard_size: Annotated[int | None, typer.Option("--shard-size", help="Samples in a shard.")] = None,
     keep: Annotated[
-        str | None, typer.Option("--keep", help="all, or agreeing: images that the model's classifier agrees with.")
+        ClassifierKeep | None,
+        typer.Option("--keep", help="all, or agreeing: images that the model's classifier agrees with."),
     ] = None,
     threshold: Annotated[str | None, typer.Option("--threshold", help="Name of a threshold of the classifier.")] = None,
     min_probability: Annotated[
@@ -184,13 +194,15 @@ def create(
     ] = None,
     edit: text.EditOption = None,
     gate: Annotated[
-        str | None, typer.Option("--gate", help="Compare with the training images: authentic or min_distance.")
+        GateCondition | None,
+        typer.Option("--gate", help="Compare with the training images: authentic or min_distance."),
     ] = None,
     percentile: Annotated[
         float | None, typer.Option("--percentile", help="Percentile for --gate min_distance; default 1.")
     ] = None,
     on_reject: Annotated[
-        str | None, typer.Option("--on-reject", help="Action for images that fail: resample (default), drop or flag.")
+        OnReject | None,
+        typer.Option("--on-reject", help="Action for images that fail: resample (default), drop or flag."),
     ] = None,
     gate_tries: Annotated[
         int | None,
@@ -218,7 +230,7 @@ def create(
     """Create a dataset; with --wait or --out, wait until it has finished."""
     if extract and out is None:
         raise InvalidRequestError("--extract: needs --out, the folder to download into")
-    classifier = {
+    filtering = {
         "score": score,
         "keep": keep,
         "threshold": threshold,
@@ -226,7 +238,6 @@ def create(
         "max_probability": max_probability,
         "tries": tries,
     }
-    classifier_options = {name: value for name, value in classifier.items() if value is not None}
     gating = {
         "gate": gate,
         "percentile": percentile,
@@ -234,7 +245,8 @@ def create(
         "tries": gate_tries,
         "detect_copies": detect_copies,
     }
-    gate_options = {name: value for name, value in gating.items() if value is not None}
+    classifier = cast(ClassifierParams, {name: value for name, value in filtering.items() if value is not None})
+    privacy = cast(PrivacyParams, {name: value for name, value in gating.items() if value is not None})
     with _client(context, base_url) as client:
         with text.interrupt_message(
             "interrupted; the dataset may have been created already, see: dermis-client datasets list"
@@ -250,9 +262,9 @@ def create(
                 truncation_cutoff=truncation_cutoff,
                 noise_mode=noise_mode,
                 shard_size=shard_size,
-                classifier=classifier_options or None,
+                classifier=classifier or None,
                 edits=text.parse_edits(edit),
-                privacy=gate_options or None,
+                privacy=privacy or None,
                 idempotency_key=idempotency_key,
             )
         if wait or out is not None:
@@ -524,7 +536,9 @@ def project(
     files: Annotated[list[Path], typer.Argument(help="Images: PNG, JPEG or WebP.", show_default=False)],
     out: Out,
     model: Model = None,
-    schedule: Annotated[str | None, typer.Option("--schedule", help="fast (default) or official.")] = None,
+    schedule: Annotated[
+        ProjectionSchedule | None, typer.Option("--schedule", help="fast (default) or official.")
+    ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimisation steps; default: the schedule's.")] = None,
     class_name: Annotated[
         str | None, typer.Option("--class", help="Class of all images; default: the most probable.")
@@ -571,6 +585,10 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may lack the letters of a class name
+    logger = logging.getLogger("dermis_client")
+    shown = logging.lastResort  # prints warnings, such as repeated requests, on stderr
+    if shown is not None:
+        logger.addHandler(shown)
     try:
         status = app(standalone_mode=False)
         sys.stdout.flush()
@@ -586,6 +604,9 @@ def main() -> None:
         if message is None:
             raise
         sys.exit(_fail(message, 2) if message else 2)
+    finally:
+        if shown is not None:
+            logger.removeHandler(shown)
     sys.exit(status)
 
 
