@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,17 @@ from dermis_client.latent import AuthenticityResult, Direction, Projection
 from dermis_client.models import ClassificationsResult, DatasetRecord, Model, Usage
 from dermis_client.params import EditParams, SweepParams
 from dermis_client.report import DatasetReport, ReportNumber
+
+
+@contextmanager
+def warnings_on_stderr() -> Iterator[None]:
+    """Print the warnings of the package, which are about requests that are sent again."""
+    logger, handler = logging.getLogger("dermis_client"), logging.StreamHandler()
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def parse_classes(text: str) -> dict[str, int]:
@@ -227,6 +239,11 @@ def parse_sweep(text: str | None) -> SweepParams | None:
     first, last, steps = float(match[2]), float(match[3]), int(match[4])
     strengths = [round(first + (last - first) * k / (steps - 1), 6) for k in range(steps)]
     return {"direction": match[1], "strengths": strengths}
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Return the options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def parse_threshold(text: str | None) -> str | float | None:

@@ -54,7 +54,8 @@ class RawResponse(Generic[T]):
         return self.http_response.content
 
     def __repr__(self) -> str:
-        return f"RawResponse(status_code={self.status_code}, request_id={self.request_id!r}, {self._result!r})"
+        kind = type(self._result).__name__
+        return f"RawResponse(status_code={self.status_code}, request_id={self.request_id!r}, result={kind})"
 
 
 def raw(method: Callable[P, T]) -> Callable[P, RawResponse[T]]:

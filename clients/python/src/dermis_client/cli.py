@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -14,21 +13,13 @@ from typing import Annotated, Any, cast
 import typer
 
 from dermis_client import _cli_text as text
-from dermis_client import folders
+from dermis_client import folders, params
 from dermis_client._client import DermisClient
 from dermis_client._files import write_atomically
 from dermis_client._untrusted import one_line, printable, printable_json
 from dermis_client._version import __version__
 from dermis_client.errors import DermisError, InvalidRequestError
 from dermis_client.models import DatasetFormat, DatasetState, HeatMapMethod, ImageFormat, NoiseMode
-from dermis_client.params import (
-    ClassifierKeep,
-    ClassifierParams,
-    GateCondition,
-    OnReject,
-    PrivacyParams,
-    ProjectionSchedule,
-)
 from dermis_client.resources.dataset_records import Dataset
 
 MAX_LINE_LENGTH = 10_000  # maximum number of characters of a printed line
@@ -176,7 +167,7 @@ def create(
     noise_mode: Noise = None,
     shard_size: Annotated[int | None, typer.Option("--shard-size", help="Samples in a shard.")] = None,
     keep: Annotated[
-        ClassifierKeep | None,
+        params.ClassifierKeep | None,
         typer.Option("--keep", help="all, or agreeing: images that the model's classifier agrees with."),
     ] = None,
     threshold: Annotated[str | None, typer.Option("--threshold", help="Name of a threshold of the classifier.")] = None,
@@ -194,14 +185,14 @@ def create(
     ] = None,
     edit: text.EditOption = None,
     gate: Annotated[
-        GateCondition | None,
+        params.GateCondition | None,
         typer.Option("--gate", help="Compare with the training images: authentic or min_distance."),
     ] = None,
     percentile: Annotated[
         float | None, typer.Option("--percentile", help="Percentile for --gate min_distance; default 1.")
     ] = None,
     on_reject: Annotated[
-        OnReject | None,
+        params.OnReject | None,
         typer.Option("--on-reject", help="Action for images that fail: resample (default), drop or flag."),
     ] = None,
     gate_tries: Annotated[
@@ -230,23 +221,17 @@ def create(
     """Create a dataset; with --wait or --out, wait until it has finished."""
     if extract and out is None:
         raise InvalidRequestError("--extract: needs --out, the folder to download into")
-    filtering = {
-        "score": score,
-        "keep": keep,
-        "threshold": threshold,
-        "min_probability": min_probability,
-        "max_probability": max_probability,
-        "tries": tries,
-    }
-    gating = {
-        "gate": gate,
-        "percentile": percentile,
-        "on_reject": on_reject,
-        "tries": gate_tries,
-        "detect_copies": detect_copies,
-    }
-    classifier = cast(ClassifierParams, {name: value for name, value in filtering.items() if value is not None})
-    privacy = cast(PrivacyParams, {name: value for name, value in gating.items() if value is not None})
+    classifier = text.given(
+        score=score,
+        keep=keep,
+        threshold=threshold,
+        min_probability=min_probability,
+        max_probability=max_probability,
+        tries=tries,
+    )
+    privacy = text.given(
+        gate=gate, percentile=percentile, on_reject=on_reject, tries=gate_tries, detect_copies=detect_copies
+    )
     with _client(context, base_url) as client:
         with text.interrupt_message(
             "interrupted; the dataset may have been created already, see: dermis-client datasets list"
@@ -262,9 +247,9 @@ def create(
                 truncation_cutoff=truncation_cutoff,
                 noise_mode=noise_mode,
                 shard_size=shard_size,
-                classifier=classifier or None,
+                classifier=cast(params.ClassifierParams, classifier) or None,
                 edits=text.parse_edits(edit),
-                privacy=privacy or None,
+                privacy=cast(params.PrivacyParams, privacy) or None,
                 idempotency_key=idempotency_key,
             )
         if wait or out is not None:
@@ -537,7 +522,7 @@ def project(
     out: Out,
     model: Model = None,
     schedule: Annotated[
-        ProjectionSchedule | None, typer.Option("--schedule", help="fast (default) or official.")
+        params.ProjectionSchedule | None, typer.Option("--schedule", help="fast (default) or official.")
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimisation steps; default: the schedule's.")] = None,
     class_name: Annotated[
@@ -585,13 +570,10 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may lack the letters of a class name
-    logger = logging.getLogger("dermis_client")
-    shown = logging.lastResort  # prints warnings, such as repeated requests, on stderr
-    if shown is not None:
-        logger.addHandler(shown)
     try:
-        status = app(standalone_mode=False)
-        sys.stdout.flush()
+        with text.warnings_on_stderr():
+            status = app(standalone_mode=False)
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader has ended, as with `dermis-client ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # output at exit must not fail either
         sys.exit(1)  # the status that Typer uses in this case
@@ -604,9 +586,6 @@ def main() -> None:
         if message is None:
             raise
         sys.exit(_fail(message, 2) if message else 2)
-    finally:
-        if shown is not None:
-            logger.removeHandler(shown)
     sys.exit(status)
 
 
