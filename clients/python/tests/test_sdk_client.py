@@ -70,16 +70,16 @@ def test_async_client_creates_downloads_and_deletes_dataset(gateway: FakeGateway
     assert dermis_client.verify(tmp_path)
 
 
-RESOURCES = [name for name, value in vars(DermisClient("http://localhost")).items() if name[0] != "_"]
+_CLIENTS = (DermisClient("http://localhost"), AsyncDermisClient("http://localhost"))
+TWINS = [
+    (dermis_client.Dataset, dermis_client.AsyncDataset),
+    (DermisClient, AsyncDermisClient),
+    *((type(ours), type(getattr(_CLIENTS[1], name))) for name, ours in vars(_CLIENTS[0]).items() if name[0] != "_"),
+]
 
 
-@pytest.mark.parametrize("name", ["Dataset", "DermisClient", *RESOURCES])
-def test_both_clients_have_the_same_methods_and_arguments(name: str) -> None:
-    ours, theirs = DermisClient("http://localhost"), AsyncDermisClient("http://localhost")
-    owners = (dermis_client, dermis_client) if name[0].isupper() else (ours, theirs)
-    sync, twin = getattr(owners[0], name), getattr(owners[1], name if name[0].islower() else f"Async{name}")
-    if name[0].islower():
-        sync, twin = type(sync), type(twin)
+@pytest.mark.parametrize(("sync", "twin"), TWINS, ids=lambda kind: kind.__name__)
+def test_both_clients_have_the_same_methods_and_arguments(sync: type, twin: type) -> None:
     methods = {n for n, m in vars(sync).items() if inspect.isfunction(m) and not n.startswith("_")}
     assert methods == {n for n, m in vars(twin).items() if inspect.isfunction(m) and not n.startswith("_")}
     for method in methods | {"__init__"}:

@@ -85,14 +85,19 @@ def test_options_change_one_client_and_are_inherited() -> None:
     ],
 )
 def test_wrong_options_are_refused_by_constructor_and_with_options(options: dict[str, Any], message: str) -> None:
-    for kind in (DermisClient, AsyncDermisClient):
-        client: Any = kind("https://a.example", api_key="first")
+    transport = httpx.MockTransport(service([]))
+    first: dict[str, Any] = {"base_url": "https://a.example", "api_key": "first"}
+    for kind, http in (
+        (DermisClient, httpx.Client(transport=transport)),
+        (AsyncDermisClient, httpx.AsyncClient(transport=transport)),
+    ):
+        client: Any = kind(http_client=http, **first)  # type: ignore[arg-type]
         with pytest.raises(InvalidRequestError, match=message):
             client.with_options(**options)
         with pytest.raises(InvalidRequestError, match=message):
-            kind(**({"base_url": "https://a.example", "api_key": "first"} | options))
-    allowed = DermisClient("https://a.example", api_key="first", allow_plain_http=True)
-    assert allowed.with_options(base_url="http://other.example").base_url == "http://other.example"
+            kind(**(first | options))
+        allowed = client.with_options(allow_plain_http=True)
+        assert allowed.with_options(base_url="http://other.example").base_url == "http://other.example"
 
 
 def test_headers_are_not_sent_to_another_address_nor_shown(gateway: FakeGateway) -> None:
