@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def test_every_method_is_called_here_and_has_its_response() -> None:
     methods = {f"{name}.{method}" for name in RESOURCES for method in public_methods(getattr(client, name))}
     assert methods == CALLS.keys() | NOT_HERE
     for each in (client, other):
-        raw = {f"{name}.{each}" for name in RESOURCES for each in vars(getattr(each, name).with_raw_response)}
+        raw = {f"{name}.{method}" for name in RESOURCES for method in vars(getattr(each, name).with_raw_response)}
         assert methods - raw == WITHOUT_RAW_RESPONSE and raw <= methods
     client.close()
 
@@ -143,15 +143,16 @@ def test_a_call_of_several_requests_has_all_responses_and_its_record_goes_on(gat
 # Idempotency keys
 
 
-@pytest.mark.parametrize("key", ["", "a b", "a\n", "ä", "k" * 256, 7])
-def test_keys_that_the_service_refuses_are_not_sent(gateway: FakeGateway, key: Any) -> None:
+def test_only_keys_that_the_service_accepts_are_sent(gateway: FakeGateway) -> None:
     with DermisClient(gateway.url) as client:
-        for call in (
-            lambda: client.datasets.create({"benign": 1}, idempotency_key=key),
-            lambda: client.projections.create(b"x", idempotency_key=key),
-        ):
-            with pytest.raises(InvalidRequestError, match="idempotency_key: must be 1 to 255 visible ASCII characters"):
-                call()
+        for key in ("", "a b", "a\n", "ä", "k" * 256, 7):
+            calls: list[Callable[..., Any]] = [
+                lambda **options: client.datasets.create({"benign": 1}, **options),
+                lambda **options: client.projections.create(b"x", **options),
+            ]
+            for call in calls:
+                with pytest.raises(InvalidRequestError, match="idempotency_key: must be 1 to 255 visible ASCII"):
+                    call(idempotency_key=key)
         assert not gateway.log
         longest = "!~" + "k" * 253
         client.datasets.create({"benign": 1}, idempotency_key=longest)

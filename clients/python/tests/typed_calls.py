@@ -52,15 +52,15 @@ async def accepted_asynchronously(client: AsyncDermisClient) -> None:
     assert_type((await client.datasets.with_raw_response.delete("ds_1")).parse(), None)
 
 
-def refused(client: DermisClient, other: AsyncDermisClient) -> None:
+async def refused(client: DermisClient, other: AsyncDermisClient) -> None:
     client.datasets.create(CLASSES, format="zip")  # type: ignore[arg-type]
-    client.datasets.create(CLASSES, privacy={"gate": "autentic"})  # type: ignore[typeddict-item]
-    client.datasets.create(CLASSES, privacy={"on_rejection": "drop"})  # type: ignore[typeddict-unknown-key]
-    client.datasets.create(CLASSES, classifier={"keep": "agreed"})  # type: ignore[typeddict-item]
-    client.datasets.create(CLASSES, provenance={"c2pa": "yes"})  # type: ignore[typeddict-item]
+    client.datasets.create(CLASSES, privacy={"gate": "autentic"})  # type: ignore[arg-type]
+    client.datasets.create(CLASSES, privacy={"on_rejection": "drop"})  # type: ignore[arg-type]
+    client.datasets.create(CLASSES, classifier={"keep": "agreed"})  # type: ignore[arg-type]
+    client.datasets.create(CLASSES, provenance={"c2pa": "yes"})  # type: ignore[arg-type]
     client.datasets.create(CLASSES, edits=[{"direction": "sefa-1"}])  # type: ignore[typeddict-item]
-    client.edits.create(sweep={"direction": "sefa-1", "strength": 1})  # type: ignore[typeddict-unknown-key]
+    client.edits.create(sweep={"direction": "sefa-1", "strength": 1})  # type: ignore[arg-type]
     client.webhooks.create("https://receiver.example", events=["dataset.done"])  # type: ignore[list-item]
     client.projections.create("a.png", schedule="slow")  # type: ignore[arg-type]
-    client.datasets.with_raw_response.create(CLASSES, privacy={"gate": "autentic"})  # type: ignore[typeddict-item]
-    other.datasets.with_raw_response.create(CLASSES, sed=1)  # type: ignore[call-arg]
+    client.datasets.with_raw_response.create(CLASSES, privacy={"gate": "autentic"})  # type: ignore[arg-type]
+    await other.datasets.with_raw_response.create(CLASSES, sed=1)  # type: ignore[call-arg]

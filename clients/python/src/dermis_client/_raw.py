@@ -46,7 +46,8 @@ class RawResponse(Generic[T]):
     @property
     def request_id(self) -> str | None:
         """Id of the last request in the service's log, if the service sent one."""
-        return self.headers.get("X-Request-Id")
+        value: str | None = self.headers.get("X-Request-Id")
+        return value
 
     @property
     def content(self) -> bytes:
