@@ -3,8 +3,7 @@
 At run time they are ordinary dictionaries. The service checks them too, and has the limits of numbers.
 """
 
-from __future__ import annotations
-
+# Annotations are not postponed here: `__required_keys__` would not respect NotRequired.
 from collections.abc import Sequence
 from typing import Literal, NotRequired, TypedDict
 
