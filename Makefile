@@ -27,7 +27,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy --strict clients/python/src/dermis_client
+	$(BIN)/mypy --strict clients/python/src/dermis_client clients/python/tests/typed_calls.py
 	$(BIN)/mypy --strict clients/studio/src/dermis_studio
 	$(BIN)/lint-imports --no-logo --no-cache
 

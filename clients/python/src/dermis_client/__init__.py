@@ -13,6 +13,7 @@ Example:
 
 from dermis_client._client import AsyncDermisClient, DermisClient
 from dermis_client._downloads import Download, DownloadProgress
+from dermis_client._raw import RawResponse
 from dermis_client._version import __version__
 from dermis_client.embeddings import Cube, Embedding, EmbeddingMap, EmbeddingsResult, TrainingImages
 from dermis_client.errors import (
@@ -74,6 +75,7 @@ from dermis_client.models import (
     Webhook,
     WebhookMessage,
 )
+from dermis_client.params import ClassifierParams, EditParams, PrivacyParams, ProvenanceParams, SweepParams
 from dermis_client.report import (
     DatasetReport,
     ReportAudit,
@@ -110,6 +112,7 @@ __all__ = [
     "BadRequestError",
     "Classification",
     "ClassificationsResult",
+    "ClassifierParams",
     "ConflictError",
     "Cube",
     "Dataset",
@@ -126,6 +129,7 @@ __all__ = [
     "Download",
     "DownloadError",
     "DownloadProgress",
+    "EditParams",
     "EditedImage",
     "EditsResult",
     "Embedding",
@@ -148,14 +152,17 @@ __all__ = [
     "NotFoundError",
     "PermissionDeniedError",
     "PreviewDistance",
+    "PrivacyParams",
     "Problem",
     "Progress",
     "ProjectedImage",
     "Projection",
     "ProjectionFailed",
     "ProjectionPreview",
+    "ProvenanceParams",
     "QuotaUsage",
     "RateLimitError",
+    "RawResponse",
     "ReaderAgreement",
     "ReaderResults",
     "ReportAudit",
@@ -173,6 +180,7 @@ __all__ = [
     "StudyRate",
     "StudyRates",
     "StudyResults",
+    "SweepParams",
     "TooLargeError",
     "TrainingImages",
     "UnprocessableEntityError",

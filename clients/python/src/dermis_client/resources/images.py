@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, SupportsIndex
 
 from dermis_client import _requests
 from dermis_client._flow import Flow, Request, call, parse
+from dermis_client._raw import async_raw, raw
 from dermis_client._transport import AsyncTransport, SyncTransport
 from dermis_client.images import ImagesResult
 from dermis_client.models import ImageFormat, NoiseMode
+from dermis_client.params import EditParams, ProvenanceParams
 
 # Flows
 
@@ -24,8 +27,17 @@ def generate(body: Mapping[str, Any], max_retries: int) -> Flow[ImagesResult]:
     return result
 
 
+class RawImages:
+    """The methods of `Images` with the responses of the service; see `RawResponse`."""
+
+    def __init__(self, resource: Images) -> None:
+        self.generate = raw(resource.generate)
+
+
 class Images:
     """Generate a few images: `client.images` of a DermisClient."""
+
+    with_raw_response = cached_property(RawImages)
 
     def __init__(self, transport: SyncTransport) -> None:
         self._transport, self._max_retries = transport, transport.settings.max_retries
@@ -42,8 +54,8 @@ class Images:
         noise_mode: NoiseMode | None = None,
         image_format: ImageFormat | None = None,
         image_quality: SupportsIndex | None = None,
-        edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None = None,
-        provenance: Mapping[str, Any] | None = None,
+        edits: Sequence[EditParams] | Mapping[str, float] | None = None,
+        provenance: ProvenanceParams | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> ImagesResult:
         """Generate a few images, class by class.
@@ -87,14 +99,23 @@ class Images:
             noise_mode=noise_mode,
             image_format=image_format,
             image_quality=image_quality,
-            edits=_requests.edit_options(edits),
-            provenance=None if provenance is None else dict(provenance),
+            edits=edits,
+            provenance=provenance,
         )
         return self._transport.run(generate(body, self._max_retries))
 
 
+class AsyncRawImages:
+    """The methods of `AsyncImages` with the responses of the service; see `RawResponse`."""
+
+    def __init__(self, resource: AsyncImages) -> None:
+        self.generate = async_raw(resource.generate)
+
+
 class AsyncImages:
     """Generate a few images: `client.images` of an AsyncDermisClient."""
+
+    with_raw_response = cached_property(AsyncRawImages)
 
     def __init__(self, transport: AsyncTransport) -> None:
         self._transport, self._max_retries = transport, transport.settings.max_retries
@@ -111,8 +132,8 @@ class AsyncImages:
         noise_mode: NoiseMode | None = None,
         image_format: ImageFormat | None = None,
         image_quality: SupportsIndex | None = None,
-        edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None = None,
-        provenance: Mapping[str, Any] | None = None,
+        edits: Sequence[EditParams] | Mapping[str, float] | None = None,
+        provenance: ProvenanceParams | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> ImagesResult:
         """Generate a few images; see `Images.generate` for arguments and errors."""
@@ -127,7 +148,7 @@ class AsyncImages:
             noise_mode=noise_mode,
             image_format=image_format,
             image_quality=image_quality,
-            edits=_requests.edit_options(edits),
-            provenance=None if provenance is None else dict(provenance),
+            edits=edits,
+            provenance=provenance,
         )
         return await self._transport.run(generate(body, self._max_retries))
