@@ -1,7 +1,7 @@
 """Generated images as one .npz file of pixels, which `numpy.load` reads without pickle and without decoding images.
 
-The file is a zip archive of uncompressed members, each with its CRC-32. Compressing takes longer than generating a small image, and
-a program on the same machine or in the same network receives the pixels faster than it decodes an image file.
+The file is a zip archive of uncompressed members, each with its CRC-32. A program that only computes with the pixels receives
+them faster than it would decode image files.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ MEDIA_TYPE = "application/x-npz"
 def pixel_archive(images: Sequence[Images], labels: Sequence[int], metadata: bytes, origin: ImageOrigin) -> bytes:
     """Write a .npz file. The same arguments always give the same bytes.
 
-    Its members are `images.npy` (uint8 [N, H, W, 3]), `labels.npy` (int64 [N]), `metadata.json`, and `images.xmp`: what an image
-    file contains of its origin, as a file beside the pixels, which have no place for it.
+    Its members are `images.npy` (uint8 [N, H, W, 3]), `labels.npy` (int64 [N]), `metadata.json`, and `images.xmp`: what image
+    files contain of their origin, as a file beside the pixels, which have no place for it.
 
     Args:
         images: uint8 [H, W, 3] or [H, W, 1] of one size, at least one; grey is repeated as RGB.

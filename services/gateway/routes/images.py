@@ -70,7 +70,7 @@ async def generate_images(request: Request, context: ContextDep, principal: _Sen
     )
     response_headers = model_header(bundle) | {"Vary": "Accept"}
     if media_type == PIXELS:
-        data = await asyncio.to_thread(_pixels, body, bundle, names, images)
+        data = await asyncio.to_thread(pixels_response, body, bundle, names, images)
         return Response(data, media_type=PIXELS, headers=response_headers)
     if media_type != "application/json":
         image_format = next(name for name, kind in MEDIA_TYPES.items() if kind == media_type)
@@ -130,7 +130,15 @@ def _one_image(
     return encode_image(sheet, image_format, body.image_quality, origin).data
 
 
-def _pixels(body: ImagesRequest, bundle: Bundle, names: Sequence[str], images: Sequence[Image]) -> bytes:
+def pixels_response(body: ImagesRequest, bundle: Bundle, names: Sequence[str], images: Sequence[Image]) -> bytes:
+    """The images of a call as an archive of pixels.
+
+    Args:
+        body: The request.
+        bundle: The model.
+        names: Class of each sample.
+        images: The images.
+    """
     origin, class_names = _origin(body, bundle, None), list(classes_of(bundle))
     metadata = PixelMetadata(
         model=model_ref(bundle),

@@ -74,6 +74,7 @@ from dermis_client.models import (
     Webhook,
     WebhookMessage,
 )
+from dermis_client.pixels import PixelSample, PixelsResult
 from dermis_client.report import (
     DatasetReport,
     ReportAudit,
@@ -147,6 +148,8 @@ __all__ = [
     "NewWebhook",
     "NotFoundError",
     "PermissionDeniedError",
+    "PixelSample",
+    "PixelsResult",
     "PreviewDistance",
     "Problem",
     "Progress",

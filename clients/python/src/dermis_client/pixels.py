@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from PIL import Image
 from pydantic import Field
 
-from dermis_client._untrusted import load_json
-from dermis_client.errors import DermisError
+from dermis_client._untrusted import load_json, one_line
+from dermis_client.errors import DermisError, IntegrityError
 from dermis_client.images import MAX_PIXELS, ImagesResult
 from dermis_client.models import Count, ModelRef, ResponseRecord
 
@@ -89,7 +89,8 @@ def read_pixels(content: bytes) -> PixelsResult:
     """Read a response of the media type `MEDIA_TYPE`.
 
     Raises:
-        ValueError: It is damaged, or not what a service sends; the message says why.
+        IntegrityError: It is incomplete or damaged.
+        ValueError: It is not what a service sends; the message says why.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -97,7 +98,9 @@ def read_pixels(content: bytes) -> PixelsResult:
             xmp = _member(archive, _XMP, _MAX_METADATA_BYTES)
             array = _member(archive, _IMAGES, len(content))
     except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError) as error:
-        raise ValueError(f"the archive of pixels is incomplete or damaged: {error}") from None
+        raise IntegrityError(
+            f"the pixels of the images arrived incomplete or damaged ({one_line(str(error))})", name=_IMAGES
+        ) from error
     (number, height, width), pixels = _unpacked(array)
     if number != len(metadata.data):
         raise ValueError(f"there are {number} images, and {len(metadata.data)} classes of images")
