@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-torch = pytest.importorskip("torch", reason="torch is not installed")
+pytest.importorskip("torch", reason="torch is not installed")
 
+import torch
 from dermis_client.errors import APIConnectionError, IntegrityError, InvalidRequestError, ServerError
 from dermis_client.images import ImagesResult
 from dermis_client.models import ModelRef, Problem
@@ -140,7 +141,7 @@ class FilesClient(FakeClient):
 
 def test_items_are_tensors_of_the_pixels_or_of_image_files() -> None:
     items = list(stream(samples=8, transform=None))
-    image, label = items[0]
+    image, _ = items[0]
     assert (image.dtype, image.shape, image.is_contiguous()) == (torch.float32, (3, 1, 1), True)
     indices = [round(float(image[0] * 255)) for image, _ in items]
     assert [(index, label) for index, (_, label) in zip(indices, items, strict=True)] == list(stream(samples=8))
