@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, SupportsIndex, TypeVar
 
@@ -238,19 +239,22 @@ class SyntheticIterable(IterableDataset[Sample]):
         stopped = threading.Event()
         with self._client() as client, ThreadPoolExecutor(self._prefetch) as pool:
             running: deque[Future[_Chunk]] = deque()
-            try:
-                for start, size in chunks:
+
+            def call_ahead() -> None:
+                for start, size in islice(chunks, self._prefetch - len(running)):
                     running.append(pool.submit(self._generate, client, start, size, stopped))
-                    if len(running) >= self._prefetch:
-                        yield from self._items(running.popleft())
+
+            try:
+                call_ahead()
                 while running:
-                    yield from self._items(running.popleft())
+                    chunk = running.popleft().result()
+                    call_ahead()
+                    yield from self._items(chunk)
             finally:
                 stopped.set()
                 pool.shutdown(wait=True, cancel_futures=True)
 
-    def _items(self, future: Future[_Chunk]) -> Iterator[Sample]:
-        chunk = future.result()
+    def _items(self, chunk: _Chunk) -> Iterator[Sample]:
         self._check_bundle(chunk)
         for make_item, label in chunk.samples[self._offset :]:
             self._offset += 1
