@@ -16,8 +16,8 @@ class BatchDispatcher(CorkDispatcher[Any, Any]):
     """BentoML's dispatcher with another rule: a batch begins as soon as the one before has ended and a call is waiting.
 
     Calls that arrive while a batch runs are the next one, so batches grow with the load. BentoML's own rule waits for further
-    calls although the model is idle, makes a dozen small batches first to measure them, and looks every millisecond whether it may
-    begin, which takes some percent of a processor while a batch runs.
+    calls although the model is idle, makes a dozen small batches first to measure them, and looks every millisecond whether it
+    may begin, which takes some percent of a processor while a batch runs.
     """
 
     async def controller(self) -> None:
