@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import itertools
 import os
 import platform
 import queue
+import ssl
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
@@ -120,9 +122,16 @@ def _use_environment(settings: ClientSettings) -> bool:
     return not _requests.is_loopback(settings.base_url)
 
 
+@functools.cache
+def _bundled_authorities() -> ssl.SSLContext:
+    """The authorities that come with httpx. Reading them takes longer than all else of a new client."""
+    return httpx.create_ssl_context()
+
+
 def _http_options(settings: ClientSettings) -> dict[str, Any]:
+    own = os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR")
     try:  # the authorities of SSL_CERT_FILE are used also where the rest of the environment is not
-        context = httpx.create_ssl_context()
+        context = httpx.create_ssl_context() if own else _bundled_authorities()
     except OSError as error:
         raise InvalidRequestError(f"SSL_CERT_FILE: no certificates of authorities can be read: {error}") from None
     return {"trust_env": _use_environment(settings), "verify": context}
