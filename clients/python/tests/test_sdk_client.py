@@ -280,7 +280,7 @@ def test_pixels_are_decoded_from_image_files_of_an_earlier_service(gateway: Fake
     classes = {"malignant": 2, "benign": 1}
     with DermisClient(gateway.url) as client:
         pixels = client.images.generate_pixels(classes, seed=1, start_index=10, noise_mode="const")
-        assert gateway.requests("POST /v1/images")[0]["Accept"] == "application/x-npz, application/json;q=0.5"
+        assert gateway.requests("POST /v1/images")[0]["accept"] == "application/x-npz, application/json;q=0.5"
         images = client.images.generate(classes, seed=1, start_index=10)
         assert [(item.class_name, item.seed, item.index) for item in pixels.data] == [
             ("malignant", 1, 10), ("malignant", 1, 11), ("benign", 1, 12),
