@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import io
 import zipfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 MEDIA_TYPE = "application/x-npz"
 _METADATA, _XMP, _IMAGES = "metadata.json", "images.xmp", "images.npy"
 _MAGIC = b"\x93NUMPY\x01\x00"
+_LOCAL_HEADER_BYTES = 30
 _MAX_METADATA_BYTES = 16 << 20
 
 
@@ -49,7 +51,7 @@ class PixelsResult:
         data: Class, seed and index of each image.
         width: Pixels in a row.
         height: Rows of an image.
-        content: The pixels: the images in order, each row by row, with 3 bytes (RGB) for each pixel.
+        content: The pixels, which cannot be changed: the images in order, each row by row, with 3 bytes (RGB) for each pixel.
         xmp: What image files of these images say of their origin, among it that they are synthetic.
     """
 
@@ -57,7 +59,7 @@ class PixelsResult:
     data: Sequence[PixelSample]
     width: int
     height: int
-    content: bytes = field(repr=False)
+    content: memoryview = field(repr=False)
     xmp: bytes = field(default=b"", repr=False)
 
     def __len__(self) -> int:
@@ -80,7 +82,7 @@ class PixelsResult:
         """
         size = self.width * self.height * 3
         start = range(len(self.data))[position] * size
-        result = Image.frombytes("RGB", (self.width, self.height), memoryview(self.content)[start : start + size])
+        result = Image.frombytes("RGB", (self.width, self.height), self.content[start : start + size])
         result.info["xmp"] = self.xmp
         return result
 
@@ -94,13 +96,12 @@ def read_pixels(content: bytes) -> PixelsResult:
     """
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            metadata = _Metadata.model_validate(load_json(_member(archive, _METADATA, _MAX_METADATA_BYTES)))
-            xmp = _member(archive, _XMP, _MAX_METADATA_BYTES)
-            array = _member(archive, _IMAGES, len(content))
+            members = {info.filename: info for info in archive.infolist()}
     except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError) as error:
-        raise IntegrityError(
-            f"the pixels of the images arrived incomplete or damaged ({one_line(str(error))})", name=_IMAGES
-        ) from error
+        raise _damaged(str(error)) from error
+    metadata = _Metadata.model_validate(load_json(bytes(_member(content, members, _METADATA, _MAX_METADATA_BYTES))))
+    xmp = bytes(_member(content, members, _XMP, _MAX_METADATA_BYTES))
+    array = _member(content, members, _IMAGES, len(content))
     (number, height, width), pixels = _unpacked(array)
     if number != len(metadata.data):
         raise ValueError(f"there are {number} images, and {len(metadata.data)} classes of images")
@@ -120,27 +121,45 @@ def pixels_of(result: ImagesResult) -> PixelsResult:
         raise ValueError(f"images of one size were expected, not of {len(sizes)}")
     data = [PixelSample(class_name=item.class_name, seed=item.seed, index=item.index) for item in result]
     (width, height), xmp = sizes.pop(), images[0].info.get("xmp", b"")
-    return PixelsResult(result.model, data, width, height, b"".join(image.tobytes() for image in images), xmp)
+    pixels = memoryview(b"".join(image.tobytes() for image in images))
+    return PixelsResult(result.model, data, width, height, pixels, xmp)
 
 
-def _member(archive: zipfile.ZipFile, name: str, max_bytes: int) -> bytes:
-    """Read a member, which must be stored without compression: one that is compressed could be of any size."""
-    try:
-        info = archive.getinfo(name)
-    except KeyError:
-        raise ValueError(f"the archive of pixels has no {name}") from None
-    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size > max_bytes:
+def _damaged(reason: str) -> IntegrityError:
+    return IntegrityError(f"the pixels of the images arrived incomplete or damaged ({one_line(reason)})", name=_IMAGES)
+
+
+def _member(content: bytes, members: Mapping[str, zipfile.ZipInfo], name: str, max_bytes: int) -> memoryview:
+    """Return the bytes of a member that is stored without compression, as a part of the archive: a copy takes time.
+
+    Raises:
+        IntegrityError: It is incomplete, or its CRC-32 differs.
+        ValueError: There is none, or it is compressed.
+    """
+    info = members.get(name)
+    if info is None:
+        raise ValueError(f"the archive of pixels has no {name}")
+    stored = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
+    if not stored or info.flag_bits & 1 or info.file_size > max_bytes:
         raise ValueError(f"{name} of the archive of pixels is compressed, encrypted or too large")
-    return archive.read(info)  # compares its CRC-32
+    head = content[info.header_offset : info.header_offset + _LOCAL_HEADER_BYTES]
+    # The header before the content ends with the lengths of the name and of further fields, which follow it.
+    start = (
+        info.header_offset + len(head) + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
+    )
+    data = memoryview(content)[start : start + info.file_size]
+    if len(data) != info.file_size or zlib.crc32(data) != info.CRC:
+        raise _damaged(f"the CRC-32 of {name} differs")
+    return data
 
 
-def _unpacked(array: bytes) -> tuple[tuple[int, int, int], bytes]:
+def _unpacked(array: memoryview) -> tuple[tuple[int, int, int], memoryview]:
     """Return (number, height, width) and the pixels of a .npy file of RGB images, without NumPy."""
-    if not array.startswith(_MAGIC) or len(array) < 10:
+    if array[: len(_MAGIC)] != _MAGIC or len(array) < 10:
         raise ValueError(f"{_IMAGES} is no array in version 1.0 of NumPy's format")
     end = 10 + int.from_bytes(array[8:10], "little")
     try:
-        header = ast.literal_eval(array[10:end].decode("latin-1"))
+        header = ast.literal_eval(bytes(array[10:end]).decode("latin-1"))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         header = None
     shape = header.get("shape") if isinstance(header, dict) else None
