@@ -48,7 +48,8 @@ _DIGEST_DIGITS = 15  # first digits of a bundle's digest, as in the states of `d
 
 def to_float_tensor(image: Images) -> torch.Tensor:
     """Return an image uint8 [H, W, 3] as float32 [3, H, W] between 0 and 1, as `ToTensor` of torchvision does."""
-    return torch.from_numpy(image.copy()).permute(2, 0, 1).float().div_(255)
+    # NumPy computes in this thread. The threads of torch would wait actively for more work, on the cores of the generator.
+    return torch.from_numpy(np.divide(image.transpose(2, 0, 1), np.float32(255), dtype=np.float32, order="C"))
 
 
 class GeneratedDataset(IterableDataset[GeneratedSample]):

@@ -276,6 +276,23 @@ def test_images_have_class_seed_and_index(gateway: FakeGateway, tmp_path: Any) -
             client.images.generate({"a": 1})
 
 
+def test_pixels_are_decoded_from_image_files_of_an_earlier_service(gateway: FakeGateway) -> None:
+    classes = {"malignant": 2, "benign": 1}
+    with DermisClient(gateway.url) as client:
+        pixels = client.images.generate_pixels(classes, seed=1, start_index=10, noise_mode="const")
+        assert gateway.requests("POST /v1/images")[0]["accept"] == "application/x-npz, application/json;q=0.5"
+        images = client.images.generate(classes, seed=1, start_index=10)
+        assert [(item.class_name, item.seed, item.index) for item in pixels.data] == [
+            ("malignant", 1, 10), ("malignant", 1, 11), ("benign", 1, 12),
+        ]  # fmt: skip
+        assert (pixels.model, pixels.width, pixels.height, len(pixels)) == (images.model, 8, 8, 3)
+        assert pixels.content == b"".join(image.tobytes() for image in images.images)
+        assert [pixels.image(i).tobytes() for i in range(3)] == [image.tobytes() for image in images.images]
+        gateway.change = lambda answer: answer | {"data": []}
+        with pytest.raises(errors.APIResponseError, match="images of one size"):
+            client.images.generate_pixels({"benign": 1})
+
+
 # Waiting
 
 

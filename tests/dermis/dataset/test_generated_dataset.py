@@ -6,17 +6,14 @@ import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from dermis_client import DermisClient
-from dermis_client.images import ImagesResult
-from dermis_client.models import ModelRef
+from dermis_client.pixels import PixelsResult, read_pixels
 from dermis_client.torch import SyntheticIterable
-from PIL import Image
 from torch.utils.data import DataLoader
 
 from benchmarks.components import free_port
@@ -28,7 +25,7 @@ from dermis.directions.fit import oriented
 from dermis.errors import BundleError, RequestError
 from dermis.synthesizer import Synthesizer
 from launched_service import Launched
-from services.gateway.routes.images import class_of_each, rows_of
+from services.gateway.routes.images import class_of_each, pixels_response, rows_of
 from services.gateway.schemas.images import ImagesRequest
 from services.inference.samples import generate_rows
 from tiny import make_bundle
@@ -64,17 +61,13 @@ class ServiceCode:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def generate(self, classes: dict[str, int], **options: Any) -> ImagesResult:
+    def generate_pixels(self, classes: dict[str, int], **options: Any) -> PixelsResult:
         edits = [{"direction": name, "strength": strength} for name, strength in options.pop("edits").items()]
         body = ImagesRequest.model_validate({"classes": classes, "edits": edits, **options})
         names = class_of_each(body, self.bundle, 64)
         with Synthesizer(self.bundle, threads=1) as synthesizer:
             images = list(generate_rows({self.bundle.digest: synthesizer}, rows_of(body, self.bundle, names)))
-        data = [
-            SimpleNamespace(class_name=name, image=Image.fromarray(image))
-            for name, image in zip(names, images, strict=True)
-        ]
-        return ImagesResult.model_construct(model=ModelRef(name="tiny", digest=self.bundle.digest), data=data)
+        return read_pixels(pixels_response(body, self.bundle, names, images))
 
 
 def test_samples_are_those_of_the_code_of_the_service_bit_for_bit(bundle: str) -> None:

@@ -76,6 +76,7 @@ from dermis_client.models import (
     WebhookMessage,
 )
 from dermis_client.params import ClassifierParams, EditParams, PrivacyParams, ProvenanceParams, SweepParams
+from dermis_client.pixels import PixelSample, PixelsResult
 from dermis_client.report import (
     DatasetReport,
     ReportAudit,
@@ -151,6 +152,8 @@ __all__ = [
     "NewWebhook",
     "NotFoundError",
     "PermissionDeniedError",
+    "PixelSample",
+    "PixelsResult",
     "PreviewDistance",
     "PrivacyParams",
     "Problem",

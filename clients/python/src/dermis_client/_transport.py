@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import itertools
 import os
 import platform
 import queue
+import ssl
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, aclosing, closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, assert_never
 
 import httpx
@@ -159,9 +162,20 @@ def _use_environment(settings: ClientSettings) -> bool:
     return not _requests.is_loopback(settings.base_url)
 
 
+@functools.lru_cache(maxsize=4)
+def _ssl_context(places: tuple[tuple[Path, int], ...]) -> ssl.SSLContext:
+    """The authorities of SSL_CERT_FILE, SSL_CERT_DIR or httpx. Reading them takes longer than all else of a new client.
+
+    Args:
+        places: Files and folders of the environment with the times of their last changes.
+    """
+    return httpx.create_ssl_context()
+
+
 def _http_options(settings: ClientSettings) -> dict[str, Any]:
     try:  # the authorities of SSL_CERT_FILE are used also where the rest of the environment is not
-        context = httpx.create_ssl_context()
+        places = [Path(os.environ[name]) for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)]
+        context = _ssl_context(tuple((path, path.stat().st_mtime_ns if path.exists() else 0) for path in places))
     except OSError as error:
         raise InvalidRequestError(f"SSL_CERT_FILE: no certificates of authorities can be read: {error}") from None
     return {"trust_env": _use_environment(settings), "verify": context}
