@@ -65,65 +65,6 @@ ACCEPTED_FINDINGS_OF_IMAGE = {
 Document = dict[str, Any]
 
 
-@lru_cache
-def _why_kubectl_cannot_render() -> str | None:
-    if shutil.which("kubectl") is None:
-        return "kubectl is not installed"
-    version = subprocess.run(
-        ["kubectl", "version", "--client", "-o", "json"], capture_output=True, text=True, check=True
-    )
-    number = json.loads(version.stdout)["clientVersion"]
-    if int(re.sub(r"\D", "", number["minor"])) < 27:
-        return f"kubectl {number['gitVersion']} renders no components and labels; 1.27 or newer does"
-    return None
-
-
-@lru_cache
-def _render(folder: str | Path) -> str:
-    if reason := _why_kubectl_cannot_render():
-        pytest.skip(reason)
-    result = subprocess.run(["kubectl", "kustomize", folder], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert not result.stderr  # warnings of deprecated fields
-    return result.stdout
-
-
-def rendered(overlay: str) -> list[Document]:
-    return list(yaml.safe_load_all(_render(f"k8s/overlays/{overlay}")))
-
-
-def of_kind(documents: Iterable[Document], *kinds: str) -> list[Document]:
-    return [each for each in documents if each["kind"] in kinds]
-
-
-def pods(documents: Iterable[Document]) -> Iterator[tuple[str, Document]]:
-    """Name and template of the pods of every workload, also of kinds that the overlays do not contain today."""
-    for each in documents:
-        spec = each.get("spec", {})
-        spec = spec.get("jobTemplate", {}).get("spec", spec)
-        if "template" in spec:
-            yield each["metadata"]["name"], spec["template"]
-
-
-def containers(template: Document) -> list[Document]:
-    spec = template["spec"]
-    return [*spec["containers"], *spec.get("initContainers", []), *spec.get("ephemeralContainers", [])]
-
-
-def environment(container: Document) -> dict[str, str]:
-    """The variables of a container; a value from a secret is an example of its kind."""
-    secrets = {
-        "DERMIS_DATABASE_URL": "postgresql://user:secret@db:5432/dermis",
-        "DERMIS_STORAGE_URL": "s3://bucket/prefix",
-    }
-    return {each["name"]: each.get("value") or secrets.get(each["name"], "") for each in container["env"]}
-
-
-def matches(selector: Mapping[str, Any] | None, labels: Mapping[str, str]) -> bool:
-    assert selector is None or set(selector) <= {"matchLabels"}, "the test evaluates matchLabels only"
-    return selector is not None and (selector.get("matchLabels") or {}).items() <= labels.items()
-
-
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_overlays_render_and_agree_with_the_schemas(overlay: str) -> None:
     documents = rendered(overlay)
@@ -330,46 +271,6 @@ def test_only_pods_that_generate_datasets_get_a_gpu(overlay: str) -> None:
     assert with_gpu == expected
 
 
-DNS = ("kube-system", {"k8s-app": "kube-dns"})
-INGRESS = ("traefik", {"app.kubernetes.io/name": "traefik"})
-PROMETHEUS = ("monitoring", {"app.kubernetes.io/name": "prometheus"})
-Peer = tuple[str, Mapping[str, str]] | str  # namespace and labels of a pod, or an address outside of the cluster
-
-
-def allows(documents: Iterable[Document], source: Peer, target: Peer, port: int, protocol: str = "TCP") -> bool:
-    """Whether the network policies let `source` connect to `target`. Policies of other namespaces are not known."""
-    policies = of_kind(documents, "NetworkPolicy")
-    return _permits(policies, "Egress", source, target, port, protocol) and _permits(
-        policies, "Ingress", target, source, port, protocol
-    )
-
-
-def _permits(policies: list[Document], direction: str, own: Peer, other: Peer, port: int, protocol: str) -> bool:
-    if isinstance(own, str) or own[0] != "dermis":
-        return True
-    chosen = [each["spec"] for each in policies if matches(each["spec"]["podSelector"], own[1])]
-    chosen = [spec for spec in chosen if direction in spec["policyTypes"]]
-    if not chosen:  # Kubernetes then allows everything
-        return True
-    rules = [rule for spec in chosen for rule in spec.get(direction.lower(), [])]
-    peers = "to" if direction == "Egress" else "from"
-    return any(
-        any(_is_peer(peer, other) for peer in rule[peers])
-        and any((one["port"], one["protocol"]) == (port, protocol) for one in rule["ports"])
-        for rule in rules
-    )
-
-
-def _is_peer(peer: Document, other: Peer) -> bool:
-    if isinstance(other, str):
-        return "ipBlock" in peer and ipaddress.ip_address(other) in ipaddress.ip_network(peer["ipBlock"]["cidr"])
-    if "ipBlock" in peer:
-        return False
-    namespace = {"kubernetes.io/metadata.name": other[0]}
-    same = other[0] == "dermis" if "namespaceSelector" not in peer else matches(peer["namespaceSelector"], namespace)
-    return same and matches(peer.get("podSelector", {}), other[1])
-
-
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_network_policies_allow_what_is_needed_and_nothing_else(overlay: str) -> None:
     documents = rendered(overlay)
@@ -399,20 +300,6 @@ def test_network_policies_allow_what_is_needed_and_nothing_else(overlay: str) ->
         assert not allows(documents, pod, internet, 443) and not allows(documents, pod, database, 22)
     assert allows(documents, client, DNS, 53, "UDP") and not allows(documents, client, internet, 443)
     assert not allows(documents, stranger, DNS, 53, "UDP")
-
-
-COLLECTOR = ("observability", {"app.kubernetes.io/name": "opentelemetry-collector"})
-
-
-def _rendered_with(component: str, folder: Path, overlay: str) -> str:
-    """An overlay of a site with a component."""
-    folder.mkdir()
-    (folder / "dermis").symlink_to(ROOT)
-    (folder / "kustomization.yaml").write_text(
-        "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n"
-        f"resources: [dermis/k8s/overlays/{overlay}]\ncomponents: [dermis/k8s/components/{component}]\n"
-    )
-    return _render(folder)
 
 
 @pytest.mark.parametrize("overlay", ["cpu", "scaled-gpu"])
@@ -527,35 +414,6 @@ def test_scaler_counts_the_remaining_shards_of_unfinished_jobs(tmp_path: Path) -
         connection.execute("UPDATE dermis_jobs SET state = 'failed', shards_done = 1 WHERE id = 'ds_2'")
         assert connection.execute(query).fetchone() == (5 + 7 - 2,)
     assert int(trigger["metadata"]["targetQueryValue"]) == 2 * Settings.model_fields["shard_concurrency"].default
-
-
-def _quantity(text: str) -> float:
-    number, unit = re.fullmatch(r"([0-9.]+)([A-Za-z]*)", str(text)).groups()  # type: ignore[union-attr]
-    return float(number) * {"": 1.0, "m": 0.001, "Mi": 2.0**20, "Gi": 2.0**30}[unit]
-
-
-@pytest.mark.parametrize("overlay", SCALED)
-def test_quota_has_room_for_all_replicas_and_a_rolling_update(overlay: str) -> None:
-    documents = rendered(overlay)
-    (quota,) = of_kind(documents, "ResourceQuota")
-    most = {
-        each["spec"]["scaleTargetRef"]["name"]: each["spec"] for each in of_kind(documents, "HorizontalPodAutoscaler")
-    }
-    replicas = {name: spec["maxReplicas"] for name, spec in most.items()}
-    for each in of_kind(documents, "ScaledObject"):
-        replicas[each["spec"]["scaleTargetRef"]["name"]] = each["spec"]["maxReplicaCount"]
-    needed: dict[str, float] = {}
-    for deployment in of_kind(documents, "Deployment"):
-        name = deployment["metadata"]["name"]
-        pods_at_once = replicas[name] + deployment["spec"]["strategy"]["rollingUpdate"]["maxSurge"]
-        needed["pods"] = needed.get("pods", 0) + pods_at_once
-        (container,) = containers(deployment["spec"]["template"])
-        for kind, amounts in container["resources"].items():
-            for resource, amount in amounts.items():
-                key = f"{kind}.{resource}"
-                needed[key] = needed.get(key, 0) + pods_at_once * _quantity(amount)
-    hard = {name: _quantity(amount) for name, amount in quota["spec"]["hard"].items()}
-    assert {name: hard[name] for name in hard.keys() & needed.keys() if needed[name] > hard[name]} == {}
 
 
 def test_examples_of_the_documentation_render(tmp_path: Path) -> None:
