@@ -1,4 +1,4 @@
-"""Tests that every pod which the files of k8s/ and `--print-job` create is admitted in its namespace and reaches what it needs."""
+"""Tests that every pod of k8s/ and of `--print-job` is admitted in its namespace and reaches what it needs."""
 
 from __future__ import annotations
 
@@ -90,7 +90,11 @@ def test_refused_pods_are_found(gpu_jobs: list[Document]) -> None:
     pod["spec"] |= {"hostNetwork": True, "securityContext": {}}
     pod["spec"]["volumes"].append({"name": "host", "hostPath": {"path": "/"}})
     problems = ("allowPrivilegeEscalation", "runAsNonRoot", "seccompProfile", "capabilities")
-    assert violations_of_restricted(pod) == ["hostNetwork", "volume hostPath", *(f"finish: {each}" for each in problems)]
+    assert violations_of_restricted(pod) == [
+        "hostNetwork",
+        "volume hostPath",
+        *(f"finish: {each}" for each in problems),
+    ]
 
 
 def test_printed_gpu_jobs_run_on_the_nodes_of_the_gpu_overlays(gpu_jobs: list[Document]) -> None:

@@ -39,7 +39,9 @@ def test_programs_that_tests_look_for_are_listed() -> None:
 def test_missing_program_is_an_error_unless_that_is_allowed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    there, missing = (Program(name, "tests", "extra cluster", lambda name=name: name == "one") for name in ("one", "two"))  # type: ignore[misc]
+    there, missing = (
+        Program(name, "tests", "extra cluster", lambda name=name: name == "one") for name in ("one", "two")
+    )  # type: ignore[misc]
     monkeypatch.delenv("ALLOW_MISSING", raising=False)
     assert all_are_there([there])
     assert not all_are_there([there, missing])

@@ -1,7 +1,7 @@
 """Run the tests that need a real PostgreSQL, S3 server, kubectl or promtool.
 
-`python tests/support/cluster_tests.py [OPTION OF PYTEST ...]` lists these programs first. It ends with status 1 if one is missing,
-unless ALLOW_MISSING is set: tests that need a missing one are then skipped.
+`python tests/support/cluster_tests.py [OPTION OF PYTEST ...]` lists these programs first. It ends with status 1 if one is
+missing, unless ALLOW_MISSING is set: tests that need a missing one are then skipped.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The programs that tests use beyond the packages of the extra `dev`, and how to install them.
 
-`python tests/support/programs.py` lists them and ends with status 1 if one is missing, unless ALLOW_MISSING is set: tests that need
-a missing program are skipped.
+`python tests/support/programs.py` lists them and ends with status 1 if one is missing, unless ALLOW_MISSING is set: tests that
+need a missing program are skipped.
 """
 
 from __future__ import annotations
