@@ -1,7 +1,7 @@
 """Tests of the manifests with a real API server: it accepts them, and admits their pods within quotas and Pod Security.
 
-KUBE_APISERVER names the program kube-apiserver, ETCD names etcd. With a server before 1.30 the documents and checks are left out
-that it does not know.
+KUBE_APISERVER names the program kube-apiserver, ETCD names etcd. With a server before 1.30 the documents and checks are
+left out that it does not know.
 """
 
 from __future__ import annotations
