@@ -66,7 +66,7 @@ ACCEPTED_FINDINGS_OF_FEDERATION = {
     "CKV_K8S_8": "liveness: a client has no port; the process ends when it cannot continue",
     "CKV_K8S_9": "readiness: a client has no port, and clients of the server repeat their requests",
     "CKV_K8S_11": "CPU limit: training uses all processors that a hospital has free",
-    "CKV_K8S_21": "default namespace: the commands in the manifests take the current one",
+    "CKV_K8S_21": "default namespace: the commands in the files make and choose one",
 }
 ACCEPTED_FINDINGS_OF_IMAGE = {
     "CKV_DOCKER_2": "HEALTHCHECK: the manifests have probes, and images in the format of OCI have no such field",
