@@ -28,12 +28,12 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import DEMO
-from benchmarks.chaos import small_bundle
 from benchmarks.cluster import Replica, ServiceNotReadyError, stop_everything_on_sigterm, wait_for
 from benchmarks.components import MissingComponentError, free_port
 from benchmarks.components.postgres import running_postgres
 from benchmarks.components.proxies import LoadBalancer, load_balancer
 from benchmarks.components.s3 import running_s3
+from benchmarks.faults.cluster import small_bundle
 from dermis.bundle import open_bundle
 from dermis.dataset.request import classes_of
 

@@ -298,7 +298,7 @@ def _http_status(error: Exception) -> int | None:
 
 
 def _clock_difference(error: Exception) -> float | None:
-    """Return the seconds by which the clock is ahead of that of an S3 storage that refused a request (403), if they are known."""
+    """Return the seconds by which the clock is ahead of that of an S3 storage that refused a request (403), if known."""
     for source in (error, error.__cause__):
         response = getattr(source, "response", None)
         details = response.get("ResponseMetadata") if isinstance(response, dict) else None

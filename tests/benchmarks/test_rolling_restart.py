@@ -12,7 +12,7 @@ from real_servers import skipped_if_missing
 @pytest.mark.full
 def test_clients_with_retries_notice_no_restart(tmp_path: Path) -> None:
     pytest.importorskip("faiss", reason="FAISS is not installed")
-    from benchmarks.chaos import small_bundle
+    from benchmarks.faults.cluster import small_bundle
     from benchmarks.rolling_restart import report, run
 
     with skipped_if_missing(), small_bundle() as bundle:

@@ -256,7 +256,9 @@ def test_errors_of_a_storage_are_transient_final_or_unrelated(error: Exception, 
     assert (None if storage_problem is None else storage_problem.kind) == kind
 
 
-@pytest.mark.parametrize(("seconds", "kind"), [(3600, "storage-unavailable"), (-3600, "storage-unavailable"), (60, "storage")])
+@pytest.mark.parametrize(
+    ("seconds", "kind"), [(3600, "storage-unavailable"), (-3600, "storage-unavailable"), (60, "storage")]
+)
 def test_refusal_because_of_a_wrong_clock_is_transient(seconds: float, kind: str) -> None:
     refused = ClientError(403)
     refused.response["ResponseMetadata"]["HTTPHeaders"] = {"date": formatdate(time.time() - seconds, usegmt=True)}
