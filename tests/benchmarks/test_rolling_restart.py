@@ -8,7 +8,6 @@ import pytest
 
 from real_servers import skipped_if_missing
 
-
 ALL = ["replica-1", "replica-2"]
 SEPARATE = ["gateway-1", "gateway-2", "worker-1", "worker-2"]
 

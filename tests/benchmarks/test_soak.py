@@ -28,8 +28,8 @@ PROCESSES = {"supervisor", "gateway", "Generator", "Classifier", "Authenticity",
 }
 
 
-# The benchmark looks for growth by 2 % in an hour. In the four minutes after the first fifth that is 0.1 %, which is less than what
-# the calls of one moment need. Four minutes can show growth by 4 %; slower growth needs the hour of the benchmark.
+# The benchmark looks for growth by 2 % in an hour. In the four minutes after the first fifth that is 0.1 %, which is less than
+# what the calls of one moment need. Four minutes can show growth by 4 %; slower growth needs the hour of the benchmark.
 MAX_GROWTH = 0.6
 
 
