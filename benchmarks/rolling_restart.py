@@ -3,7 +3,8 @@
 Two replicas that do everything (gateway, models and jobs) run on a real PostgreSQL and a real S3 server, behind a load balancer
 that sends new connections to those whose /readyz answers 200. With `--separate`, two gateways with models are behind it, and
 two workers make the datasets. Clients with the SDK generate images, and request, await, download and verify datasets, without a
-pause. Each replica gets SIGTERM, ends, and is started again; when it is ready, the next one follows. Required: no call of a client fails, as the SDK repeats requests; and the same request always has the same bytes.
+pause. Each replica gets SIGTERM, ends, and is started again; when it is ready, the next one follows. Required: no call of
+a client fails, as the SDK repeats requests; and the same request always has the same bytes.
 
 Needs PostgreSQL's server, and the extras `cluster` and `cpu`.
 """
