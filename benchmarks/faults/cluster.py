@@ -17,7 +17,7 @@ import httpx
 import numpy as np
 import psycopg
 
-from benchmarks.cluster import Caller, Replica
+from benchmarks.cluster import NO_TLS, Caller, Replica
 from benchmarks.components import free_port
 from benchmarks.components.postgres import Postgres, running_postgres
 from benchmarks.components.proxies import S3Proxy, TcpProxy, s3_proxy, tcp_proxy
@@ -170,7 +170,7 @@ class Cluster:
         number = 0.0
         for replica in self.replicas:
             if replica is not but:
-                metrics = httpx.get(f"{replica.url}/metrics", timeout=30, trust_env=False).text
+                metrics = httpx.get(f"{replica.url}/metrics", timeout=30, trust_env=False, verify=NO_TLS).text
                 number += sum(float(line.split()[-1]) for line in metrics.splitlines() if line.startswith(_TAKEOVERS))
         return round(number)
 

@@ -68,7 +68,7 @@ def paused_workers(cluster: Cluster, undisturbed: Undisturbed, extent: Extent) -
         before = cluster.takeovers(but=worker)
         worker.signal_all(signal.SIGSTOP)
         try:
-            wait_for(lambda: cluster.takeovers(but=worker) > before, _TAKEOVER_SECONDS)
+            wait_for(lambda: cluster.takeovers(but=worker) > before, _TAKEOVER_SECONDS, pause=0.3)
             time.sleep(cluster.random.uniform(0, LEASE_SECONDS))
             number = cluster.takeovers(but=worker) - before
         finally:
