@@ -189,13 +189,12 @@ class S3Proxy:
             return answer
 
     def _choose(self, request: web.Request, content: bytes) -> Fault:
-        """A random fault that is possible for a request. A PUT has no body in its answer."""
-        possible: list[Fault] = ["500", "503", "time-out"]
-        if len(content) > 1:
-            possible.append("half upload")
-        if request.method in ("GET", "POST"):
-            possible.append("half answer")
-        return self._random.choice(possible)
+        """A random fault that is possible for a request, half of a body as often as all others together."""
+        halves: list[Fault] = ["half upload"] if len(content) > 1 else []
+        if request.method in ("GET", "POST"):  # the answer to a PUT has no body
+            halves.append("half answer")
+        others: list[Fault] = ["500", "503", "time-out"]
+        return self._random.choice(halves if halves and self._random.random() < 0.5 else others)
 
     async def _upload_half(self, request: web.Request, headers: Sequence[tuple[str, str]], content: bytes) -> None:
         """Send a request with its whole length and half of its body, and end the connection."""
