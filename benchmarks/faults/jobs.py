@@ -97,7 +97,7 @@ def recovery(cluster: Cluster, dataset: Mapping[str, Any], before: Progress, beg
     def goes_on() -> bool:
         job = cluster.caller.job(dataset)
         cluster.restart_ended()
-        return job["state"] != before.state or job["progress"]["samples_done"] > before.samples_done
+        return bool(job["state"] != before.state or job["progress"]["samples_done"] > before.samples_done)
 
     wait_for(goes_on, PATIENCE_SECONDS)
     return time.monotonic() - began
