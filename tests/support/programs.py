@@ -43,6 +43,8 @@ CLUSTER_PROGRAMS = (
     Program("sqlite3", "backup of SQLite", "Debian package sqlite3", lambda: which("sqlite3")),
     Program("weed", "S3 server SeaweedFS", "extra cluster", weed_binary),
     Program("moto_server", "a second S3 server", "extra cluster", moto_program),
+    Program("rclone", "backup of a bucket", "Debian package rclone", lambda: which("rclone")),
+    Program("libfaketime", "a clock that jumps", "extra cluster", lambda: find_spec("libfaketime")),
     Program("s3fs", "storage at s3://", "extra cluster", lambda: find_spec("s3fs")),
     Program("locust", "load of the soak test", "extra soak", lambda: find_spec("locust")),
     Program(
