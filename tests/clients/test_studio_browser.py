@@ -176,6 +176,15 @@ def datasets(page: Any) -> None:
     for field in page.get_by_label("Images of").all():
         if field.is_visible():
             field.fill("4")
+    press(page, "Edits")
+    page.get_by_label("Directions of all images").fill("sefa-2")
+    page.keyboard.press("Enter")
+    page.get_by_label("Strength of sefa-2").fill("2.5")
+    press(page, "More options")
+    page.get_by_label("Images in a shard").fill("20000")
+    shows(page, "Images in a shard: 20,000 is not allowed")
+    page.get_by_label("Images in a shard").fill("3")
+    shows(page, "made in 3 shards")
     press(page, "Create dataset")
     page.get_by_role("link", name="Open the report").first.wait_for()
     page.once("dialog", lambda dialog: dialog.accept())
