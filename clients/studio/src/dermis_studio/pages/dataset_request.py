@@ -216,7 +216,6 @@ class RequestFields:
                     label="Threshold of the classifier",
                     info="From it on an image counts as the positive class.",
                     choices=[],
-                    value=THRESHOLD,
                 )
                 tries = gr.Number(
                     label=_LABELS["classifier_tries"],
