@@ -12,14 +12,16 @@ from typing import Any
 
 import gradio as gr
 import pytest
-from dermis.dataset.request import DatasetRequest
 from dermis_client import Model
 from dermis_client.resources.datasets import Datasets
 from dermis_studio.access import Visitor
 from dermis_studio.pages import dataset_request as page
 from dermis_studio.pages import dataset_view as view
 
+from dermis.dataset.request import DatasetRequest
+
 SCHEMAS = json.loads((Path(__file__).parents[3] / "tests" / "golden" / "openapi.json").read_text())["schemas"]
+NO_DATASETS: tuple[Any, ...] = ()
 PARTS = {
     "classifier": "ClassifierOptions",
     "edits": "EditOption",
@@ -219,13 +221,13 @@ def test_estimate_measures_again_for_options_that_change_the_size() -> None:
         def __init__(self) -> None:
             self.images = self.datasets = self
 
-        async def generate(self, classes: dict[str, int], **options: Any) -> list[Any]:
+        async def generate(self, classes: dict[str, int], **options: Any) -> Any:
             asked.append(options)
             signed = None if options.get("provenance") == {"c2pa": False} else "5" * 64
             return [SimpleNamespace(content=b"x" * 100, canonical_sha256=signed)] * sum(classes.values())
 
         async def list(self, **_: Any) -> AsyncIterator[Any]:
-            for dataset in ():
+            for dataset in NO_DATASETS:
                 yield dataset
 
     model = Model.model_validate(FULL | {"digest": "e" * 64})

@@ -94,6 +94,7 @@ class RequestFields:
             more["truncation_cutoff"],
             self._edit_fields,
             edits["directions"],
+            self._layer_fields,
             self._former,
             *self._strengths,
         ]
@@ -268,7 +269,8 @@ class RequestFields:
             gr.update(info=layers),  # of the truncated layers
             gr.update(visible=bool(model.directions)),
             directions,
-            "" if other else gr.skip(),
+            gr.update(visible=False) if other else gr.skip(),  # the layers
+            "" if other else gr.skip(),  # the directions that the strengths were entered for
             *no_strengths * MAX_EDITS,
         ]
 
