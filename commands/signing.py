@@ -56,7 +56,7 @@ def sign_bundle(
     folder = Path(opened.location)
     if "://" in opened.location or not folder.is_dir():
         raise RequestError("BUNDLE", "only a bundle in a local folder can be signed; copy it first")
-    _, records = read_signature(opened.location)
+    _, records = read_signature(opened)
     data = sign_records(records, opened.name, ignored=SIGNATURE, key=key, certificate=certificate, chain=chain or ())
     write_file(folder / SIGNATURE, data)
     typer.echo(f"{folder / SIGNATURE}: signature of {len(records)} files of {opened.name}@{opened.digest}")
