@@ -62,8 +62,8 @@ def sign_bundle(
     typer.echo(f"{folder / SIGNATURE}: signature of {len(records)} files of {opened.name}@{opened.digest}")
 
 
-def check_bundle_signature(bundle: str, trusted: Sequence[Path] | None) -> str:
-    """Verify the signature of a bundle, and describe it; empty if it has none.
+def check_bundle_signature(bundle: Bundle, trusted: Sequence[Path] | None) -> str:
+    """Verify the signature of an opened bundle, and describe it; empty if it has none.
 
     Args:
         bundle: The bundle.
@@ -79,8 +79,8 @@ def check_bundle_signature(bundle: str, trusted: Sequence[Path] | None) -> str:
     if not trusted:
         return _not_checked(signature)
     if signature is None:
-        raise SignatureError(f"{bundle}: is not signed")
-    return f", signed by {verify_records(signature, records, read_signers(trusted), bundle)}"
+        raise SignatureError(f"{bundle.location}: is not signed")
+    return f", signed by {verify_records(signature, records, read_signers(trusted), bundle.location)}"
 
 
 def sign_dataset(
