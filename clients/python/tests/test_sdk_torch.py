@@ -172,16 +172,16 @@ def test_samples_and_verdicts_of_two_bundles_are_not_mixed() -> None:
     a, b = "a" * 64, "b" * 64
     with pytest.raises(IntegrityError, match=r"images 0 to 7: .* from the bundle aaaaaaaaaaaa\.\.\. to bbbbbbbbbbbb"):
         list(stream(client=partial(FakeClient, digests=[a, b]), only_authentic=True, prefetch=1))  # image, verdict
-    updated, samples = stream(client=partial(FakeClient, digests=[a, a, b]), prefetch=1), []
+    samples: list[Any] = []
     with pytest.raises(IntegrityError, match="images 16 to 23: the service has changed"):
-        samples.extend(updated)
+        samples.extend(stream(client=partial(FakeClient, digests=[a, a, b]), prefetch=1))
+    assert len(samples) == 16
     one = stream(client=partial(FakeClient, digests=[a]), prefetch=1)
     begun = list(islice(one, 16))
     other = stream(client=partial(FakeClient, digests=[b]), prefetch=1)
     other.load_state_dict(one.state_dict())
     with pytest.raises(IntegrityError, match="images 8 to 15: the service has changed"):
         list(other)
-    del samples
     earlier = {name: value for name, value in one.state_dict().items() if name != "digest"}
     new = stream(client=partial(FakeClient, digests=[b]), prefetch=1)
     new.load_state_dict(earlier)  # a state of an earlier version
