@@ -14,6 +14,7 @@ from dermis.errors import RequestError, SignatureError, StorageError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from dermis.bundle import Bundle
     from dermis.dataset.store import Store
 
 KeyOption = Annotated[

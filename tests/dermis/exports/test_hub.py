@@ -91,7 +91,12 @@ def test_parts_that_identify_training_images_are_not_uploaded_by_accident() -> N
         ("hub:clinic/lesions", {"HF_TOKEN": SECRET, "HF_ENDPOINT": "http://example.org"}, "must begin with https"),
         (
             "hub:clinic/lesions",
-            {"HF_TOKEN": SECRET, "HF_ENDPOINT": "http://127.0.0.1:9", "HTTP_PROXY": "http://proxy", "NO_PROXY": "other"},
+            {
+                "HF_TOKEN": SECRET,
+                "HF_ENDPOINT": "http://127.0.0.1:9",
+                "HTTP_PROXY": "http://proxy",
+                "NO_PROXY": "other",
+            },
             r"HTTP_PROXY: would send the token .*; set NO_PROXY=127\.0\.0\.1",
         ),
         (
