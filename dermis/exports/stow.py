@@ -84,11 +84,11 @@ def store_instances(target: StowTarget, files: Iterable[tuple[str, bytes]]) -> i
     if target.authorization is not None:
         headers["Authorization"] = target.authorization
     stored = 0
-    options = {
-        "verify": httpx.create_ssl_context(),  # with the authorities of SSL_CERT_FILE, if it is set
-        "trust_env": not is_loopback(urlsplit(target.url).hostname or ""),  # no proxy sees credentials for this machine
-    }
-    with httpx.Client(timeout=_TIMEOUT, headers=headers, **options) as client:
+    context = httpx.create_ssl_context()  # with the authorities of SSL_CERT_FILE, if it is set
+    through_proxy = not is_loopback(
+        urlsplit(target.url).hostname or ""
+    )  # a proxy would see credentials for this machine
+    with httpx.Client(timeout=_TIMEOUT, headers=headers, verify=context, trust_env=through_proxy) as client:
         for names, body in _batches(files):
             try:
                 with client.stream("POST", f"{target.url}/studies", content=body) as response:
