@@ -85,9 +85,8 @@ def store_instances(target: StowTarget, files: Iterable[tuple[str, bytes]]) -> i
         headers["Authorization"] = target.authorization
     stored = 0
     context = httpx.create_ssl_context()  # with the authorities of SSL_CERT_FILE, if it is set
-    through_proxy = not is_loopback(
-        urlsplit(target.url).hostname or ""
-    )  # a proxy would see credentials for this machine
+    # A proxy of the environment is for other machines: it would see the credentials for this one.
+    through_proxy = not is_loopback(urlsplit(target.url).hostname or "")
     with httpx.Client(timeout=_TIMEOUT, headers=headers, verify=context, trust_env=through_proxy) as client:
         for names, body in _batches(files):
             try:
