@@ -36,9 +36,7 @@ def fleet_proxy(upstream: str, certificate: str) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         context = ssl.create_default_context(cafile=certificate)
-        through_proxy = not is_loopback(
-            urlsplit(upstream).hostname or ""
-        )  # a proxy of the environment is for other machines
+        through_proxy = not is_loopback(urlsplit(upstream).hostname or "")  # that of the environment
         async with httpx.AsyncClient(
             base_url=upstream, verify=context, timeout=120.0, trust_env=through_proxy
         ) as client:
