@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from dermis.errors import DataError, escape, quote
 from training.data.class_names import ClassOrigin, ClassRules, class_of, contradiction
@@ -330,9 +331,10 @@ def _read(file: Path | ImageFile, where: Path, *, beginning: bool) -> bytes:
     data = bytearray()
     limit = _BEGINNING_BYTES if beginning else _MAX_BYTES + 1
     with contextlib.ExitStack() as opened:
-        stream = opened.enter_context(file.open() if isinstance(file, ImageFile) else file.open("rb"))
+        raw = opened.enter_context(file.open() if isinstance(file, ImageFile) else file.open("rb"))
+        stream: IO[bytes] | gzip.GzipFile = raw
         if where.name.lower().endswith(".gz"):
-            stream = opened.enter_context(gzip.GzipFile(fileobj=stream))
+            stream = opened.enter_context(gzip.GzipFile(fileobj=raw))
         while len(data) < limit and (piece := stream.read(min(_PIECE, limit - len(data)))):
             data += piece
     if len(data) > _MAX_BYTES:
