@@ -2,7 +2,7 @@
 
 Someone has real images and learns where each of them is on the map, by an upload. Some are training images, the others are
 not. The table has the AUC of telling them apart (1 is certainty, 0.5 is chance) by two kinds of map: one with the position of
-every training image, as DERMIS_TRAINING_POSITIONS=true shows it, of which the distance to the nearest one is used; and the map
+every training image, as DERMIS_TRAINING_MAP=positions shows it, of which the distance to the nearest one is used; and the map
 of `/v1/embeddings` with numbers of training images in cubes, of which the number in the image's own cube is used.
 """
 

@@ -208,6 +208,10 @@ def name_of(process: psutil.Process) -> str:
         return "supervisor"
     if "services.gateway.decoding" in line:
         return "upload decoder"
+    if "--multiprocessing-fork" in line:
+        return "image measuring"
+    if any("multiprocessing.resource_tracker" in each for each in line):
+        return "resource tracker"
     return " ".join(line[-2:])[-40:]
 
 
@@ -293,6 +297,7 @@ class Result:
     overload: Phase
     overload_share: float
     growth: list[Growth]
+    memory: list[Process]
     restarted: list[str]
     log: list[str]
 
@@ -364,7 +369,7 @@ def run(
     warm = began + 0.2 * 60 * minutes
     growth = [each for process in processes if (each := process.growth(warm, ended)) is not None]
     restarted = [name for pid, name in before.items() if pid not in present]
-    return Result(warm_up, steps, soak, overload, overload_share, growth, restarted, log)
+    return Result(warm_up, steps, soak, overload, overload_share, growth, processes, restarted, log)
 
 
 def report(result: Result) -> str:

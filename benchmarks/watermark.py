@@ -5,7 +5,8 @@ how many are still detected after changes, how many real images are taken for ma
 changes: PSNR, the Frechet distance to real images in the space lite0, and the probability of the bundle's classifier.
 
 The package is no dependency of dermis. It refuses images below 256 x 256 px, so its methods are called directly.
-`--enlarge 256` enlarges all images first, as if the generator made larger ones. Install the package:
+`--enlarge 256` enlarges all images first, as if the generator made larger ones. Each number is printed, and the file of
+`--json` written again, as soon as it is measured, so an interrupted run leaves what it has. Install the package:
 `pip install --no-deps invisible-watermark pywavelets opencv-python-headless`.
 """
 
@@ -115,10 +116,12 @@ def generated(bundle: Bundle, count: int) -> Images:
 
 
 def real(folder: Path, size: int, count: int | None) -> Images:
-    """Real images at the size of the generator."""
+    """Real images at the size of the generator; with `count`, as many at equal distances in the order of names."""
     from dermis.image_reading import read_training_image
 
-    files = sorted(folder.rglob("*.jpg"))[:count]
+    files = sorted(folder.rglob("*.jpg"))
+    if count is not None and count < len(files):
+        files = [files[position * len(files) // count] for position in range(count)]
     return np.stack([read_training_image(path.read_bytes(), size=size) for path in files])
 
 
@@ -127,7 +130,9 @@ def enlarged(images: Images, size: int) -> Images:
     return np.stack([np.asarray(Image.fromarray(image).resize((size, size), _BICUBIC)) for image in images])
 
 
-def measure(bundle: Bundle, images: Images, photographs: Images, few: int) -> dict[str, Any]:
+def measure(
+    bundle: Bundle, images: Images, photographs: Images, few: int, report: Callable[[Mapping[str, Any]], None]
+) -> dict[str, Any]:
     """Measure all methods.
 
     Args:
@@ -135,6 +140,7 @@ def measure(bundle: Bundle, images: Images, photographs: Images, few: int) -> di
         images: Generated images.
         photographs: Real images.
         few: Number of generated images for detection after changes.
+        report: Called with all results so far after each part.
     """
     from dermis.classifier.onnx_session import Classifier
     from dermis.features import feature_extractor
@@ -151,7 +157,6 @@ def measure(bundle: Bundle, images: Images, photographs: Images, few: int) -> di
     def detected(pictures: Any, read: Read) -> float:
         return float(np.mean([int((read(each) == message.astype(bool)).sum()) >= limit for each in pictures]))
 
-    of_real, of_plain = moments(photographs), moments(images)
     result: dict[str, Any] = {
         "resolution": len(images[0]),
         "generated": len(images),
@@ -159,33 +164,39 @@ def measure(bundle: Bundle, images: Images, photographs: Images, few: int) -> di
         "real": len(photographs),
         "bits": BITS,
         "needed_bits": limit,
-        "fd_unmarked": frechet_of_moments(*of_real, *of_plain),
         "methods": {},
     }
+    marked_by: dict[str, Images] = {}
+    for name, (embed, read) in methods(message).items():
+        method: dict[str, Any] = {"detected": {}}
+        result["methods"][name] = method
+        started = time.perf_counter()
+        marked = marked_by[name] = np.stack([embed(image) for image in images])
+        method["embedded_per_second"] = len(images) / (time.perf_counter() - started)
+        error = ((marked.astype(np.float64) - images) ** 2).mean((1, 2, 3))
+        method["psnr"] = float(np.mean(10 * np.log10(255**2 / np.maximum(error, 1e-9))))
+        report(result)
+        for change, apply in CHANGES.items():
+            method["detected"][change] = detected((apply(image) for image in marked[:few]), read)
+            report(result)
+        method["false_positives_unmarked"] = detected(images[:few], read)
+        method["false_positives"] = detected(photographs, read)
+        report(result)
+    of_real, of_plain = moments(photographs), moments(images)
+    result["fd_unmarked"] = frechet_of_moments(*of_real, *of_plain)
     with Classifier(bundle, device="cpu") as classifier:
         before = classifier.classify(images, features=False).calibrated
         threshold = classifier.description.threshold("default")
-        for name, (embed, read) in methods(message).items():
-            started = time.perf_counter()
-            marked = np.stack([embed(image) for image in images])
-            seconds = time.perf_counter() - started
-            error = ((marked.astype(np.float64) - images) ** 2).mean((1, 2, 3))
+        for name, marked in marked_by.items():
             after = classifier.classify(marked, features=False).calibrated
             of_marked = moments(marked)
-            result["methods"][name] = {
-                "embedded_per_second": len(images) / seconds,
-                "psnr": float(np.mean(10 * np.log10(255**2 / np.maximum(error, 1e-9)))),
-                "false_positives": detected(photographs, read),
-                "false_positives_unmarked": detected(images[:few], read),
-                "detected": {
-                    change: detected((apply(image) for image in marked[:few]), read) if few else 0.0
-                    for change, apply in CHANGES.items()
-                },
+            result["methods"][name] |= {
                 "fd": frechet_of_moments(*of_real, *of_marked),
                 "fd_to_unmarked": frechet_of_moments(*of_plain, *of_marked),
                 "probability_change": float(np.abs(after - before).mean()),
                 "other_class": float(((after >= threshold) != (before >= threshold)).mean()),
             }
+            report(result)
     return result
 
 
@@ -227,11 +238,22 @@ def main() -> None:
     photographs = real(arguments.data, bundle.generator.img_resolution, arguments.real)
     if arguments.enlarge is not None:
         images, photographs = enlarged(images, arguments.enlarge), enlarged(photographs, arguments.enlarge)
-    result = measure(bundle, images, photographs, arguments.few)
+
+    shown: set[str] = set()
+
+    def report(so_far: Mapping[str, Any]) -> None:
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps(so_far, indent=2) + "\n")
+        for name, method in so_far["methods"].items():
+            for label, value in ({**method, "detected": None} | method["detected"]).items():
+                if value is not None and (line := f"{name}, {label}: {value:.4g}") not in shown:
+                    shown.add(line)
+                    print(f"{time.perf_counter() - started:6.0f} s  {line}", flush=True)
+
+    started = time.perf_counter()
+    result = measure(bundle, images, photographs, arguments.few, report)
     print(table(result))
     print(f"{result['needed_bits']} of {BITS} bits must agree; {result['resolution']} px")
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

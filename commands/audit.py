@@ -82,7 +82,7 @@ def export(
     ] = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Print entries as lines of JSON, oldest first. The export itself is recorded before."""
+    """Print entries as lines of JSON, oldest first. The trail gets an entry about the export before it begins."""
     from services.audit.trail import command_event
 
     first, last = _time("--since", since), _time("--until", until)

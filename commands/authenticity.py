@@ -55,7 +55,7 @@ def check(
     show: Annotated[
         Path | None,
         typer.Option(
-            help="Page to write, .html, that shows the nearest training images of --data. It is for their owner."
+            help="Page to write, .html, that shows the nearest training images of --data, for their owner only."
         ),
     ] = None,
     device: DeviceOption = "auto",

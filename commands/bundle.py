@@ -262,7 +262,7 @@ def detach(
 ) -> None:
     """Remove parts from a bundle: classifier, authenticity, encoder, copies, reference, directions or privacy_audit.
 
-    authenticity is the index of training images, and copies is the copy detector. Both tell whether an image is a training
+    authenticity is the index of training images, and copies is the copy detector. Both reveal whether an image is a training
     image; they can be removed before a bundle is shared.
     """
     from dermis.bundle import amend_bundle, open_bundle

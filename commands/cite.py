@@ -22,7 +22,7 @@ def cite(
     ] = "all",
     style: Annotated[
         Literal["markdown", "latex"],
-        typer.Option(help="How the paragraph refers to the BibTeX entries: [@key] or \\cite{key}."),
+        typer.Option(help="How the paragraph refers to the BibTeX entries: \\[@key] or \\cite{key}."),
     ] = "markdown",
     author: Annotated[
         list[str] | None,

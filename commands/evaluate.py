@@ -45,7 +45,8 @@ def evaluate(
         ),
     ] = None,
     metrics: Annotated[
-        Literal["all", "fast"], typer.Option(help="all, or fast: only Fréchet distance, KID, precision and recall.")
+        Literal["all", "fast"],
+        typer.Option(help="all, or fast: only Fréchet distance, KID, precision, recall and copies."),
     ] = "all",
     noise_mode: Annotated[
         list[str] | None,

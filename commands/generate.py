@@ -130,8 +130,8 @@ def generate(
     After a stop at any point, run the same command again to continue. The files are the same as without the stop.
     With --audit-members and --audit-non-members the dataset is audited as by `dermis privacy audit --dataset` before it is
     finished: privacy_audit.json, AUDIT.md and the report have the result. The exit status does not depend on the verdict.
-    Many processes make one dataset together with --shards, and one of them, or another, finishes it with --finalize. The exit
-    status of these is 2 if the same command would fail again, as the options do not fit or shards are missing.
+    Many processes make one dataset together with --shards, and one of them, or another, finishes it with --finalize. Their exit
+    status is 2 if the same command would fail again: options that do not fit together, or missing shards.
     """
     from dermis.bundle import open_bundle
     from dermis.dataset.manifest import parse_manifest, synthesizer_identity

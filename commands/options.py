@@ -83,7 +83,10 @@ OnRejectOption = Annotated[
     Literal["resample", "drop", "flag"] | None,
     typer.Option(help="What happens to images that the gate rejects. Default resample."),
 ]
-GateTriesOption = Annotated[int | None, typer.Option(help="Maximum number of rejected images for a sample. Default 8.")]
+GateTriesOption = Annotated[
+    int | None,
+    typer.Option(help="Images that the gate may reject before a sample is left out. Default 8."),
+]
 DetectCopiesOption = Annotated[
     bool | None,
     typer.Option(

@@ -48,7 +48,8 @@ def audit(
     extractor: Annotated[
         list[str] | None,
         typer.Option(
-            help="Feature space; may be repeated. Default: lite0 and lite1. The space of the bundle's classifier is added."
+            help="Feature space; may be repeated. Default: lite0 and lite1. The pixels at 16 x 16 and the space of the "
+            "bundle's classifier are added."
         ),
     ] = None,
     count: Annotated[int | None, typer.Option(help="Number of samples; default: as many as members.")] = None,

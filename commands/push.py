@@ -37,7 +37,7 @@ def push_bundle(
     public: PublicOption = False,
     include_index: Annotated[
         bool,
-        typer.Option("--include-index", help="Upload parts that tell whether an image is a training image, too."),
+        typer.Option("--include-index", help="Also upload the parts that reveal whether an image is a training image."),
     ] = False,
 ) -> None:
     """Verify a bundle and upload it to the folder bundle/ of a repository, with its card as README.md."""

@@ -35,8 +35,8 @@ def verify(
 ) -> None:
     """Check every file of a dataset against its manifest.json, and list changed, missing and extra files.
 
-    With --provenance, tell of each image whether it is signed by a trusted signer, signed by an unknown signer, unsigned, or
-    tampered. The exit status is 1 if an image is tampered, and with --trusted if one is not signed by a trusted signer.
+    With --provenance, list whether each image is signed by a trusted signer, signed by an unknown signer, unsigned, or
+    tampered with. The exit status is 1 if an image is tampered, and with --trusted if one is not signed by a trusted signer.
     """
     if provenance:
         _verify_images(folder, trusted or ())

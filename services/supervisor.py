@@ -45,6 +45,9 @@ _OPEN_FILES = 65_536
 _STEADY_SECONDS = 60.0  # a process that has run for so long is restarted without a pause
 _LONGEST_PAUSE_SECONDS = 30.0
 _WAKE_SECONDS = 1.0
+# The gateway runs every shard in a thread of its own. By default the C library gives threads up to eight heaps a core, which
+# keep the memory of images that threads have freed: the gateway grew by 150 MB in an hour of small datasets.
+_GATEWAY_ENVIRONMENT = {"MALLOC_ARENA_MAX": "2"}
 
 
 def worker_counts(settings: Settings) -> Mapping[str, int]:
@@ -254,14 +257,16 @@ class _Supervisor:
 
     def _start(self, worker: _Worker) -> subprocess.Popen[bytes]:
         listener = self._listeners[worker.service].fileno()
+        environment = self._environment
         if worker.service == GATEWAY:
             options = ["--timeout-graceful-shutdown", str(self._times.requests), *self._gateway_options]
+            environment = _GATEWAY_ENVIRONMENT | environment  # the operator's value is kept
         else:
             options = ["--timeout-graceful-shutdown", "1"]
         # A group of its own: a Ctrl-C in the terminal reaches the supervisor only, which stops the gateway first.
         return subprocess.Popen(
             _command(worker.service, worker.number, listener, options),
-            env=self._environment,
+            env=environment,
             stdin=subprocess.DEVNULL,
             pass_fds=[listener],
             start_new_session=True,

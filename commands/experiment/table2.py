@@ -35,7 +35,7 @@ def table2(
         list[str] | None,
         typer.Option(
             help="NAME=SOURCE: the bundle or dataset of gan, cgan or cgan-no-color; gan=benign=SOURCE and "
-            "gan=malignant=SOURCE for two of one class. May be repeated."
+            "gan=malignant=SOURCE for two generators of one class each. May be repeated."
         ),
     ] = None,
     generators: Annotated[

@@ -38,7 +38,7 @@ def train_copy_detector(
     held_out: Annotated[
         Path | None,
         typer.Option(
-            help="Real images of other patients than both, to measure with: a CSV of other images, or a folder."
+            help="Real images to measure with, of patients who are in neither of the other sets: a CSV or a folder."
         ),
     ] = None,
     bundle: Annotated[

@@ -55,7 +55,7 @@ def train_encoder(
     resume: ResumeOption = False,
     log: LogOption = None,
 ) -> None:
-    """Train an encoder from a real image to a latent, in one pass, near enough for a short optimisation to start from.
+    """Train an encoder that computes a latent of a real image in one pass, from which a short optimisation can start.
 
     Ctrl-C saves; --resume continues.
     """

@@ -94,7 +94,7 @@ def train_gan(
         str | None,
         typer.Option(help="none, blit, geom, color, ..., bg, bgc, ... bgcfnc; default bg, with --projected blit."),
     ] = None,
-    augment_target: Annotated[float | None, typer.Option(help="Target of E[sign(D(real))]; default 0.6.")] = None,
+    augment_target: Annotated[float | None, typer.Option(help="Target of E\\[sign(D(real))]; default 0.6.")] = None,
     augment_p: Annotated[
         float | None, typer.Option(help="Fixed augmentation strength instead of an adaptive one.")
     ] = None,
@@ -133,7 +133,10 @@ def train_gan(
     ] = None,
     relativistic: Annotated[
         bool,
-        typer.Option("--relativistic", help="Compare generated with real images in pairs, regularised by R1 and R2."),
+        typer.Option(
+            "--relativistic",
+            help="Compare generated with real images in pairs, with the penalties R1 and R2.",
+        ),
     ] = False,
     class_balance: Annotated[
         float, typer.Option(help="0 shows the classes in their proportions, 1 all equally often.")

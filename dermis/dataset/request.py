@@ -134,7 +134,7 @@ class PrivacyOptions(BaseModel):
         8,
         ge=1,
         le=16,
-        description="For resample: images that can be rejected for a sample before it is missing.",
+        description="For resample: images that may be rejected before a sample is left out.",
     )
 
     @property

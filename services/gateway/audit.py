@@ -127,8 +127,8 @@ def describe(request: Request, detail: str) -> None:
 class DeniedRequests:
     """Limits the entries of denied requests without valid credentials: everyone who reaches the port can cause them.
 
-    Of each minute, the first ones of an address are recorded, and the first ones of all addresses. One entry says how many more
-    there were.
+    In each minute, the first requests of each address are recorded, up to a number for all addresses together. One entry says
+    how many more there were.
 
     Args:
         clock: Seconds of a monotonic clock.
@@ -168,8 +168,8 @@ class DeniedRequests:
 class RepeatedDenials:
     """Limits the entries of requests that one sender with valid credentials repeats although they are denied or are too many.
 
-    Of each minute, the first ones of a sender to a route are recorded. One entry for each sender and route says how many more
-    there were.
+    In each minute, the first requests of a sender to a route are recorded. One entry for each sender and route says how many
+    more there were.
 
     Args:
         clock: Seconds of a monotonic clock.

@@ -6,8 +6,8 @@ the answer on that one. Images resemble each other if their fingerprints differ 
 quarters, or both.
 
 The answers are in the jobs database (`services.compared_answers`), so the answer does not depend on the replica, and a restart
-changes nothing. Each process has a copy of those of the tenants that it serves, in which it searches. Of an image 256 bits and
-two numbers are kept. At most a rough pattern of light and dark could be made from the bits.
+changes nothing. Each process has a copy of those of the tenants that it serves, in which it searches. For each image, 256 bits
+and two numbers are kept. From the bits, at most a rough pattern of light and dark could be made.
 """
 
 from __future__ import annotations

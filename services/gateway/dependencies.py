@@ -295,7 +295,7 @@ def choose_media_type(request: Request, offers: Sequence[str], more: str = "") -
     media_type = negotiate(request.headers.get("accept"), offers)
     if media_type is None:
         separator = " and " if len(offers) == 2 else ", "
-        raise ProblemError("not-acceptable", f"this answers with {separator.join(offers)}{more}")
+        raise ProblemError("not-acceptable", f"this route answers with {separator.join(offers)}{more}")
     return media_type
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import time
@@ -82,19 +83,22 @@ class Limiter:
 
 
 class WaitLimiter:
-    """Refuses calls for images that would wait too long for those requested before. Use it on one event loop.
+    """Refuses calls for images of a model that would wait too long for those requested before. Use it on one event loop.
+
+    Only a tenant that has images waiting is refused: the wait of another one is limited by its share of the calls (`Limiter`).
 
     A number of calls says little about the time to wait: a graphics processor makes in a second what a processor makes in a
     minute, and a call can ask for one image or for many. So the rate is measured: images completed per second, weighted towards
     the last half minute. Only times with many waiting images count, because with few of them batches are small and slow.
 
     Args:
-        limit: Seconds that a call may wait. A call that waits for no other is accepted, whatever its size.
+        limit: Seconds that a call may wait. A call of a tenant that has no other is accepted, whatever its size.
         clock: Seconds that never decrease.
     """
 
     def __init__(self, limit: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._limit, self._clock = limit, clock
+        self._images: Counter[str] = Counter()  # waiting, by tenant; only those that have some
         self._waiting = self._calls = 0
         self._completed = self._busy = 0.0
         self._changed = clock()
@@ -107,24 +111,26 @@ class WaitLimiter:
         return self._completed / self._busy
 
     @contextmanager
-    def hold(self, images: int) -> Iterator[None]:
-        """Count a call for this number of images for the time of a `with` block.
+    def hold(self, tenant: str, images: int) -> Iterator[None]:
+        """Count a call of a tenant for this number of images for the time of a `with` block.
 
         Raises:
             ProblemError: It would wait longer than the limit.
         """
         self._advance()
-        rate = self.rate
-        if self._waiting and rate is not None:
+        rate, own = self.rate, self._images[tenant]
+        if own and rate is not None:
             wait = self._waiting / rate if rate > 0 else math.inf
             if wait > self._limit:
                 retry_after = min(30, max(1, math.ceil(min(wait, 60.0) - self._limit)))
                 raise ProblemError(
                     "overloaded",
-                    f"{self._waiting} images were requested before, which is more than {self._limit:g} seconds of waiting",
+                    f"{self._waiting} images were requested before ({own} by this tenant), which is more than "
+                    f"{self._limit:g} seconds of waiting",
                     headers={"Retry-After": str(retry_after)},
                 )
         self._waiting += images
+        self._images[tenant] = own + images
         completed = False
         try:
             yield
@@ -135,6 +141,9 @@ class WaitLimiter:
                 self._completed += images
                 self._calls += 1
             self._waiting -= images
+            self._images[tenant] -= images
+            if not self._images[tenant]:
+                del self._images[tenant]
 
     def _is_measured(self) -> bool:
         """Whether so many images are waiting that the rate is that of full batches, or that calls could soon be refused."""
@@ -194,7 +203,7 @@ class GatewayLimits:
     """The limits of one gateway."""
 
     images: Limiter
-    image_wait: WaitLimiter
+    image_wait: Callable[[str], WaitLimiter]  # of a model by its digest: each has its own rate
     uploads: Limiter
     heat_maps: Limiter
     event_streams: Limiter
@@ -209,15 +218,15 @@ class GatewayLimits:
             images=Limiter(
                 settings.max_waiting_image_calls,
                 "overloaded",
-                "too many calls are waiting for images",
+                "too many calls are waiting for images; try again",
                 retry_after=5,
                 shared=shared,
             ),
-            image_wait=WaitLimiter(settings.max_image_wait_seconds),
+            image_wait=functools.cache(lambda _: WaitLimiter(settings.max_image_wait_seconds)),
             uploads=Limiter(
                 settings.max_upload_calls,
                 "overloaded",
-                "too many calls with uploads are being processed",
+                "too many calls with uploads are being processed; try again",
                 retry_after=5,
                 shared=shared,
             ),
@@ -231,7 +240,7 @@ class GatewayLimits:
             event_streams=Limiter(
                 settings.max_event_streams,
                 "too-many-requests",
-                "too many event streams are open",
+                "too many event streams are open; close some, or try again",
                 retry_after=10,
                 shared=shared,
             ),

@@ -62,6 +62,7 @@ async def generate_within_limits(
     context: Context,
     request: Request,
     principal: Principal,
+    bundle: Bundle,
     count: int,
     generate: Callable[[], Awaitable[list[Image]]],
     kept: Mapping[str, int] | None = None,
@@ -72,6 +73,7 @@ async def generate_within_limits(
         context: The context of the routes.
         request: The request.
         principal: The sender.
+        bundle: The model.
         count: Number of images.
         generate: Generates them.
         kept: What the request needs of further quotas, by name; it stays counted if the generator fails.
@@ -80,7 +82,8 @@ async def generate_within_limits(
         ProblemError: If too many calls or images are waiting, or if it takes too long.
         QuotaExceededError: If a quota of the sender's tenant would be exceeded. Nothing was counted.
     """
-    with context.limits.images.hold(principal.tenant), context.limits.image_wait.hold(count):
+    waiting = context.limits.image_wait(bundle.digest)
+    with context.limits.images.hold(principal.tenant), waiting.hold(principal.tenant, count):
         async with (
             context.quotas.counted(request, principal, {"images_per_day": count}, kept or {}),
             limited_time(context, "the generator is busy; try again, or request fewer images"),

@@ -1,8 +1,8 @@
 """Uploaded images: read within limits, decoded in other processes, and not written to a disk, logged or kept.
 
 A body is multipart/form-data with one or more parts called `files`, or one image by itself. Starlette's own form parser
-would write files above 1 MB to temporary files, so this module uses python-multipart directly, on which it is built. It
-finds the parts of a body that is in memory and within the limit. File names and declared media types are ignored;
+would write files above 1 MB to temporary files, so this module directly uses python-multipart, on which that parser is built.
+It finds the parts of a body that is in memory and within the limit. File names and declared media types are ignored;
 `dermis.image_reading` recognises images by their content.
 """
 

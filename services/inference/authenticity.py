@@ -11,14 +11,14 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import bentoml
 import numpy as np
 
 from dermis.authenticity.attack import exposure
 from dermis.authenticity.checker import Checker
-from dermis.authenticity.training_map import training_map
+from dermis.authenticity.training_map import TrainingMap, training_map
 from dermis.bundle import Bundle
 from dermis.bundle.folder import exists
 from dermis.bundle.index import DESCRIPTOR
@@ -96,16 +96,23 @@ class AuthenticityService(InferenceService[Checker]):
             digest: Digest of the index.
 
         Returns:
-            The fields of a `TrainingMap`, without positions unless they are switched on, or "problem" with the reason why there
-            is none.
+            The fields of a `TrainingMap`, without what DERMIS_TRAINING_MAP does not show, or "problem" with the reason
+            why there is none.
         """
         checker = self._models.get(digest)
         if checker is None:
             return {"problem": pixels.missing_message("index", digest)}
         with self._mapping:
             if digest not in self._maps:
-                fields = asdict(training_map(checker.index))
-                if not _settings.training_positions:
-                    fields["positions"] = np.empty((0, 3), np.float32)
-                self._maps[digest] = fields
+                self._maps[digest] = shown_fields(training_map(checker.index), _settings.training_map)
             return self._maps[digest]
+
+
+def shown_fields(known: TrainingMap, shown: Literal["none", "counts", "positions"]) -> dict[str, Any]:
+    """Return the fields of a map without what the setting `training_map` does not show of the training images."""
+    fields = asdict(known)
+    if shown != "positions":
+        fields["positions"] = np.empty((0, 3), np.float32)
+    if shown == "none":
+        fields |= {"cubes": np.empty((0, 3), np.float32), "counts": np.empty(0, np.int64)}
+    return fields

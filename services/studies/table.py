@@ -1,6 +1,6 @@
 """Reader studies in the jobs database. Methods block, may be called from any thread, and are one short transaction each.
 
-`JobTable.open` creates the tables. A study belongs to a tenant, and so does everything that hangs on it.
+`JobTable.open` creates the tables. A study belongs to a tenant, and so do its images, invitations and answers.
 """
 
 from __future__ import annotations

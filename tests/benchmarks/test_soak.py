@@ -23,7 +23,8 @@ ROUTES = {
     "DELETE /v1/datasets/ID",
 }
 PROCESSES = {"supervisor", "gateway", "Generator", "Classifier", "Authenticity", "Explainer", "Projector"} | {
-    "upload decoder"
+    "upload decoder",
+    "image measuring",
 }
 
 
@@ -54,6 +55,7 @@ def test_mixed_load_has_no_errors_and_too_much_load_is_refused_with_a_time() -> 
     assert set(result.soak.routes) >= ROUTES
     assert {each.name for each in result.growth} >= PROCESSES
     assert all(each.samples > 1 and each.rss >= each.pss > 1 for each in result.growth)
+    assert {each.name for each in result.memory if len(each.times) == len(each.rss) == len(each.pss) > 1} >= PROCESSES
     document = json.loads(json.dumps(result.document(), allow_nan=False))
     assert document["capacity_operations_per_second"] == result.steps[0].completed > 0
     text = report(result)

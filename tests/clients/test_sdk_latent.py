@@ -24,18 +24,14 @@ from dermis_client import (
 )
 
 from dermis.bundle import Bundle
-from dermis.imaging import Images, decode, encode
+from dermis.imaging import decode, encode
 from dermis.projection.result import from_bytes
 from service_kit import Parts, assemble, listening, wait_for
 from services.errors import InferenceFailedError
 from services.inference.projections import ProjectionPreview
-from tiny_index import make_complete_bundle
+from tiny_index import make_complete_bundle, noise
 
 pytest.importorskip("faiss", reason="FAISS is not installed")
-
-
-def noise(count: int, seed: int = 0) -> Images:
-    return np.random.default_rng(seed).integers(0, 256, (count, 12, 12, 3), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import logging
 import os
@@ -125,6 +126,22 @@ def test_a_process_that_dies_is_started_again(settings: Settings, programs: Path
 
     run_until(settings, programs, another)
     assert all(gone(pid) for pid in pids(programs))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("chosen", "expected"), [(None, {None, "2"}), ("7", {"7"})])
+def test_gateway_has_few_heaps_unless_the_operator_chose_a_number(
+    chosen: str | None, expected: set[str | None], settings: Settings, programs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("MALLOC_ARENA_MAX", chosen)
+    programs.write_text(
+        "import os, time; heaps = os.environ.get('MALLOC_ARENA_MAX')\n"
+        f"open({str(programs.parent)!r} + f'/heaps-{{os.getpid()}}', 'w').write(repr(heaps)); note(); time.sleep(600)"
+    )
+    run_until(settings, programs, lambda: len(pids(programs)) == 3)
+    assert {ast.literal_eval(file.read_text()) for file in programs.parent.glob("heaps-*")} == expected
 
 
 def test_the_supervised_services_are_those_of_the_gateway() -> None:

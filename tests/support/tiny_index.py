@@ -16,6 +16,11 @@ from tiny import make_bundle
 from tiny_classifier import make_classifier
 
 
+def noise(count: int, seed: int = 0) -> Images:
+    """Random images, uint8 [count, 12, 12, 3]."""
+    return np.random.default_rng(seed).integers(0, 256, (count, 12, 12, 3), dtype=np.uint8)
+
+
 def make_complete_bundle(root: Path, training: Images, *, name: str = "tiny", held_out: Images | None = None) -> Bundle:
     """Its index is of uint8 `training` [N, R, R, 3] in the classifier's feature space, exact."""
     make_classifier(root / "c")
@@ -39,3 +44,10 @@ def make_complete_bundle(root: Path, training: Images, *, name: str = "tiny", he
     )
     write_index(root / "i", built)
     return amend_bundle(bundle, parts={"authenticity": root / "i"})
+
+
+def make_complete_and_plain_bundle(root: Path, training: int = 60) -> tuple[Bundle, str]:
+    """A bundle `tiny` with all parts, of `noise(training)`; and DERMIS_BUNDLES for it and a bundle `plain` without."""
+    complete = make_complete_bundle(root / "complete", noise(training))
+    plain = make_bundle(root / "plain", name="plain")
+    return complete, f"{complete.location},{plain.location}"

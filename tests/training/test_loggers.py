@@ -118,7 +118,9 @@ def test_wandb_writes_offline_without_secrets(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("sys.argv", ["dermis", "--password", SECRET])
     write_run("wandb", tmp_path, 0)
     files = [path for path in (tmp_path / "wandb").rglob("*") if path.is_file()]
-    assert any(path.suffix == ".wandb" for path in files) and any(path.suffix == ".png" for path in files)
+    (run,) = [path.read_bytes() for path in files if path.suffix == ".wandb"]
+    assert all(name in run for name in (b"loss/G", b"loss/D", b"samples", b"batch", b"seed"))
+    assert any(path.suffix == ".png" for path in files)
     assert not any(SECRET.encode() in path.read_bytes() for path in files)
     kept = (tmp_path / "wandb-run").read_text()
     write_run("wandb", tmp_path, 10)

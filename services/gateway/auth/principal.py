@@ -16,8 +16,9 @@ SCOPES: Mapping[str, str] = {
     "edits": "Edit generated images; with `projections`, also projections.",
     "projections": "Upload images and find their latents; read and delete projections of the tenant.",
     "classify": "Classify uploaded images.",
-    "authenticity:generated": "Compare generated images with the training images.",
-    "authenticity:uploads": "Compare uploaded images with the training images, which shows whether an image is one of them.",
+    "authenticity:generated": "Compare generated images with the training images, and place them on the map of embeddings.",
+    "authenticity:uploads": "Compare uploaded images with the training images and place them on the map, which shows whether "
+    "an image is one of them.",
     "webhooks": "Send messages to URLs when datasets and projections of the tenant end.",
     "studies": "Create reader studies, invite readers by link, read their answers; read and delete studies of the tenant.",
     "models:read": "List the models and their directions.",

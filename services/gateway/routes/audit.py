@@ -28,7 +28,8 @@ async def read_audit(
     principal: Annotated[Principal, requires("admin")],
     limit: Annotated[int, Query(ge=1, le=1000, description="Maximum number of entries on the page.")] = 100,
     before: Annotated[
-        int | None, Query(ge=1, le=_MAX_NUMBER, description="Only entries with lower numbers: `next_before` of a page.")
+        int | None,
+        Query(ge=1, le=_MAX_NUMBER, description="Only entries below this number: `next_before` of the last page."),
     ] = None,
     since: Annotated[
         AwareDatetime | None, Query(description="Only entries of this time or later ones, with a time zone.")

@@ -63,8 +63,8 @@ the nearest, and distances are rounded.
 If the operator has enabled it (`DERMIS_AUTHENTICITY_UPLOADS`; `uploads` in `/v1/models` shows the setting), images can be sent
 instead, as for `/v1/classifications`. It is disabled by default (403 `uploads-disabled`), because a distance near 0 shows that
 an image is a training image. Uploads are kept in memory only. They are not logged, stored or sent back. An upload that
-resembles one of the last day (`DERMIS_AUTHENTICITY_REPEAT_SECONDS`) gets the answer on that one, with `repeated`; for this, a
-fingerprint of 256 bits of each upload is stored with the answer for that time.""",
+resembles one of the last day (`DERMIS_AUTHENTICITY_REPEAT_SECONDS`) gets the answer for that one, marked as `repeated`; for
+this, a fingerprint of 256 bits of each upload is stored with the answer for that time.""",
     response_model=AuthenticityList,
     openapi_extra=image_or_json_body("files", "ImagesRequest"),
     responses={
@@ -197,6 +197,7 @@ async def _compare_generated(
             context,
             request,
             principal,
+            bundle,
             len(rows),
             lambda: context.inference.generator.images(rows),
             comparisons(len(rows)),

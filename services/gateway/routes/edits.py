@@ -84,7 +84,7 @@ async def list_directions(context: ContextDep, principal: _ModelReader, model: M
     },
 )
 async def edit_images(request: Request, context: ContextDep, principal: _Sender) -> Response:
-    """Generate edited samples, or edited projections. Noise and truncation stay as without edits."""
+    """Generate edited samples, or edited projections. Edits change neither noise nor truncation."""
     body = await read_model(request, EditsRequest)
     if body.projections is not None:
         check_scope(principal, "projections")
@@ -103,7 +103,7 @@ async def edit_images(request: Request, context: ContextDep, principal: _Sender)
         ws = _edited_latents(body, bundle, strengths, projected)
         generate = partial(context.inference.generator.draw, bundle, ws, body.noise)
     count = body.sources * len(strengths)
-    images = np.stack(await generate_within_limits(context, request, principal, count, generate))
+    images = np.stack(await generate_within_limits(context, request, principal, bundle, count, generate))
     response_headers = model_header(bundle) | {"Vary": "Accept"}
     if media_type != _JSON:
         data = await asyncio.to_thread(_picture, images, strengths, media_type, body, bundle, encode_image)

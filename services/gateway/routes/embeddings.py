@@ -1,7 +1,7 @@
 """/v1/embeddings: a map of images in the principal components of the training images' embeddings.
 
-Embeddings stay in the service: its answers contain a few rounded components of them. Of the training images they contain
-numbers in cubes of the map, because positions would show who is in the training set.
+Embeddings stay in the service: its answers contain a few rounded components of them. For training images, the answers contain
+only their numbers in cubes of the map, because positions would show who is in the training set.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ _COMMON_PROBLEMS = ("unknown-model", "not-acceptable", "no-index", "quota-exceed
 numbers of images in cubes. A cube with fewer than 20 images is left out, and numbers are rounded to tens, so that nothing is
 shown of one image alone. `POST` places images on the map.
 
-If the operator has switched it on (`DERMIS_TRAINING_POSITIONS`), callers with the scope `authenticity:uploads` also get the
-position of each training image.""",
+The operator can switch this off (`DERMIS_TRAINING_MAP=none`: there are no cubes) or show more (`positions`: callers with the
+scope `authenticity:uploads` also get the position of each training image).""",
     responses=problems("unknown-model", "invalid-request", "no-index", "overloaded", "not-ready", "model-unavailable"),
 )
 async def show_map(context: ContextDep, principal: _Reader, model: ModelQuery = None) -> EmbeddingMap:
@@ -93,7 +93,7 @@ async def show_map(context: ContextDep, principal: _Reader, model: ModelQuery = 
     index = index_of(bundle)
     known = await _map_of(context, bundle)
     positions = None
-    if context.settings.training_positions and principal.has_any(["authenticity:uploads"]):
+    if context.settings.training_map == "positions" and principal.has_any(["authenticity:uploads"]):
         positions = _rounded(known.positions, context.settings.authenticity_distance_step)
     return EmbeddingMap(
         model=model_and_index(bundle, index),
@@ -120,7 +120,7 @@ async def show_map(context: ContextDep, principal: _Reader, model: ModelQuery = 
     description="""Compute where images are on the map of a model (`GET`). Send the JSON body of `/v1/images`: its images are
 generated and placed, and compared as by `/v1/authenticity`.
 
-If the operator compares uploads (`DERMIS_AUTHENTICITY_UPLOADS`), images can be sent instead, as for `/v1/classifications`, with
+If the service compares uploads (`DERMIS_AUTHENTICITY_UPLOADS`), images can be sent instead, as for `/v1/classifications`, with
 the scope `authenticity:uploads`. Their positions are rounded to multiples of `DERMIS_AUTHENTICITY_DISTANCE_STEP`, and no
 comparison is made. Uploads are kept in memory only.""",
     response_model=EmbeddingList,
@@ -186,7 +186,9 @@ async def place_projections(request: Request, context: ContextDep, principal: _R
         raise RequestError("projections", message, "request-too-large")
     latents = await projected_latents(context, principal, body.projections, bundle)
     generate = partial(context.inference.generator.draw, bundle, latents, "const")
-    images = np.stack(await generate_within_limits(context, request, principal, count, generate, comparisons(count)))
+    images = np.stack(
+        await generate_within_limits(context, request, principal, bundle, count, generate, comparisons(count))
+    )
     positions = await _positions_of(context, bundle, batch(as_rgb(images), index.resolution), _STEP)
     return _answer(bundle, index, _placed(positions))
 
@@ -201,7 +203,9 @@ async def _place_samples(request: Request, context: Context, principal: Principa
     names = class_of_each(body, bundle, context.settings.max_images)
     rows = rows_of(body, bundle, names)
     generate = partial(context.inference.generator.images, rows)
-    images = await generate_within_limits(context, request, principal, len(names), generate, comparisons(len(names)))
+    images = await generate_within_limits(
+        context, request, principal, bundle, len(names), generate, comparisons(len(names))
+    )
     known = await _map_of(context, bundle)
     nearest = await nearest_of(context, bundle, batch(as_rgb(np.stack(images)), index.resolution), Comparison())
     verdicts = verdict_rows(verdicts_of(nearest, index, step=0.01), [False] * len(names))

@@ -119,7 +119,7 @@ async def _file(dataset_id: str, name: str, request: Request, context: Context, 
 
 
 def _is_current(request: Request, info: FileInfo) -> bool:
-    """Whether the validators of a download leave nothing to decide: the storage does not know the ETag of the gateway."""
+    """Whether If-None-Match and If-Range change nothing. The storage cannot evaluate them, because its ETags are others."""
     etag = etag_of(info)
     if_range = request.headers.get("if-range")
     return not matches(request.headers.get("if-none-match"), etag, weak=True) and (

@@ -61,7 +61,7 @@ async def generate_images(request: Request, context: ContextDep, principal: _Sen
     names = class_of_each(body, bundle, context.settings.max_images)
     rows = rows_of(body, bundle, names)
     images = await generate_within_limits(
-        context, request, principal, len(names), lambda: context.inference.generator.images(rows)
+        context, request, principal, bundle, len(names), lambda: context.inference.generator.images(rows)
     )
     response_headers = model_header(bundle) | {"Vary": "Accept"}
     if media_type != "application/json":

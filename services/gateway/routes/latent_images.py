@@ -56,7 +56,7 @@ _CONTENT = {"content": content(*_IMAGE_TYPES, _GIF), "headers": headers("X-Dermi
     responses={
         200: {
             "description": "As /v1/edits: `strength` is the place between the samples, from 0 to 1. A GIF shows the images "
-            "there and back.",
+            "forwards and then backwards.",
             **_CONTENT,
         },
         **_PROBLEMS,
@@ -153,7 +153,7 @@ async def _answer(
         noise_of = (first.seed, first.index) if body.noise_mode == "random" else None
         return await context.inference.generator.draw(bundle, ws, body.noise_mode, noise_of)
 
-    images = np.stack(await generate_within_limits(context, request, principal, len(places), generate))
+    images = np.stack(await generate_within_limits(context, request, principal, bundle, len(places), generate))
     origin = origin_of(bundle)  # without seed and index, which name the image of a sample
 
     def encoded() -> bytes:

@@ -58,7 +58,7 @@ async def get_reading_image(position: _Position, context: ContextDep, reader: _R
     """
     study, studies = reader.study, context.studies
     if study.state not in ("open", "closed"):
-        raise StudyStateError("its images are being prepared; try again in a moment")
+        raise StudyStateError("the images of the study are being prepared; try again in a moment")
     if position > study.images:
         raise ProblemError("not-found", f"the study has {study.images} images")
     answered = await asyncio.to_thread(studies.table.answered, reader.invitation.id)

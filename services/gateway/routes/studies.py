@@ -70,7 +70,9 @@ async def create_study(request: Request, response: Response, context: ContextDep
     each class to `/v1/studies/{study_id}/images`, and then open the study.
     """
     if context.settings.max_studies == 0:
-        raise ProblemError("studies-disabled", "this service has no studies; its operator sets DERMIS_MAX_STUDIES")
+        raise ProblemError(
+            "studies-disabled", "this service has no reader studies; its operator can set DERMIS_MAX_STUDIES"
+        )
     body = await read_model(request, StudyRequest)
     bundle = await served_bundle(context, principal, body.model)
     study = await asyncio.to_thread(

@@ -48,7 +48,9 @@ async def create_webhook(request: Request, response: Response, context: ContextD
     """Send a signed message (Standard Webhooks) to a URL whenever a dataset or projection of the tenant ends."""
     settings = context.settings
     if settings.max_webhooks == 0:
-        raise ProblemError("webhooks-disabled", "this service sends no webhooks; its operator sets DERMIS_MAX_WEBHOOKS")
+        raise ProblemError(
+            "webhooks-disabled", "this service sends no webhooks; its operator can set DERMIS_MAX_WEBHOOKS"
+        )
     body = await read_model(request, WebhookRequest)
     try:
         check_url(body.url, Allowed.of(settings.webhook_hosts))

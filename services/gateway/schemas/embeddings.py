@@ -72,10 +72,10 @@ class TrainingImages(ResponseBody):
     counted: int = Field(description="Number of training images that were counted; at most 20,000.")
     side: float = Field(description="Length of the sides of the cubes.")
     smallest: int = Field(description="Cubes with fewer training images are left out.")
-    cubes: list[Cube]
+    cubes: list[Cube] = Field(description="Empty if the operator has set DERMIS_TRAINING_MAP=none.")
     positions: list[list[float]] | None = Field(
         description="Positions of at most 5,000 training images, sorted by their values. Null unless the operator has set "
-        "DERMIS_TRAINING_POSITIONS and the credentials have the scope `authenticity:uploads`."
+        "DERMIS_TRAINING_MAP=positions and the credentials have the scope `authenticity:uploads`."
     )
 
 

@@ -48,5 +48,5 @@ class NeighboursRequest(_LatentImagesRequest):
         gt=0.0,
         le=MAX_DISTANCE["w"],
         allow_inf_nan=False,
-        description="Of the distance of the sample's w from the mean of all w.",
+        description="Distance in w, as a share of the distance of the sample from the mean of all w.",
     )

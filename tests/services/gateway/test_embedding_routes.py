@@ -6,7 +6,6 @@ import base64
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,28 +14,26 @@ import pytest
 pytest.importorskip("faiss", reason="FAISS is not installed")
 
 from dermis.authenticity.checker import Checker
-from dermis.authenticity.training_map import SMALLEST_COUNT, training_map
+from dermis.authenticity.training_map import ROUNDING, SMALLEST_COUNT, TrainingMap, training_map
 from dermis.bundle import Bundle
 from dermis.imaging import Images, decode, encode
 from service_kit import Service, draw, service
 from services.gateway.auth.principal import DEFAULT_SCOPES
+from services.inference.authenticity import shown_fields
 from services.inference.samples import Options, pack_rows
-from tiny import make_bundle
-from tiny_index import make_complete_bundle
+from tiny_index import make_complete_and_plain_bundle, noise
 
 BODY = {"classes": {"benign": 2, "malignant": 1}, "seed": 3}
 
 
-def noise(count: int, seed: int = 0) -> Images:
-    return np.random.default_rng(seed).integers(0, 256, (count, 12, 12, 3), dtype=np.uint8)
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, str]:
+    return make_complete_and_plain_bundle(tmp_path_factory.mktemp("bundles"), training=400)
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    root = tmp_path_factory.mktemp("bundles")
-    made = make_complete_bundle(root / "made", noise(60))
-    make_bundle(root / "made" / "plain", name="plain")
-    return made
+def bundle(bundles: tuple[Bundle, str]) -> Bundle:
+    return bundles[0]
 
 
 @dataclass
@@ -56,10 +53,9 @@ class Caller:
 
 
 @pytest.fixture(scope="module")
-def served(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    bundles = f"{bundle.location},{Path(bundle.location).parent / 'plain'}"
+def served(bundles: tuple[Bundle, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     values = {"default_model": "tiny", "max_images": 12, "auth": "keys"}
-    with service(bundles, tmp_path_factory.mktemp("data"), **values) as running:
+    with service(bundles[1], tmp_path_factory.mktemp("data"), **values) as running:
         yield running
 
 
@@ -114,21 +110,29 @@ def test_training_images_are_counted_and_never_placed(trusted: Caller, bundle: B
     with Checker(bundle, device="cpu", threads=1) as checker:
         known = training_map(checker.index)
     training = document["training"]
-    assert (training["counted"], training["smallest"], training["positions"]) == (60, SMALLEST_COUNT, None)
+    assert (training["counted"], training["smallest"], training["positions"]) == (400, SMALLEST_COUNT, None)
     assert [cube["images"] for cube in training["cubes"]] == known.counts.tolist()
     assert document["uploads"] is False and len(document["explained"]) == len(known.explained)
-    # Neither positions of training images nor the components are in the answer.
-    numbers = {round(float(number), 3) for number in _numbers(document)}
-    for position in known.positions:
-        assert not {round(float(value), 3) for value in position} <= numbers
+    # A cube says in which cell of the grid its images are, and nothing more of them.
+    assert len(training["cubes"]) > 1 and all(cube.keys() == {"centre", "images"} for cube in training["cubes"])
+    assert all(cube["images"] >= SMALLEST_COUNT and cube["images"] % ROUNDING == 0 for cube in training["cubes"])
+    cells = np.array([cube["centre"] for cube in training["cubes"]]) / training["side"]
+    np.testing.assert_allclose(np.mod(cells, 1), 0.5, atol=1e-4)
+    assert training.keys() == {"counted", "side", "smallest", "cubes", "positions"}
 
 
-def _numbers(value: Any) -> list[float]:
-    if isinstance(value, dict):
-        return [number for each in value.values() for number in _numbers(each)]
-    if isinstance(value, list):
-        return [number for each in value for number in _numbers(each)]
-    return [value] if isinstance(value, float | int) else []
+@pytest.mark.parametrize(
+    ("shown", "counts", "positions"), [("none", 0, 0), ("counts", None, 0), ("positions", None, None)]
+)
+def test_operator_chooses_what_the_map_shows_of_training_images(
+    shown: Any, counts: int | None, positions: int | None, bundle: Bundle
+) -> None:
+    with Checker(bundle, device="cpu", threads=1) as checker:
+        known = training_map(checker.index)
+    fields = shown_fields(known, shown)
+    assert len(fields["cubes"]) == len(fields["counts"]) == (len(known.counts) if counts is None else counts)
+    assert len(fields["positions"]) == (len(known.positions) if positions is None else positions)
+    assert TrainingMap(**fields).counted == 400
 
 
 def test_uploads_are_not_placed_unless_operator_and_key_allow_it(everybody: Caller, trusted: Caller) -> None:
@@ -142,7 +146,7 @@ def test_operator_can_allow_uploads_and_positions(
     everybody: Caller, trusted: Caller, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context = trusted.served.client.app.state.context  # type: ignore[attr-defined]
-    changes = {"authenticity_uploads": True, "training_positions": True, "authenticity_distance_step": 0.25}
+    changes = {"authenticity_uploads": True, "training_map": "positions", "authenticity_distance_step": 0.25}
     allowing = replace(context, settings=context.settings.model_copy(update=changes))
     monkeypatch.setitem(trusted.served.client.app.state._state, "context", allowing)  # type: ignore[attr-defined]
     assert everybody.send("GET").json()["training"]["positions"] is None  # its key has not the scope

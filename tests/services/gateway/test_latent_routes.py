@@ -23,29 +23,25 @@ from dermis.latents import partner_z
 from dermis.synthesizer import Synthesizer
 from service_kit import Service, draw, service
 from services.inference.samples import Options, pack_rows
-from tiny import make_bundle
-from tiny_index import make_complete_bundle
+from tiny_index import make_complete_and_plain_bundle, noise
 
 pytest.importorskip("faiss", reason="FAISS is not installed")
 
 
-def noise(count: int, seed: int = 0) -> Images:
-    return np.random.default_rng(seed).integers(0, 256, (count, 12, 12, 3), dtype=np.uint8)
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, str]:
+    return make_complete_and_plain_bundle(tmp_path_factory.mktemp("bundles"))
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    root = tmp_path_factory.mktemp("bundles")
-    made = make_complete_bundle(root / "made", noise(60))
-    make_bundle(root / "made" / "plain", name="plain")
-    return made
+def bundle(bundles: tuple[Bundle, str]) -> Bundle:
+    return bundles[0]
 
 
 @pytest.fixture(scope="module")
-def running(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    bundles = f"{bundle.location},{Path(bundle.location).parent / 'plain'}"
+def running(bundles: tuple[Bundle, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with service(
-        bundles,
+        bundles[1],
         tmp_path_factory.mktemp("data"),
         default_model="tiny",
         authenticity_uploads=True,

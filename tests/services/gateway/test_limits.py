@@ -97,18 +97,18 @@ def test_call_that_would_wait_too_long_is_refused_at_the_measured_rate() -> None
     now = 0.0
     limiter = WaitLimiter(2.0, clock=lambda: now)
     for _ in range(40):  # 16 images in 0.8 s; times without a call do not count
-        with limiter.hold(16):
+        with limiter.hold("a", 16):
             now += 0.8
         now += 5.0
     assert limiter.rate == pytest.approx(20.0, rel=0.02)
-    with limiter.hold(64):  # nothing is before it
+    with limiter.hold("a", 64):  # nothing is before it
         with pytest.raises(ProblemError) as refused:
-            limiter.hold(1).__enter__()
+            limiter.hold("a", 1).__enter__()
         assert (refused.value.kind, refused.value.headers) == ("overloaded", {"Retry-After": "2"})
         now += 3.2
-    with limiter.hold(36), limiter.hold(1):  # just below two seconds
+    with limiter.hold("a", 36), limiter.hold("a", 1):  # just below two seconds
         now += 2.0
-    with pytest.raises(ValueError, match="generator"), limiter.hold(16):
+    with pytest.raises(ValueError, match="generator"), limiter.hold("a", 16):
         now += 1.0
         raise ValueError("generator")  # counts as time, not as images
     assert limiter.rate is not None and limiter.rate < 19.5
@@ -118,17 +118,40 @@ def test_wait_is_not_limited_before_the_rate_of_full_batches_is_known() -> None:
     now = 0.0
     limiter = WaitLimiter(2.0, clock=lambda: now)
     for _ in range(1000):  # one image after another, each as slow as a batch of 32
-        with limiter.hold(1):
+        with limiter.hold("a", 1):
             now += 0.1
-    with limiter.hold(64), limiter.hold(64), limiter.hold(64):
+    with limiter.hold("a", 64), limiter.hold("a", 64), limiter.hold("a", 64):
         assert limiter.rate is None
+
+
+def test_images_of_one_tenant_do_not_lock_out_another() -> None:
+    now = 0.0
+    limiter = WaitLimiter(2.0, clock=lambda: now)
+    for _ in range(40):
+        with limiter.hold("a", 16):
+            now += 0.8
+    with ExitStack() as calls:
+        calls.enter_context(limiter.hold("a", 64))
+        with pytest.raises(ProblemError, match="64 images were requested before .64 by this tenant."):
+            limiter.hold("a", 1).__enter__()
+        calls.enter_context(limiter.hold("b", 1))  # has no other
+        with pytest.raises(ProblemError, match="65 images were requested before .1 by this tenant."):
+            limiter.hold("b", 1).__enter__()
+    with limiter.hold("b", 1), limiter.hold("b", 1):
+        pass
+
+
+def test_wait_is_limited_for_each_model() -> None:
+    limits = GatewayLimits.of(Settings(_env_file=None))
+    assert limits.image_wait("x") is limits.image_wait("x") is not limits.image_wait("y")
+    assert GatewayLimits.of(Settings(_env_file=None)).image_wait("x") is not limits.image_wait("x")
 
 
 def test_calls_of_few_images_correct_a_rate_that_was_low() -> None:
     now = 0.0
     limiter = WaitLimiter(2.0, clock=lambda: now)
     for _ in range(20):  # a slow time: 4 images a second, so more than 8 waiting images are too many
-        with limiter.hold(16):
+        with limiter.hold("a", 16):
             now += 4.0
 
     def accepted() -> int:
@@ -138,7 +161,7 @@ def test_calls_of_few_images_correct_a_rate_that_was_low() -> None:
         with ExitStack() as calls:
             with suppress(ProblemError):
                 for _ in range(16):
-                    calls.enter_context(limiter.hold(4))
+                    calls.enter_context(limiter.hold("a", 4))
                     number += 1
             now += 0.02 * number
         return number

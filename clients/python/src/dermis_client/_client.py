@@ -157,7 +157,7 @@ class DermisClient:
             headers: Further headers. A POST is repeated after a broken connection only with an Idempotency-Key.
 
         Raises:
-            InvalidRequestError: The path is not one.
+            InvalidRequestError: The path does not begin with one slash.
             APIStatusError: The response has an error status.
             APIConnectionError: The service did not respond.
         """

@@ -193,7 +193,8 @@ def create(
         str | None, typer.Option("--on-reject", help="Action for images that fail: resample (default), drop or flag.")
     ] = None,
     gate_tries: Annotated[
-        int | None, typer.Option("--gate-tries", help="Maximum number of rejected images for a sample.")
+        int | None,
+        typer.Option("--gate-tries", help="Images that the gate may reject before a sample is left out."),
     ] = None,
     detect_copies: Annotated[
         bool | None,

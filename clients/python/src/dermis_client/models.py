@@ -317,7 +317,7 @@ class Usage(ResponseRecord):
 
     Attributes:
         tenant: The tenant.
-        scopes: What the credentials allow; None from a service that does not tell.
+        scopes: What the credentials allow; None from a service that does not state it.
         quotas: Every quota.
         retention_days: Days after which datasets are deleted; None if they are kept.
     """

@@ -29,7 +29,7 @@ class Visitor:
     Attributes:
         key: API key or access token; None if the service needs none.
         tenant: Tenant that the key belongs to.
-        scopes: What the key allows; None if the service does not tell.
+        scopes: What the key allows; None if the service does not state it.
     """
 
     key: str | None
@@ -42,7 +42,7 @@ class Visitor:
 
 
 class Visitors:
-    """Finds out who a visitor is, with one call of the service in some seconds for each key.
+    """Finds out who a visitor is. For each key it calls the service at most once in some seconds.
 
     Args:
         service: The service.

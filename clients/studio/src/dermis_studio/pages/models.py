@@ -85,7 +85,7 @@ def measured(model: Model) -> str:
         comparisons = _mapping(_mapping(space).get("comparisons"))
         for words, key in (
             ("Generated, compared with held-out images", "generated_holdout"),
-            ("Training images in their place (reference)", "training_holdout"),
+            ("Training images, compared with held-out images (reference)", "training_holdout"),
             ("Generated, compared with training images", "generated_training"),
         ):
             numbers = _mapping(comparisons.get(key))
