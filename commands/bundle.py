@@ -133,8 +133,8 @@ def verify(
     from dermis.privacy.audit import PrivacyAudit
     from dermis.projection.encoder import load_encoder
 
-    signed = check_bundle_signature(str(bundle), trusted)
     opened = open_bundle(bundle)
+    signed = check_bundle_signature(opened, trusted)
     load_generator(opened)
     if opened.discriminator is not None:
         load_discriminator(opened)

@@ -14,6 +14,7 @@ from dermis.errors import RequestError, SignatureError, StorageError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from dermis.bundle import Bundle
     from dermis.dataset.store import Store
 
 KeyOption = Annotated[
@@ -56,14 +57,14 @@ def sign_bundle(
     folder = Path(opened.location)
     if "://" in opened.location or not folder.is_dir():
         raise RequestError("BUNDLE", "only a bundle in a local folder can be signed; copy it first")
-    _, records = read_signature(opened.location)
+    _, records = read_signature(opened)
     data = sign_records(records, opened.name, ignored=SIGNATURE, key=key, certificate=certificate, chain=chain or ())
     write_file(folder / SIGNATURE, data)
     typer.echo(f"{folder / SIGNATURE}: signature of {len(records)} files of {opened.name}@{opened.digest}")
 
 
-def check_bundle_signature(bundle: str, trusted: Sequence[Path] | None) -> str:
-    """Verify the signature of a bundle, and describe it; empty if it has none.
+def check_bundle_signature(bundle: Bundle, trusted: Sequence[Path] | None) -> str:
+    """Verify the signature of an opened bundle, and describe it; empty if it has none.
 
     Args:
         bundle: The bundle.
@@ -79,8 +80,8 @@ def check_bundle_signature(bundle: str, trusted: Sequence[Path] | None) -> str:
     if not trusted:
         return _not_checked(signature)
     if signature is None:
-        raise SignatureError(f"{bundle}: is not signed")
-    return f", signed by {verify_records(signature, records, read_signers(trusted), bundle)}"
+        raise SignatureError(f"{bundle.location}: is not signed")
+    return f", signed by {verify_records(signature, records, read_signers(trusted), bundle.location)}"
 
 
 def sign_dataset(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 
@@ -24,3 +25,17 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host.lower() == "localhost"
+
+
+def proxy_variable(host: str, environment: Mapping[str, str]) -> str | None:
+    """The environment variable that makes HTTP libraries send plain requests for a host through a proxy; None without one.
+
+    Args:
+        host: The host, as in the URL.
+        environment: The environment variables.
+    """
+    excluded = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
+    if {host, "*"} & {each.strip() for each in excluded.split(",")}:
+        return None
+    names = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
+    return next((name for name in names if environment.get(name)), None)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis.errors import DermisError
+from dermis.imaging import Images
 
 Truth = Literal["real", "generated"]
 
@@ -93,25 +94,35 @@ def order_for_reader(count: int, seed: int, reader: int) -> list[int]:
     return order
 
 
-def equally_long(pngs: Sequence[bytes]) -> list[bytes]:
-    """Pad PNG files to the length of the longest one. See `padded`."""
-    longest = max(map(len, pngs))
-    return [padded(png, longest) for png in pngs]
+def uncompressed_png(image: Images) -> bytes:
+    """Encode an image as a PNG file whose structure and length depend on the size of the image only.
 
-
-def padded(png: bytes, length: int) -> bytes:
-    """Pad a PNG file with a private chunk of zeros before the last chunk, IEND. Viewers ignore it.
-
-    Without it the sizes of files would show how noisy the images are, which differs between generators and cameras.
+    The size of a compressed file shows how noisy an image is, which differs between generators and cameras. Here the pixels are
+    stored in blocks of deflate without compression, and each row has the filter 0 (none).
 
     Args:
-        png: The file.
-        length: Its length without the chunk, in bytes, to which all files of a study are padded; at least that of the file.
+        image: uint8 [H, W, 3].
     """
-    end, kind = 12, b"paDd"
-    zeros = bytes(length - len(png))
-    chunk = struct.pack(">I", len(zeros)) + kind + zeros + struct.pack(">I", zlib.crc32(kind + zeros))
-    return png[:-end] + chunk + png[-end:]
+    height, width, _ = image.shape
+    rows = np.zeros((height, 1 + 3 * width), dtype=np.uint8)
+    rows[:, 1:] = image.reshape(height, 3 * width)
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits of each of three colours
+    data = zlib.compress(rows.tobytes(), 0)
+    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", data) + _chunk(b"IEND", b"")
+
+
+def equally_long(pngs: Sequence[bytes]) -> list[bytes]:
+    """Pad PNG files to the length of the longest one, with a private chunk of zeros before the last chunk, IEND.
+
+    Viewers ignore the chunk. The sizes of the files then do not show how noisy the images are, but the length of the chunk
+    does; `uncompressed_png` has no such trace, and makes larger files.
+    """
+    longest, end = max(map(len, pngs)), 12
+    return [png[:-end] + _chunk(b"paDd", bytes(longest - len(png))) + png[-end:] for png in pngs]
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 @dataclass(frozen=True)

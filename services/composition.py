@@ -68,6 +68,7 @@ class Composition:
             await self.context.audit.close()
             self.context.uploads.close()
             self.context.compared.close()
+            self.context.studies.close()
             await asyncio.to_thread(self.jobs.stop)
 
     async def _warn_of_unsigned_entries(self) -> None:

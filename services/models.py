@@ -76,25 +76,28 @@ def signers_of(settings: Settings) -> TrustedSigners | None:
         raise SettingsError(f"DERMIS_TRUSTED_SIGNERS: {error}") from None
 
 
-def check_signer(location: str, signers: TrustedSigners | None) -> None:
-    """Check that a trusted signer signed a bundle. Nothing of it but bundle.json and its signature is read.
+def check_signer(bundle: Bundle, signers: TrustedSigners | None) -> None:
+    """Check that a trusted signer signed an opened bundle. Nothing but its signature is read.
+
+    What is served must be loaded from this object: the files at its location can be replaced at any time.
 
     Args:
-        location: Where the bundle is.
+        bundle: The bundle.
         signers: The trusted signers; None if any bundle may be served.
 
     Raises:
         SignatureError: The bundle is not signed, or not by a trusted signer, or was changed after it was signed.
-        BundleError: It cannot be read.
+        BundleError: The signature cannot be read.
     """
     if signers is None:
         return
-    signature, records = read_signature(location)
+    signature, records = read_signature(bundle)
     if signature is None:
         raise SignatureError(
-            f"{location}: is not signed, and DERMIS_TRUSTED_SIGNERS accepts signed bundles only; sign it: dermis bundle sign"
+            f"{bundle.location}: is not signed, and DERMIS_TRUSTED_SIGNERS accepts signed bundles only; "
+            "sign it: dermis bundle sign"
         )
-    verify_records(signature, records, signers, location)
+    verify_records(signature, records, signers, bundle.location)
 
 
 def without_place(error: Exception, location: str) -> str:
@@ -132,8 +135,8 @@ class ServedModels:
         for location in locate(locations):
             try:
                 fingerprint = _fingerprint(location)
-                check_signer(location, signers)
                 bundle = open_bundle(location)
+                check_signer(bundle, signers)
             except _UNUSABLE as error:
                 self._broken[location] = f"{without_place(error, location)}; repair it and restart the service"
                 continue
@@ -250,14 +253,14 @@ def _check_again(name: str, watched: _Watched, signers: TrustedSigners | None) -
         fingerprint = _fingerprint(watched.bundle.location)
         if fingerprint == watched.fingerprint and watched.problem is None:
             return
-        check_signer(watched.bundle.location, signers)
-        digest = open_bundle(watched.bundle.location).digest
+        bundle = open_bundle(watched.bundle.location)
+        check_signer(bundle, signers)
     except _UNUSABLE as error:
         problem = without_place(error, watched.bundle.location)
         watched.problem = f"model {name} is not what the service loaded: {problem}"
         return
     watched.fingerprint = fingerprint
-    if digest == watched.bundle.digest:
+    if bundle.digest == watched.bundle.digest:
         watched.problem = None
     else:
         watched.problem = f"model {name}: its bundle was replaced; restart the service to serve the new one"

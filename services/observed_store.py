@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, TypeVar
 
 from dermis.dataset.store import Store
+from dermis.errors import StorageError
 from services import metrics, tracing
 
 T = TypeVar("T")
@@ -47,6 +48,22 @@ class ObservedStore(Store):
 
     def remove(self, name: str) -> None:
         _observed("remove", partial(super().remove, name))
+
+
+def check_free_space(storage: str, least: int, needed: int = 0) -> None:
+    """Refuse work while so little space is free that the jobs database could soon not be written.
+
+    Args:
+        storage: Folder or URL of the storage. The free space of object storage is not known, so it is never refused.
+        least: Bytes that must stay free.
+        needed: Bytes that the work writes.
+
+    Raises:
+        StorageError: Less is free.
+    """
+    free = Store(storage).free_bytes()
+    if free is not None and free < least + needed:
+        raise StorageError(f"the storage has {free >> 20} MiB left; free some space and try again", "storage-full")
 
 
 def _observed(operation: str, call: Callable[[], T]) -> T:

@@ -133,7 +133,7 @@ class Settings(AccessSettings, StudySettings):
     min_free_bytes: int = Field(
         8 << 20,
         ge=0,
-        description="Free bytes of the storage below which datasets fail, so that the database can still be written.",
+        description="Free bytes of the storage below which datasets and studies fail, so that the database stays writable.",
     )
     lease_seconds: float = Field(
         30.0,

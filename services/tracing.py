@@ -17,10 +17,12 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dermis import __version__
+from dermis.addresses import is_loopback
 from services.logs import without_whole_ids
 from services.settings import SettingsError
 
@@ -128,9 +130,16 @@ def _exporter(name: str) -> SpanExporter:
             from opentelemetry.sdk.trace.export import ConsoleSpanExporter
 
             return ConsoleSpanExporter(formatter=lambda span: span.to_json(indent=None) + "\n")
+        import requests
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
-        exporter: SpanExporter = OTLPSpanExporter()
+        session = None
+        endpoint = next((value for each in _ENDPOINTS if (value := os.environ.get(each))), "http://localhost:4318")
+        if is_loopback(urlsplit(endpoint).hostname or ""):
+            # A proxy of the environment is for other machines: it would see the headers of OTEL_EXPORTER_OTLP_HEADERS.
+            session = requests.Session()
+            session.trust_env = False
+        exporter: SpanExporter = OTLPSpanExporter(session=session)
         return exporter
     except ImportError:
         raise SettingsError(f"OTEL_TRACES_EXPORTER={name}: {_MISSING}") from None

@@ -154,7 +154,11 @@ class Checker:
                 "build it again: dermis index build"
             )
         bundle = where.removesuffix("/authenticity")
-        if bundle != where and exists(f"{bundle}/copies", COPIES_DESCRIPTOR):
+        if isinstance(source, str | Path):
+            has_copies = bundle != where and exists(f"{bundle}/copies", COPIES_DESCRIPTOR)
+        else:
+            has_copies = source.copies is not None
+        if has_copies:
             self.copies = CopyDetector(
                 bundle if isinstance(source, str | Path) else source, device=device, threads=threads
             )

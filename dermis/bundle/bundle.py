@@ -170,8 +170,12 @@ def open_bundle(location: str | Path) -> Bundle:
     )
 
 
-def read_signature(location: str | Path) -> tuple[bytes | None, dict[str, str]]:
-    """Read the signature of a bundle, and from bundle.json what it has to cover. No other file is read.
+def read_signature(source: Bundle | str | Path) -> tuple[bytes | None, dict[str, str]]:
+    """Read the signature of a bundle, and what it has to cover. No other file than bundle.json is read.
+
+    Args:
+        source: The bundle. For an opened one, bundle.json is not read again: the files are those of this very object, also if
+            somebody replaces them meanwhile.
 
     Returns:
         The signature, None if the bundle is not signed; and the SHA-256 of every file by name, that of bundle.json included.
@@ -179,11 +183,15 @@ def read_signature(location: str | Path) -> tuple[bytes | None, dict[str, str]]:
     Raises:
         BundleError: A file cannot be read, or bundle.json is malformed.
     """
-    folder = open_folder(resolve_bundle(location), "bundle", DESCRIPTOR)
-    text = folder.read_descriptor()
-    descriptor = parse_descriptor(text, f"{folder.where}/{DESCRIPTOR}", BUNDLE_FORMAT, _BundleDescriptor)
-    records = {name: record.sha256 for name, record in descriptor.records.items()}
-    records[DESCRIPTOR] = hashlib.sha256(text).hexdigest()
+    location = resolve_bundle(source.location if isinstance(source, Bundle) else source)
+    folder = open_folder(location, "bundle", DESCRIPTOR)
+    if isinstance(source, Bundle):
+        files, digest = source.files, source.digest
+    else:
+        text = folder.read_descriptor()
+        files = parse_descriptor(text, f"{folder.where}/{DESCRIPTOR}", BUNDLE_FORMAT, _BundleDescriptor).records
+        digest = hashlib.sha256(text).hexdigest()
+    records = {name: record.sha256 for name, record in files.items()} | {DESCRIPTOR: digest}
     return folder.read_unlisted(SIGNATURE, limit=_MAX_SMALL_BYTES), records
 
 

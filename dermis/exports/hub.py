@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
-from dermis.addresses import is_loopback
+from dermis.addresses import is_loopback, proxy_variable
 from dermis.dataset.manifest import MANIFEST, read_manifest
 from dermis.dataset.store import Store
 from dermis.dataset.terms import terms_of
@@ -68,6 +68,10 @@ def hub_target(to: str, environment: Mapping[str, str] | None = None) -> HubTarg
         raise RequestError(ENDPOINT, "must be an address such as https://huggingface.co, without credentials")
     if parts.scheme == "http" and not is_loopback(parts.hostname):
         raise RequestError(ENDPOINT, "must begin with https://, because the token is sent to it")
+    if parts.scheme == "http" and (proxy := proxy_variable(parts.hostname, variables)):
+        raise RequestError(
+            proxy, f"would send the token through a proxy without encryption; set NO_PROXY={parts.hostname}"
+        )
     token = variables.get(TOKEN, "").strip()
     if not token:
         raise RequestError(TOKEN, "is not set; make a token with write access at the hub and put it into this variable")

@@ -72,27 +72,31 @@ def store_instances(target: StowTarget, files: Iterable[tuple[str, bytes]]) -> i
         Number of files that the server has stored.
 
     Raises:
-        DermisError: The server cannot be reached or refuses files. Files that were sent before stay there.
+        DermisError: The server cannot be reached, refuses files or sends another answer. Files sent before stay there.
     """
     import httpx
 
     headers = {
         "Accept": "application/dicom+json",
+        "Accept-Encoding": "identity",
         "Content-Type": f'multipart/related; type="application/dicom"; boundary={_BOUNDARY}',
     }
     if target.authorization is not None:
         headers["Authorization"] = target.authorization
     stored = 0
-    with httpx.Client(timeout=_TIMEOUT, headers=headers) as client:
+    context = httpx.create_ssl_context()  # with the authorities of SSL_CERT_FILE, if it is set
+    # A proxy of the environment is for other machines: it would see the credentials for this one.
+    through_proxy = not is_loopback(urlsplit(target.url).hostname or "")
+    with httpx.Client(timeout=_TIMEOUT, headers=headers, verify=context, trust_env=through_proxy) as client:
         for names, body in _batches(files):
             try:
-                response = client.post(f"{target.url}/studies", content=body)
+                with client.stream("POST", f"{target.url}/studies", content=body) as response:
+                    _check(target, response, names)
             except httpx.HTTPError as error:
                 raise DermisError(
                     f"{target.url}: cannot be reached ({escape(error)}); {stored:,} files were stored before. "
                     "Send them again when the server works: objects that it has already are not stored twice"
                 ) from None
-            _check(target, response, names)
             stored += len(names)
     return stored
 
@@ -115,10 +119,18 @@ def _check(target: StowTarget, response: Any, names: list[str]) -> None:
     status = response.status_code
     if status in (401, 403):
         raise DermisError(f"{target.url}: refuses access (status {status}); set {AUTHORIZATION}")
-    failed = _failures(response.content)
+    content = bytearray()
+    for piece in response.iter_bytes():
+        content += piece
+        if len(content) > _MAX_ANSWER_BYTES:
+            raise DermisError(
+                f"{target.url}: sent an answer of more than {_MAX_ANSWER_BYTES:,} bytes (status {status}) for the files from "
+                f"{names[0]} to {names[-1]}; is this the address of a DICOMweb service?"
+            )
+    failed = _failures(bytes(content))
     if status == 200 and not failed:
         return
-    reason = f"; first failure reason {failed[0]}" if failed else ""
+    reason = f"; first failure reason {escape(failed[0], 100)}" if failed else ""
     what = f"{len(failed)} of {len(names)}" if failed else f"{len(names)}"
     raise DermisError(
         f"{target.url}: did not store {what} files from {names[0]} to {names[-1]} (status {status}{reason}); "
@@ -128,11 +140,9 @@ def _check(target: StowTarget, response: Any, names: list[str]) -> None:
 
 def _failures(content: bytes) -> list[str]:
     """Return the reasons of the failed objects in an answer."""
-    if len(content) > _MAX_ANSWER_BYTES:
-        return []
     try:
         document = json.loads(content)
         items = document.get(_FAILED, {}).get("Value", []) if isinstance(document, dict) else []
         return [str(item.get(_REASON, {}).get("Value", ["unknown"])[0]) for item in items]
-    except (ValueError, AttributeError, TypeError, IndexError, KeyError):
+    except (ValueError, AttributeError, TypeError, IndexError, KeyError, RecursionError):
         return []

@@ -17,6 +17,18 @@
 Features come from `dermis.features`. A number is always reported with the space in which it was computed.
 """
 
-from dermis.metrics.fidelity import frechet_distance, kernel_distance
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dermis.metrics.fidelity import frechet_distance, kernel_distance
 
 __all__ = ["frechet_distance", "kernel_distance"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a distance when it is used: it needs torch, and the gateway uses modules of this package without torch."""
+    if name in __all__:
+        from dermis.metrics import fidelity
+
+        return getattr(fidelity, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

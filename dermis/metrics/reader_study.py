@@ -6,7 +6,7 @@ share of real images that were called real. Chance is 50 %. `docs/survey.md` exp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -16,9 +16,10 @@ from scipy import stats
 from dermis.reader_study import Agreement, Rate, Rates
 
 RESAMPLES = 10_000
+_BLOCK_NUMBERS = 1 << 16
 
 
-def rates_of(called: NDArray[np.int_], generated: NDArray[np.bool_]) -> Rates:
+def rates_of(called: NDArray[np.integer], generated: NDArray[np.bool_]) -> Rates:
     """Rates of a set of answers.
 
     Args:
@@ -65,10 +66,22 @@ def clustered_rate(count: NDArray[np.int_], total: NDArray[np.int_], half: NDArr
         once = wilson(len(total) if hits else 0, len(total))
         return Rate(hits, answers, hits / answers, once.low, once.high)
     rng = np.random.default_rng(0)
-    parts = (np.flatnonzero(half), np.flatnonzero(~half))
-    resampled = np.concatenate([rng.choice(part, (RESAMPLES, len(part))) for part in parts if part.size], axis=1)
-    low, high = np.quantile(count[resampled].sum(axis=1) / total[resampled].sum(axis=1), (0.025, 0.975))
+    resampled, resampled_answers = np.zeros(RESAMPLES), np.zeros(RESAMPLES)
+    for part in (np.flatnonzero(half), np.flatnonzero(~half)):
+        for block in _blocks(len(part)):  # blocks draw the same numbers as one call for all resamples
+            drawn = rng.integers(0, len(part), (block.stop - block.start, len(part)))
+            resampled[block] += count[part].take(drawn).sum(axis=1)
+            resampled_answers[block] += total[part].take(drawn).sum(axis=1)
+    low, high = np.quantile(resampled / resampled_answers, (0.025, 0.975))
     return Rate(hits, answers, hits / answers, float(low), float(high))
+
+
+def _blocks(images: int) -> Iterator[slice]:
+    """Divide RESAMPLES into blocks whose arrays of whole numbers for this many images have about half a megabyte."""
+    if images:
+        rows = max(1, _BLOCK_NUMBERS // images)
+        for start in range(0, RESAMPLES, rows):
+            yield slice(start, min(start + rows, RESAMPLES))
 
 
 def permutation_p_value(
@@ -94,7 +107,8 @@ def permutation_p_value(
         part, truth = gain[classes == name], generated[classes == name]
         observed += float(part[truth].sum())
         expected += float(part.sum() * truth.mean())
-        permuted += rng.permuted(np.tile(truth, (RESAMPLES, 1)), axis=1) @ part
+        for block in _blocks(len(part)):
+            permuted[block] += rng.permuted(np.tile(truth, (block.stop - block.start, 1)), axis=1) @ part
     as_far = np.abs(permuted - expected) >= abs(observed - expected) - 1e-9
     return float((as_far.sum() + 1) / (RESAMPLES + 1))
 
@@ -111,21 +125,27 @@ def signal_detection(sensitivity: Rate, specificity: Rate) -> tuple[float, float
     return float(hit - false_alarm), float(-(hit + false_alarm) / 2)
 
 
-def agreement_of(names: Sequence[str], called: NDArray[np.int_]) -> Agreement:
+def agreement_of(names: Sequence[str], called: NDArray[np.integer]) -> Agreement:
+    """Agreement of the readers.
+
+    Args:
+        names: Names of the readers.
+        called: Answers [readers, images]: 1 generated, 0 real, -1 no answer.
+    """
     common = called[:, (called >= 0).all(axis=0)]
     counts = np.stack([(common == 0).sum(axis=0), (common == 1).sum(axis=0)], axis=1)
 
-    def pair(i: int, j: int) -> float | None:
-        both = (called[i] >= 0) & (called[j] >= 0)
-        table = np.zeros((2, 2), dtype=np.int_)
-        np.add.at(table, (called[i, both], called[j, both]), 1)
-        return cohen_kappa(table)
+    chosen = [(called == answer).astype(np.float64) for answer in (0, 1)]
+    # Images by the answers of two readers, [answer of the first, answer of the second, first reader, second reader].
+    tables = np.array([[first @ second.T for second in chosen] for first in chosen]).astype(np.int_)
 
     return Agreement(
         images=common.shape[1],
         observed=_observed_agreement(counts) if common.size else None,
         fleiss_kappa=fleiss_kappa(counts),
-        pairs=tuple((names[i], names[j], pair(i, j)) for i, j in combinations(range(len(names)), 2)),
+        pairs=tuple(
+            (names[i], names[j], cohen_kappa(tables[:, :, i, j])) for i, j in combinations(range(len(names)), 2)
+        ),
     )
 
 

@@ -16,6 +16,7 @@ from services.settings import Settings
 
 _WINDOW_SECONDS = 60.0
 _WEBHOOK_RETRIES = 60
+_STUDY_RESULTS = 4
 _SHARE = 3  # calls of a tenant for each one that is free
 _RATE_HALF_LIFE_SECONDS = 30.0
 _RATE_CALLS = 20  # the first calls say little about the rate: a generator is slow until it has warmed up
@@ -206,6 +207,7 @@ class GatewayLimits:
     image_wait: Callable[[str], WaitLimiter]  # of a model by its digest: each has its own rate
     uploads: Limiter
     heat_maps: Limiter
+    study_results: Limiter
     event_streams: Limiter
     comparisons: MinuteLimiter  # each reveals a little about which images are training images
     webhook_retries: MinuteLimiter
@@ -235,6 +237,13 @@ class GatewayLimits:
                 "overloaded",
                 "too many calls with heat maps are being processed; try again, or leave heat_map out",
                 retry_after=10,
+                shared=shared,
+            ),
+            study_results=Limiter(
+                _STUDY_RESULTS,
+                "overloaded",
+                "too many results of reader studies are being computed",
+                retry_after=5,
                 shared=shared,
             ),
             event_streams=Limiter(

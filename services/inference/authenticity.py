@@ -19,6 +19,7 @@ import numpy as np
 from dermis.authenticity.attack import exposure
 from dermis.authenticity.checker import Checker
 from dermis.authenticity.training_map import TrainingMap, training_map
+from dermis.bundle import Bundle
 from dermis.bundle.folder import exists
 from dermis.bundle.index import DESCRIPTOR
 from dermis.cpus import available_cpus
@@ -46,11 +47,11 @@ class AuthenticityService(InferenceService[Checker]):
         """Whether the bundle has an index."""
         return exists(part_folder(location, "authenticity"), DESCRIPTOR)
 
-    def load(self, location: str) -> tuple[str, Checker]:
+    def load(self, source: Bundle | str) -> tuple[str, Checker]:
         """Load an index. Calls name it by its own digest, which the bundle that the gateway has verified contains."""
         started = time.perf_counter()
         threads = max(1, available_cpus() // _settings.authenticity_workers)
-        checker = Checker(location, device=_settings.device, threads=threads)
+        checker = Checker(source, device=_settings.device, threads=threads)
         self.logger.info("index loaded", extra=dict(checker.identity) | {"seconds": time.perf_counter() - started})
         return checker.description.digest, checker
 

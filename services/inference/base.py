@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import bentoml
 
+from dermis.bundle import Bundle, open_bundle
 from dermis.errors import DermisError
 from services import logs, tracing
 from services.data_folder import restrict_new_files
@@ -91,8 +92,11 @@ class InferenceService(Generic[ModelT]):
             if not self.has_model(location):
                 continue
             try:
-                check_signer(location, signers)
-                digest, model = self.load(location)
+                source: Bundle | str = location
+                if signers is not None:
+                    source = open_bundle(location)
+                    check_signer(source, signers)
+                digest, model = self.load(source)
             except LOAD_ERRORS as error:
                 self.logger.error(self.failure, extra={"location": location, "error": str(error)})
                 self._problems.append(without_place(error, location))
@@ -108,8 +112,12 @@ class InferenceService(Generic[ModelT]):
         """Whether the bundle has a model of this kind. One without it is not a problem."""
         return True
 
-    def load(self, location: str) -> tuple[str, ModelT]:
-        """The model of the bundle at `location`, and the digest by which calls name it.
+    def load(self, source: Bundle | str) -> tuple[str, ModelT]:
+        """The model of a bundle, and the digest by which calls name it.
+
+        Args:
+            source: The location of the bundle, or the opened bundle if a trusted signer must have signed it. Then every file
+                is compared with what this object says.
 
         Raises:
             Exception: One of `LOAD_ERRORS`.
@@ -134,6 +142,20 @@ class InferenceService(Generic[ModelT]):
 def part_folder(location: str, part: str) -> str:
     """The folder of a part of the bundle at `location`, such as its classifier."""
     return f"{location.rstrip('/')}/{part}"
+
+
+def part_source(source: Bundle | str, part: str) -> Bundle | str:
+    """What to load a part of: the opened bundle, or the folder of the part."""
+    return source if isinstance(source, Bundle) else part_folder(source, part)
+
+
+def opened(source: Bundle | str) -> Bundle:
+    """The bundle, opened if it is not yet.
+
+    Raises:
+        BundleError: It cannot be opened.
+    """
+    return source if isinstance(source, Bundle) else open_bundle(source)
 
 
 def lower_priority() -> None:

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from dermis.bundle import Bundle
 from dermis.bundle.classifier import DESCRIPTOR
 from dermis.bundle.folder import exists
 from dermis.classifier.onnx_session import Classifier
 from dermis.cpus import available_cpus
 from services import metrics
 from services.inference import pixels
-from services.inference.base import InferenceService, batch_api, inference_service, part_folder
+from services.inference.base import InferenceService, batch_api, inference_service, part_folder, part_source
 from services.settings import settings_of_process
 
 _settings = settings_of_process()
@@ -35,11 +36,11 @@ class ClassifierService(InferenceService[Classifier]):
         """Whether the bundle has a classifier."""
         return exists(part_folder(location, "classifier"), DESCRIPTOR)
 
-    def load(self, location: str) -> tuple[str, Classifier]:
+    def load(self, source: Bundle | str) -> tuple[str, Classifier]:
         """Load a classifier. Calls name it by its own digest, which the bundle that the gateway has verified contains."""
         started = time.perf_counter()
         threads = max(1, available_cpus() // _settings.classifier_workers)
-        session = Classifier(part_folder(location, "classifier"), device=_settings.device, threads=threads)
+        session = Classifier(part_source(source, "classifier"), device=_settings.device, threads=threads)
         fields = dict(session.identity) | {"seconds": time.perf_counter() - started}
         self.logger.info("classifier loaded", extra=fields)
         return session.description.digest, session

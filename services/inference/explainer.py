@@ -13,13 +13,23 @@ from typing import Any
 import bentoml
 import numpy as np
 
-from dermis.bundle.classifier import DESCRIPTOR, open_classifier
+from dermis.bundle import Bundle
+from dermis.bundle.classifier import DESCRIPTOR
 from dermis.bundle.folder import exists
+from dermis.classifier.onnx_session import find_classifier
 from dermis.cpus import available_cpus
+from dermis.errors import BundleError
 from dermis.explain.attribution import Explainer, Method, missing_packages
 from services.callers import CallerDisconnectedError, CallerMiddleware, check_caller
 from services.inference import heat_maps
-from services.inference.base import LOAD_ERRORS, InferenceService, inference_service, lower_priority, part_folder
+from services.inference.base import (
+    LOAD_ERRORS,
+    InferenceService,
+    inference_service,
+    lower_priority,
+    part_folder,
+    part_source,
+)
 from services.models import without_place
 from services.settings import settings_of_process
 
@@ -27,8 +37,8 @@ _settings = settings_of_process()
 
 
 @inference_service("Explainer", _settings.explainer_workers, threads=1)
-class ExplainerService(InferenceService[str]):
-    """Heat maps for the classifiers of all served bundles that have one. `_models` contains the folders of the classifiers."""
+class ExplainerService(InferenceService[Bundle | str]):
+    """Heat maps for the classifiers of all served bundles that have one. `_models`: their folders or bundles."""
 
     logger = logging.getLogger("dermis.explainer")
     failure = "classifier not found"
@@ -42,10 +52,11 @@ class ExplainerService(InferenceService[str]):
         """Whether the bundle has a classifier."""
         return exists(part_folder(location, "classifier"), DESCRIPTOR)
 
-    def load(self, location: str) -> tuple[str, str]:
-        """Read the digest of a classifier, and remember its folder."""
-        folder = part_folder(location, "classifier")
-        return open_classifier(folder).digest, folder
+    def load(self, source: Bundle | str) -> tuple[str, Bundle | str]:
+        """Read the digest of a classifier, and remember where it is."""
+        part = part_source(source, "classifier")
+        description, _ = find_classifier(part)
+        return description.digest, part
 
     @bentoml.api
     def explain(self, digest: str, method: str, image: np.ndarray) -> dict[str, Any]:  # BentoML reads these types
@@ -71,25 +82,29 @@ class ExplainerService(InferenceService[str]):
         missing = missing_packages()
         if missing is not None:
             return {"missing": missing}
-        folder = self._models.get(digest)
-        if folder is None:
+        source = self._models.get(digest)
+        if source is None:
             return {"problem": f"the explainer has no classifier {digest[:12]}; restart the service to load it"}
         try:
-            explainer = self._explainer(digest, folder)
+            explainer = self._explainer(digest, source)
         except LOAD_ERRORS as error:
+            folder = source if isinstance(source, str) else part_folder(source.location, "classifier")
             self.logger.error("network not loaded", extra={"location": folder, "error": str(error)})
             return {"problem": without_place(error, folder.removesuffix("/classifier"))}
         checked_method: Method = "xrai" if method == "xrai" else "integrated-gradients"
         return dict(heat_maps.make(explainer, checked_method, image, check_caller))
 
-    def _explainer(self, digest: str, folder: str) -> Explainer:
+    def _explainer(self, digest: str, source: Bundle | str) -> Explainer:
         with self._loading:
             if digest not in self._explainers:
                 import torch
 
                 started = time.perf_counter()
                 torch.set_num_threads(max(1, available_cpus() // _settings.explainer_workers))
-                self._explainers[digest] = Explainer(folder, device=_settings.device)
+                explainer = Explainer(source, device=_settings.device)
+                if explainer.description.digest != digest:
+                    raise BundleError("the classifier was replaced; restart the service to load the new one")
+                self._explainers[digest] = explainer
                 fields = {"classifier": digest[:12], "seconds": time.perf_counter() - started}
                 self.logger.info("network loaded", extra=fields)
             return self._explainers[digest]

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import bentoml
 import numpy as np
 
-from dermis.bundle import open_bundle
+from dermis.bundle import Bundle
 from dermis.cpus import available_cpus
 from services import metrics
 from services.inference import samples
-from services.inference.base import InferenceService, batch_api, inference_service
+from services.inference.base import InferenceService, batch_api, inference_service, opened
 from services.settings import settings_of_process
 
 if TYPE_CHECKING:
@@ -30,12 +30,12 @@ class GeneratorService(InferenceService["Synthesizer"]):
     logger = logging.getLogger("dermis.generator")
     failure = "model not loaded"
 
-    def load(self, location: str) -> tuple[str, Synthesizer]:
+    def load(self, source: Bundle | str) -> tuple[str, Synthesizer]:
         """Load a generator and generate one image, because the first image is slow and no caller should wait for it."""
         from dermis.synthesizer import Synthesizer
 
         started = time.perf_counter()
-        bundle = open_bundle(location)
+        bundle = opened(source)
         synthesizer = Synthesizer(
             bundle,
             device=_device(),

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import bentoml
 import numpy as np
 
-from dermis.bundle import Bundle, open_bundle
+from dermis.bundle import Bundle
 from dermis.cpus import available_cpus
 from dermis.errors import RequestError
 from services.inference import projections
-from services.inference.base import LOAD_ERRORS, InferenceService, inference_service, lower_priority
+from services.inference.base import LOAD_ERRORS, InferenceService, inference_service, lower_priority, opened
 from services.models import without_place
 from services.settings import settings_of_process
 
@@ -48,9 +48,9 @@ class ProjectorService(InferenceService[Bundle]):
         self._cancelled: set[str] = set()
         super().__init__()
 
-    def load(self, location: str) -> tuple[str, Bundle]:
+    def load(self, source: Bundle | str) -> tuple[str, Bundle]:
         """Open a bundle, without loading its networks."""
-        bundle = open_bundle(location)
+        bundle = opened(source)
         return bundle.digest, bundle
 
     @bentoml.api

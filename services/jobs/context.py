@@ -17,7 +17,6 @@ from typing import IO, TypeVar
 
 from dermis.dataset.shards import Sign
 from dermis.dataset.store import Store
-from dermis.errors import StorageError
 from dermis.report.appearance import MeasureImages, appearances
 from services.errors import (
     DatabaseUnavailableError,
@@ -30,7 +29,7 @@ from services.inference.client import InferenceClients
 from services.jobs.table import Job, JobTable
 from services.jobs.turns import Turns
 from services.models import ServedModels
-from services.observed_store import ObservedStore
+from services.observed_store import ObservedStore, check_free_space
 from services.tenants import folder_of
 
 logger = logging.getLogger("dermis.jobs")
@@ -102,9 +101,7 @@ class JobContext:
         Raises:
             StorageError: If less than `min_free_bytes` are free.
         """
-        free = Store(self.storage).free_bytes()
-        if free is not None and free < self.min_free_bytes:
-            raise StorageError(f"the storage has {free >> 20} MiB left; free some space and try again", "storage-full")
+        check_free_space(self.storage, self.min_free_bytes)
 
 
 def retry_transient(ctx: JobContext, call: Callable[[], T], job_id: str | None = None) -> T:

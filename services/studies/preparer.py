@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dermis.dataset.store import PARTIAL
 from dermis.errors import BundleError, DermisError, RequestError, StorageError
 from dermis.files import names_below
 from dermis.image_reading import ImageError, read_training_image
@@ -22,9 +23,9 @@ from services.errors import is_transient
 from services.inference.client import InferenceClients
 from services.inference.samples import Options, pack_rows
 from services.models import ServedModels
-from services.observed_store import ObservedStore
+from services.observed_store import ObservedStore, check_free_space
 from services.settings import Settings
-from services.studies.table import StudyTable, upload_file
+from services.studies.table import UPLOAD_PREFIX, StudyTable, upload_file
 from services.studies.tables import Study, StudyImage
 from services.tenants import folder_of
 
@@ -132,7 +133,9 @@ class StudyPreparer:
             logger.error("study failed", extra={"study": study.id}, exc_info=error)
         message = str(error) if isinstance(error, DermisError | ImageError) else "internal error; see the log"
         if isinstance(error, StorageError):
-            message = "the storage could not be read or written"  # its message names folders
+            # Its own message names folders.
+            full = error.kind == "storage-full"
+            message = "the storage is full" if full else "the storage could not be read or written"
         most = 1 if final else _MOST_FAILURES
         if is_transient(error):
             await asyncio.to_thread(self._table.release, study.id, 5.0)
@@ -161,6 +164,7 @@ class StudyPreparer:
         return list(as_rgb(np.stack(await self._inference.generator.images(rows))))
 
     def _store(self, study: Study, batch: Sequence[StudyImage], drawn: dict[int, Images]) -> dict[int, int]:
+        check_free_space(self._settings.storage, self._settings.min_free_bytes)
         store = study_store(self._settings.storage, study)
         sizes: dict[int, int] = {}
         for image in batch:
@@ -187,8 +191,10 @@ class StudyPreparer:
     def _open(self, study: Study) -> None:
         store = study_store(self._settings.storage, study)
         images = self._table.images(study.id)
-        for upload in self._table.uploads(study.id):
-            store.remove(upload.file)
+        for name in store.entries():  # not from the rows: an interrupted upload may have left a file without one
+            if name.startswith(UPLOAD_PREFIX):
+                store.remove(name)
+        store.remove(PARTIAL)
         size = sum(store.size(image.file) or 0 for image in images)
         self._table.record_opened(study.id, size)
         logger.info("study open", extra={"study": study.id, "images": len(images)})

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from dermis.metrics.reader_study import agreement_of, auc_of, permutation_p_value, rates_of, signal_detection
 from dermis.reader_study import Agreement, Rates
-from services.studies.tables import Answer, Invitation, Study, StudyImage
+from services.studies.tables import Answer, AnswerArrays, Invitation, Study, StudyImage
+
+Value: TypeAlias = str | int | float | bool | None
+Row: TypeAlias = dict[str, Value]
 
 COLUMNS = (
     "reader",
@@ -58,7 +64,7 @@ class StudyResults:
 
 
 def results_of(
-    study: Study, images: Sequence[StudyImage], invitations: Sequence[Invitation], answers: Sequence[Answer]
+    study: Study, images: Sequence[StudyImage], invitations: Sequence[Invitation], answers: AnswerArrays
 ) -> StudyResults:
     """Compute the results of a study from the answers so far.
 
@@ -66,66 +72,58 @@ def results_of(
         study: The study.
         images: Its images, by number.
         invitations: Its invitations; those without answers are left out.
-        answers: The answers of all readers.
+        answers: The answers, a row for each invitation.
     """
-    with_answers = {answer.invitation for answer in answers}
-    readers = [invitation for invitation in invitations if invitation.id in with_answers]
-    row_of = {invitation.id: row for row, invitation in enumerate(readers)}
+    answered = answers.called >= 0
+    rows = np.flatnonzero(answered.any(axis=1)).tolist()
+    called, readers = answers.called[rows], [invitations[row] for row in rows]
     generated = np.array([image.truth == "generated" for image in images], dtype=np.bool_)
     classes = np.array([study.class_of(image.label) for image in images])
-    called = np.full((len(readers), len(images)), -1)
-    for answer in answers:
-        called[row_of[answer.invitation], answer.image] = answer.answer == "generated"
-    votes, counts = (called == 1).sum(axis=0), (called >= 0).sum(axis=0)
+    votes, counts = (called == 1).sum(axis=0), answered.sum(axis=0)
     names = study.class_names if len(study.class_names) > 1 else []
     return StudyResults(
-        answers=len(answers),
+        answers=int(counts.sum()),
         rates=rates_of(called, generated),
-        p_value=permutation_p_value(votes, counts, generated, classes) if answers else None,
+        p_value=permutation_p_value(votes, counts, generated, classes) if rows else None,
         classes={name: rates_of(called[:, classes == name], generated[classes == name]) for name in names},
-        readers=[
-            _of_reader(invitation, images, [answer for answer in answers if answer.invitation == invitation.id])
-            for invitation in readers
-        ],
+        readers=[_of_reader(invitations[row], generated, answers, row) for row in rows],
         agreement=agreement_of([invitation.label for invitation in readers], called) if len(readers) > 1 else None,
-        median_seconds=float(np.median([answer.seconds for answer in answers])) if answers else None,
+        median_seconds=float(np.median(answers.seconds[answered])) if rows else None,
         called_generated=[(image, int(votes[i]), int(counts[i])) for i, image in enumerate(images) if counts[i]],
     )
 
 
-def _of_reader(invitation: Invitation, images: Sequence[StudyImage], answers: Sequence[Answer]) -> ReaderResult:
-    generated = np.array([images[answer.image].truth == "generated" for answer in answers], dtype=np.bool_)
-    called = np.array([[int(answer.answer == "generated") for answer in answers]])
-    rates = rates_of(called, generated)
+def _of_reader(
+    invitation: Invitation, generated: npt.NDArray[np.bool_], answers: AnswerArrays, row: int
+) -> ReaderResult:
+    answered = answers.called[row] >= 0
+    called, truth = answers.called[row, answered], generated[answered]
+    rates = rates_of(called[None], truth)
     d_prime, criterion = signal_detection(rates.sensitivity, rates.specificity)
-    ratings: dict[str, list[float]] = {"real": [], "generated": []}
-    for answer in answers:
-        sign = 1 if answer.answer == "generated" else -1
-        ratings[images[answer.image].truth].append(float(sign * answer.confidence))
+    ratings = np.where(called == 1, 1.0, -1.0) * answers.confidence[row, answered]
     return ReaderResult(
         invitation=invitation,
-        answered=len(answers),
+        answered=len(called),
         rates=rates,
         d_prime=d_prime,
         criterion=criterion,
-        auc=auc_of(ratings["real"], ratings["generated"]),
-        median_seconds=float(np.median([answer.seconds for answer in answers])),
+        auc=auc_of(ratings[~truth].tolist(), ratings[truth].tolist()),
+        median_seconds=float(np.median(answers.seconds[row, answered])),
     )
 
 
 def answer_rows(
-    study: Study, images: Sequence[StudyImage], invitations: Sequence[Invitation], answers: Sequence[Answer]
-) -> list[dict[str, str | int | float | bool | None]]:
-    """The answers with the truth, one row each, in the order of the readers and of their images.
+    study: Study, images: Sequence[StudyImage], invitation: Invitation, answers: Sequence[Answer]
+) -> list[Row]:
+    """The answers of one reader with the truth, one row each, in the order of the images of the reader.
 
     `source_index` is the index of a generated sample, whose seed the study has; real images have none.
     """
-    order = {invitation.id: invitation for invitation in invitations}
-    rows: list[dict[str, str | int | float | bool | None]] = []
-    for answer in sorted(answers, key=lambda each: (order[each.invitation].number, each.position)):
+    rows: list[Row] = []
+    for answer in answers:
         image = images[answer.image]
         values = (
-            order[answer.invitation].label,
+            invitation.label,
             answer.invitation,
             answer.position + 1,
             answer.image + 1,
@@ -143,17 +141,28 @@ def answer_rows(
     return rows
 
 
-def as_csv(rows: Sequence[dict[str, str | int | float | bool | None]]) -> str:
-    """Rows as CSV. A text that a spreadsheet would take for a formula begins with an apostrophe there."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\r\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: _safe(value) for name, value in row.items()})
-    return buffer.getvalue()
+def as_csv(readers: Iterable[Sequence[Row]]) -> Iterator[str]:
+    """Rows of one reader after another as CSV. A text that a spreadsheet would take for a formula begins with an apostrophe."""
+    yield ",".join(COLUMNS) + "\r\n"
+    for rows in readers:
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\r\n")
+        for row in rows:
+            writer.writerow({name: _safe(value) for name, value in row.items()})
+        yield buffer.getvalue()
 
 
-def _safe(value: str | int | float | bool | None) -> str | int | float | None:
+def as_json(study: Study, readers: Iterable[Sequence[Row]]) -> Iterator[str]:
+    """Rows of one reader after another as one JSON document."""
+    before = f'{{"object":"study_answers","study":"{study.id}","data":['
+    for rows in readers:
+        if rows:
+            yield before + ",".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in rows)
+            before = ","
+    yield ("" if before == "," else before) + "]}"
+
+
+def _safe(value: Value) -> str | int | float | None:
     if isinstance(value, bool):
         return int(value)
     if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):

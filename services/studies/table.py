@@ -11,23 +11,24 @@ import re
 import secrets
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
-from dermis.errors import DermisError
+from dermis.errors import DermisError, RequestError
 from dermis.reader_study import Slot, Truth
 from services.jobs import counters
 from services.jobs.database import close_engine, open_engine, reading, writing
 from services.jobs.table import check_existing
 from services.quotas import Quota
 from services.studies import tables
-from services.studies.tables import DELETING, Answer, Invitation, Study, StudyImage, study_of
+from services.studies.tables import DELETING, Answer, AnswerArrays, Invitation, Study, StudyImage, study_of
 
 PREFIX = "dermis_rd_"
+UPLOAD_PREFIX = "upload-"  # of the names of files of uploaded images
 _TOKEN = re.compile(r"dermis_rd_([a-z0-9]{12})_[A-Za-z0-9_-]{43}")
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 _LAST_USE_SECONDS = 60.0
@@ -63,7 +64,7 @@ class Upload:
 
 def upload_file(sha256: str) -> str:
     """Name of the file of an uploaded image, by the SHA-256 of its pixels."""
-    return f"upload-{sha256}.png"
+    return f"{UPLOAD_PREFIX}{sha256}.png"
 
 
 class StudyTable:
@@ -119,58 +120,96 @@ class StudyTable:
         with reading(self._engine) as connection:
             return [study_of(row) for row in connection.execute(query.order_by(tables.studies.c.created_at.desc()))]
 
-    def add_uploads(self, study: Study, labels: Mapping[str, int], added_bytes: int, quota: Quota) -> int:
-        """Add uploaded real images, whose files exist. Images that were added before are not added again.
+    def add_uploads(self, study: Study, label: int, sizes: Mapping[str, int], most: int, quota: Quota) -> list[str]:
+        """Add uploaded real images, whose files are written afterwards. Those that were added before are not added again.
 
         Args:
             study: The study.
-            labels: Class number by SHA-256 of the pixels.
-            added_bytes: Size of the files.
+            label: Class number of the images.
+            sizes: Size of the file in bytes by SHA-256 of the pixels.
+            most: Maximum number of uploaded images of a study.
             quota: The quotas of the tenant.
 
         Returns:
-            The number of images that are new.
+            The SHA-256 of the images that are new.
 
         Raises:
+            RequestError: There would be more than `most` images.
             StudyStateError: The study does not collect images any more.
             QuotaExceededError: The tenant may not store so much.
         """
         with writing(self._engine) as connection:
             counters.lock_tenant(connection, study.tenant)
             _check_state(_study(connection, study.id), "collecting", "it takes no more images")
-            check_existing(connection, study.tenant, quota, {"stored_bytes": added_bytes})
-            known = set(
-                connection.execute(
-                    sa.select(tables.uploads.c.sha256).where(tables.uploads.c.study == study.id)
-                ).scalars()
-            )
-            new = [digest for digest in labels if digest not in known]
-            rows = [
-                {"study": study.id, "number": number, "label": labels[digest], "sha256": digest}
-                for number, digest in enumerate(new, start=len(known))
-            ]
-            if rows:
+            known = {row.sha256: row.number for row in connection.execute(_uploads(study.id))}
+            new = [digest for digest in sizes if digest not in known]
+            if len(known) + len(new) > most:
+                raise RequestError("files", f"a study can have at most {most} uploaded images", "request-too-large")
+            if new:
+                added_bytes = sum(sizes[digest] for digest in new)
+                check_existing(connection, study.tenant, quota, {"stored_bytes": added_bytes})
+                first = max(known.values(), default=-1) + 1
+                rows = [
+                    {"study": study.id, "number": number, "label": label, "sha256": digest}
+                    for number, digest in enumerate(new, start=first)
+                ]
                 connection.execute(sa.insert(tables.uploads), rows)
                 _change(connection, study.id, stored_bytes=tables.studies.c.stored_bytes + added_bytes)
-            return len(rows)
+            return new
+
+    def remove_uploads(self, study: Study, sizes: Mapping[str, int]) -> list[str]:
+        """Remove uploaded images whose files could not be written, except those that may have been chosen meanwhile.
+
+        Args:
+            study: The study.
+            sizes: Size of the file in bytes by SHA-256 of the pixels.
+
+        Returns:
+            The SHA-256 of the images that have no row now, so that their files can be removed.
+        """
+        with writing(self._engine) as connection:
+            counters.lock_tenant(connection, study.tenant)
+            state = connection.scalar(sa.select(tables.studies.c.state).where(tables.studies.c.id == study.id))
+            known = {row.sha256 for row in connection.execute(_uploads(study.id))}
+            if state not in (None, "collecting", DELETING):
+                return [digest for digest in sizes if digest not in known]
+            removed = [digest for digest in sizes if digest in known]
+            if removed:
+                these = (tables.uploads.c.study == study.id) & tables.uploads.c.sha256.in_(removed)
+                connection.execute(sa.delete(tables.uploads).where(these))
+                removed_bytes = sum(sizes[digest] for digest in removed)
+                _change(connection, study.id, stored_bytes=tables.studies.c.stored_bytes - removed_bytes)
+            return list(sizes)
+
+    def kept_uploads(self, study_id: str) -> set[str]:
+        """The SHA-256 of the uploaded images that a study has; none of a study that was deleted."""
+        with reading(self._engine) as connection:
+            state = connection.scalar(sa.select(tables.studies.c.state).where(tables.studies.c.id == study_id))
+            if state in (None, DELETING):
+                return set()
+            return {row.sha256 for row in connection.execute(_uploads(study_id))}
 
     def uploads(self, study_id: str) -> list[Upload]:
         """The uploaded images of a study, in the order of their numbers."""
-        query = sa.select(tables.uploads).where(tables.uploads.c.study == study_id).order_by(tables.uploads.c.number)
         with reading(self._engine) as connection:
-            return [Upload(row.number, row.label, row.sha256) for row in connection.execute(query)]
+            rows = connection.execute(_uploads(study_id).order_by(tables.uploads.c.number))
+            return [Upload(row.number, row.label, row.sha256) for row in rows]
 
-    def prepare(self, study: Study, slots: Sequence[tuple[Slot, str]], estimate: int, quota: Quota) -> Study:
+    def prepare(
+        self, study: Study, slots: Sequence[tuple[Slot, str]], uploads: Collection[str], estimate: int, quota: Quota
+    ) -> Study:
         """Store the plan of a study, so that its images are prepared.
 
         Args:
             study: The study.
             slots: The planned images with their sources.
+            uploads: SHA-256 of the uploaded images that have files, from which real images were chosen. All others are removed:
+                a call that is still writing their files then learns that it was too late.
             estimate: Upper estimate of the size of the files in bytes.
             quota: The quotas of the tenant.
 
         Raises:
-            StudyStateError: The study was opened or closed before.
+            StudyStateError: The study was opened or closed before, or an upload was removed meanwhile.
             QuotaExceededError: A quota of the tenant would be exceeded. Nothing was stored or counted.
         """
         rows = [
@@ -188,7 +227,12 @@ class StudyTable:
         with writing(self._engine) as connection:
             counters.lock_tenant(connection, study.tenant)
             _check_state(_study(connection, study.id), "collecting", "it was opened already")
+            known = {row.sha256 for row in connection.execute(_uploads(study.id))}
+            if not known.issuperset(uploads):
+                raise StudyStateError("an upload failed at this moment; try again")
             check_existing(connection, study.tenant, quota, {"stored_bytes": estimate})
+            late = (tables.uploads.c.study == study.id) & tables.uploads.c.sha256.in_(known.difference(uploads))
+            connection.execute(sa.delete(tables.uploads).where(late))
             counters.add(connection, study.tenant, {"images_per_day": generated}, quota)
             connection.execute(sa.insert(tables.images), rows)
             size = tables.studies.c.stored_bytes + estimate
@@ -393,12 +437,32 @@ class StudyTable:
         with reading(self._engine) as connection:
             return [StudyImage(**row._mapping) for row in connection.execute(_images(study_id))]
 
-    def answers(self, study_id: str) -> list[Answer]:
-        """All answers to a study."""
-        query = sa.select(tables.answers).where(tables.answers.c.study == study_id)
-        order = query.order_by(tables.answers.c.invitation, tables.answers.c.position)
+    def answer_arrays(self, study_id: str, readers: Mapping[str, int], images: int) -> AnswerArrays:
+        """All answers to a study.
+
+        Args:
+            study_id: The study.
+            readers: Row of each invitation in the arrays; answers of others are left out.
+            images: Number of images of the study.
+        """
+        columns = tables.answers.c
+        query = sa.select(columns.invitation, columns.image, columns.answer, columns.confidence, columns.seconds)
+        arrays = AnswerArrays.empty(len(readers), images)
         with reading(self._engine) as connection:
-            return [Answer(**row._mapping) for row in connection.execute(order)]
+            rows = connection.execution_options(yield_per=1000).execute(query.where(columns.study == study_id))
+            for invitation, image, answer, confidence, seconds in rows:
+                if (reader := readers.get(invitation)) is not None:
+                    arrays.called[reader, image] = answer == "generated"
+                    arrays.confidence[reader, image] = confidence
+                    arrays.seconds[reader, image] = seconds
+        return arrays
+
+    def answers_version(self, study_id: str) -> tuple[int, int]:
+        """The number of answers to a study and of their changes: it differs after each answer."""
+        query = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(tables.answers.c.changes), 0))
+        with reading(self._engine) as connection:
+            count, changes = connection.execute(query.where(tables.answers.c.study == study_id)).one()
+            return int(count), int(changes)
 
     def answer_counts(self, study_ids: Sequence[str]) -> dict[str, int]:
         """The number of answers by invitation, of some studies."""
@@ -471,6 +535,10 @@ def _hash(token: str) -> str:
 
 def _select(study_id: str) -> sa.Select[Any]:
     return sa.select(tables.studies).where(tables.studies.c.id == study_id)
+
+
+def _uploads(study_id: str) -> sa.Select[Any]:
+    return sa.select(tables.uploads).where(tables.uploads.c.study == study_id)
 
 
 def _images(study_id: str) -> sa.Select[Any]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
+import numpy.typing as npt
 import sqlalchemy as sa
 
 from dermis.reader_study import Truth
@@ -37,7 +39,7 @@ studies = sa.Table(
     sa.Column("truncation_psi", sa.Float, nullable=False),
     sa.Column("seed", sa.BigInteger, nullable=False),  # with it, the truth of each image could be computed
     sa.Column("prepared", sa.Integer, nullable=False),  # images that are stored
-    sa.Column("longest", sa.Integer, nullable=False),  # bytes of the longest image, to which all are padded
+    sa.Column("longest", sa.Integer, nullable=False),  # bytes of the longest file
     sa.Column("stored_bytes", sa.BigInteger, nullable=False),
     sa.Column("failures", sa.Integer, nullable=False),  # of the preparation, one after another
     sa.Column("error", sa.String(500)),
@@ -189,6 +191,27 @@ class Answer:
     seconds: float
     changes: int
     answered_at: float
+
+
+@dataclass(frozen=True)
+class AnswerArrays:
+    """All answers to a study, each array [readers, images].
+
+    Attributes:
+        called: 1 generated, 0 real, -1 no answer; int8.
+        confidence: 1 (a guess) to 5 (certain); int8.
+        seconds: Time for which the image was looked at; float64.
+    """
+
+    called: npt.NDArray[np.int8]
+    confidence: npt.NDArray[np.int8]
+    seconds: npt.NDArray[np.float64]
+
+    @classmethod
+    def empty(cls, readers: int, images: int) -> AnswerArrays:
+        """Arrays without answers."""
+        shape = (readers, images)
+        return cls(np.full(shape, -1, dtype=np.int8), np.zeros(shape, dtype=np.int8), np.zeros(shape))
 
 
 def stored_by_studies(connection: sa.Connection, tenant: str) -> int:

@@ -15,9 +15,13 @@ import pytest
 import sqlalchemy as sa
 
 from dermis.bundle import Bundle
+from dermis.dataset.store import Store
+from dermis.errors import StorageError
 from dermis.imaging import decode, encode
 from service_kit import Service, service, wait_for
 from services.gateway.auth.principal import DEFAULT_SCOPES, SCOPES
+from services.observed_store import ObservedStore
+from services.studies import results
 
 SEED = 987654321987  # long enough to be searched for in what readers get
 
@@ -43,7 +47,7 @@ def real_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def served(tiny_bundle: Bundle, real_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     values = {"auth": "keys", "max_studies": 4, "max_study_images": 12, "study_real_images": f"derma={real_folder}"}
-    quotas = {"small": {"stored_bytes": 2000}}
+    quotas = {"small": {"stored_bytes": 2000}, "tight": {"stored_bytes": 100}}
     with service(tiny_bundle.location, tmp_path_factory.mktemp("data"), quotas=quotas, **values) as running:
         yield running
 
@@ -144,14 +148,15 @@ def test_both_halves_have_the_same_classes_and_no_file_shows_what_it_is(
     for position in range(1, 9):
         images.append(reader.image(position))
         assert reader.answer(position, "real").json()["answered"] == position
-    assert len({len(image) for image in images}) == 1 and len(set(images)) == 8
+    assert len(set(images)) == 8
     for image in images:
-        kinds, at = [], 8
+        chunks, at = [], 8
         while at < len(image):
             (length,) = struct.unpack(">I", image[at : at + 4])
-            kinds.append(image[at + 4 : at + 8])
+            chunks.append((image[at + 4 : at + 8], length))
             at += 12 + length
-        assert kinds == [b"IHDR", b"IDAT", b"paDd", b"IEND"]
+        # 16 rows of a filter and 16 x 3 values, in one block of deflate (5 bytes) and the zlib header and checksum (6).
+        assert chunks == [(b"IHDR", 13), (b"IDAT", 16 * 49 + 11), (b"IEND", 0)]
         assert decode(image).shape == (16, 16, 3)
     answered = started.text + reader.send("get", "").text
     for secret in (str(SEED), "truth", "benign", "malignant", "patient", "seed"):
@@ -231,21 +236,26 @@ def test_results_and_exports_are_those_of_the_answers(served: Service, owner: Ow
             rows = owner.send("get", f"/v1/studies/{created['id']}/answers").json()["data"]
             for row in rows:
                 reader.answer(row["position"], row["truth"], 5, 2.0 * row["position"])
-    results = owner.send("get", f"/v1/studies/{created['id']}/results").json()
-    first, second = results["readers"]
+    body = owner.send("get", f"/v1/studies/{created['id']}/results").json()
+    first, second = body["readers"]
     assert (first["rates"]["accuracy"]["share"], second["rates"]["accuracy"]["share"]) == (1.0, 0.5)
     assert second["rates"]["sensitivity"]["count"] == 2 and second["rates"]["specificity"]["count"] == 0
     assert (first["auc"], second["auc"], second["median_seconds"]) == (1.0, 0.5, 5.0)
-    assert results["rates"]["accuracy"]["count"] == 6 and results["rates"]["accuracy"]["total"] == 8
+    assert body["rates"]["accuracy"]["count"] == 6 and body["rates"]["accuracy"]["total"] == 8
     # Fleiss (1971): P = (1 + 1 + 0 + 0) / 4, shares 6/8 and 2/8, so (1/2 - 5/8) / (1 - 5/8) = -1/3. Cohen (1960): 0.
-    assert results["agreement"]["fleiss_kappa"] == pytest.approx(-1 / 3)
-    assert results["agreement"]["pairs"] == [{"first": "=1+1", "second": "always", "kappa": 0.0}]
+    assert body["agreement"]["fleiss_kappa"] == pytest.approx(-1 / 3)
+    assert body["agreement"]["pairs"] == [{"first": "=1+1", "second": "always", "kappa": 0.0}]
+    for path in ("", "/results", "/answers", "/answers?format=csv", "/invitations"):
+        assert owner.send("get", f"/v1/studies/{created['id']}{path}").headers["cache-control"] == "no-store", path
     text = owner.send("get", f"/v1/studies/{created['id']}/answers?format=csv")
     assert text.headers["content-type"].startswith("text/csv")
     table = list(csv.DictReader(io.StringIO(text.text)))
     assert len(table) == 8 and table[0]["reader"] == "'=1+1" and {row["right"] for row in table[:4]} == {"1"}
     closed = owner.send("post", f"/v1/studies/{created['id']}/close").json()
     assert closed["state"] == "closed" and reader.answer(1, "real").status_code == 409
+    hidden = reader.send("get", "/images/1")
+    assert hidden.status_code == 409 and "ended" in hidden.json()["detail"]
+    assert len(reader.send("get", "").json()["answers"]) == 4
     assert owner.send("post", f"/v1/studies/{created['id']}/invitations", json={"label": "F"}).status_code == 409
     assert owner.send("delete", f"/v1/studies/{created['id']}").status_code == 204
     assert not (Path(served.settings.storage) / created["id"]).exists()
@@ -278,6 +288,93 @@ def test_limits_and_quotas_are_kept(served: Service) -> None:
     for _ in range(3):
         assert small.send("post", "/v1/studies", json={"name": "n", "images": 2}).status_code == 201
     assert small.send("post", "/v1/studies", json={"name": "n", "images": 2}).status_code == 429
+
+
+def test_refused_and_failed_uploads_leave_neither_files_nor_rows(
+    served: Service, owner: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stored(study: dict[str, Any], tenant: str = "") -> list[str]:
+        folder = Path(served.settings.storage) / tenant / study["id"]
+        return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+    tight = Owner(served, "tight")
+    study = tight.send("post", "/v1/studies", json={"name": "n", "images": 2}).json()
+    for _ in range(2):
+        assert tight.upload(study, "benign", 1, 2).json()["quota"]["name"] == "stored_bytes"
+    assert stored(study, "tenants/tight") == []
+
+    study = owner.send("post", "/v1/studies", json={"name": "n", "images": 4}).json()
+    assert owner.upload(study, "benign", *range(0, 260, 20)).json()["type"].endswith("request-too-large")
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "free_bytes", lambda self: 100)
+        assert owner.upload(study, "benign", 1, 2).status_code == 507
+    write, written = ObservedStore.write, []
+
+    def fail(self: ObservedStore, name: str, data: bytes) -> None:
+        if len(written) == 1:
+            raise StorageError("no space left", "storage-full")
+        written.append(name)
+        write(self, name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ObservedStore, "write", fail)
+        assert owner.upload(study, "benign", 1, 2).status_code == 507
+    assert len(written) == 1 and stored(study) == []
+    counted = served.client.app.state.context.studies.table.get("default", study["id"])  # type: ignore[attr-defined]
+    assert counted.stored_bytes == 0
+    assert owner.upload(study, "benign", 1, 2).json()["added"] == 2
+    assert len(stored(study)) == 2
+    owner.send("delete", f"/v1/studies/{study['id']}")
+
+
+def test_row_without_file_is_completed_and_file_without_row_is_removed(
+    served: Service, owner: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process ends between rows and files, and a study is opened between the two steps of another call."""
+    studies = served.client.app.state.context.studies  # type: ignore[attr-defined]
+    study = owner.send("post", "/v1/studies", json={"name": "n", "images": 4}).json()
+    folder = Path(served.settings.storage) / study["id"]
+    assert owner.upload(study, "benign", 1, 2).json()["added"] == 2
+    next(folder.glob("upload-*")).unlink()
+    refused = owner.send("post", f"/v1/studies/{study['id']}/open").json()["errors"][0]
+    assert (refused["field"], "upload them again" in refused["message"]) == ("real_images", True)
+    size = studies.table.get("default", study["id"]).stored_bytes
+    assert owner.upload(study, "benign", 1, 2).json()["added"] == 0
+    assert len(list(folder.glob("upload-*"))) == 2
+    assert studies.table.get("default", study["id"]).stored_bytes == size
+    (folder / f"upload-{'0' * 64}.png").write_bytes(b"left over")
+    write, opened = ObservedStore.write, []
+
+    def open_before(self: ObservedStore, name: str, data: bytes) -> None:
+        if name.startswith("upload-") and not opened:
+            opened.append(studies.open(studies.table.get("default", study["id"])).state)
+            wait_for(lambda: studies.table.get("default", study["id"]).state == "open")
+        write(self, name, data)
+
+    monkeypatch.setattr(ObservedStore, "write", open_before)
+    late = owner.upload(study, "benign", 3)
+    assert (late.status_code, opened) == (409, ["preparing"])
+    assert sorted(path.name for path in folder.rglob("*") if path.is_file()) == [f"{n:05d}.png" for n in range(4)]
+    owner.send("delete", f"/v1/studies/{study['id']}")
+
+
+def test_results_are_kept_until_an_answer_changes_and_few_are_computed_at_a_time(
+    served: Service, owner: Owner, study: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, path = Reader(served, owner.invite(study, "R")), f"/v1/studies/{study['id']}/results"
+    computed: list[str] = []
+    compute = results.results_of
+    monkeypatch.setattr(results, "results_of", lambda *args: computed.append(args[0].id) or compute(*args))
+    reader.answer(1, "real", 2)
+    first, second = (owner.send("get", path).json() for _ in range(2))
+    assert first == second and computed == [study["id"]]
+    reader.answer(1, "generated", 2)
+    assert owner.send("get", path).json() != first and len(computed) == 2
+    limit = served.client.app.state.context.limits.study_results  # type: ignore[attr-defined]
+    with limit.hold("default"), limit.hold("default"), limit.hold("default"):
+        busy = owner.send("get", path)
+    assert (busy.status_code, busy.headers["retry-after"]) == (503, "5")
+    assert owner.send("get", path).status_code == 200
 
 
 def test_studies_are_no_default_scope() -> None:

@@ -169,6 +169,9 @@ def test_exporter_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch
 
 @needs_otlp
 def test_spans_arrive_at_an_otlp_receiver(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # no proxy sees what is for this machine
     with receiving() as receiver:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
         tracing.configure("gateway")

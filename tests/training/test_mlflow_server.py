@@ -66,10 +66,10 @@ def _is_healthy(address: str) -> bool:
 def test_runs_of_trainings_have_their_options_curves_and_pictures(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., tuple[int, str, str]]
 ) -> None:
-    def ask(path: str, **query: Any) -> Any:
-        if path.endswith("search"):
-            return httpx.post(f"{server}/api/2.0/mlflow/{path}", json=query, trust_env=False).raise_for_status().json()
-        return httpx.get(f"{server}/api/2.0/mlflow/{path}", params=query, trust_env=False).raise_for_status().json()
+    def ask(route: str, **query: Any) -> Any:
+        if route.endswith("search"):
+            return httpx.post(f"{server}/api/2.0/mlflow/{route}", json=query, trust_env=False).raise_for_status().json()
+        return httpx.get(f"{server}/api/2.0/mlflow/{route}", params=query, trust_env=False).raise_for_status().json()
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "lesions")
@@ -107,7 +107,8 @@ def test_runs_of_trainings_have_their_options_curves_and_pictures(
     points = ask("metrics/get-history", run_id=run_id, metric_key="loss/D")["metrics"]
     assert [int(point["step"]) for point in points] == [40, 80, 120] and len(lines) == 60
     pictures = {entry["path"] for entry in ask("artifacts/list", run_id=run_id, path="samples")["files"]}
-    assert pictures == {"samples/000000080.png", "samples/000000120.png"}
+    steps = (0, 80, 120)
+    assert pictures == {f"samples/{step:09d}.png" for step in steps}
     kept = list((tmp_path / "server" / "artifacts").rglob("*.png"))
-    assert {path.name for path in kept} == {"000000080.png", "000000120.png"}
+    assert {path.name for path in kept} == {f"{step:09d}.png" for step in steps}
     assert str(tmp_path) not in json.dumps({**found, "info": {**found["info"], "artifact_uri": ""}})

@@ -6,16 +6,19 @@ Links are followed, and files that operating systems add are ignored. No image i
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import stat
 import tarfile
 import unicodedata
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 from dermis.errors import DataError, escape
 from dermis.image_reading import IMAGE_SUFFIXES, is_image_header
@@ -32,6 +35,7 @@ _SYSTEM_NAMES = frozenset(
 )
 _HEADER_BYTES = 32
 _MAX_PATH_LENGTH = 1024
+_MAX_MEMBER_BYTES = 512 << 20  # of a file in a zip, decompressed
 
 # Reasons why a file is not read, as reports show them.
 SYSTEM_FILE = "hidden or system file"
@@ -71,7 +75,10 @@ class ImageFile:
                 with self.path.open("rb") as file:
                     file.seek(start)
                     return file.read(size)
-            return _open_zip(self.path, changed, process).read(self.member)
+            archive = _open_zip(self.path, changed, process)
+            if archive.getinfo(self.member).file_size > _MAX_MEMBER_BYTES:  # no more than this size is decompressed
+                raise ValueError(f"it has more than {_MAX_MEMBER_BYTES:,} bytes")
+            return archive.read(self.member)
         except (
             OSError,
             LookupError,
@@ -82,6 +89,20 @@ class ImageFile:
             RuntimeError,
         ) as error:
             raise DataError(f"{self.path / self.member}: cannot be read ({error})") from error
+
+    def open(self) -> IO[bytes]:
+        """Open the content of a file or of a member of a zip or tar for reading in pieces.
+
+        Raises:
+            OSError: It cannot be opened.
+            LookupError, RuntimeError, zipfile.BadZipFile: The zip or its member cannot be read.
+            DataError: The member of another archive cannot be read.
+        """
+        if not self.member:
+            return self.path.open("rb")
+        if self.path.suffix in (".parquet", ".tar"):
+            return io.BytesIO(self.read_bytes())
+        return _open_zip(self.path, self.path.stat().st_mtime_ns, os.getpid()).open(self.member)
 
     def stamp(self) -> str:
         """Place, size and time of the last change as a text, which changes when the file does."""
@@ -305,12 +326,9 @@ def _is_system(name: str) -> bool:
 
 def _header(file: ImageFile) -> bytes:
     try:
-        if file.member:
-            with zipfile.ZipFile(file.path) as archive, archive.open(file.member) as member:
-                return member.read(_HEADER_BYTES)
-        with file.path.open("rb") as opened:
+        with file.open() as opened:
             return opened.read(_HEADER_BYTES)
-    except (OSError, RuntimeError, NotImplementedError, zipfile.BadZipFile):
+    except (OSError, EOFError, LookupError, RuntimeError, zlib.error, zipfile.BadZipFile):
         return b""
 
 

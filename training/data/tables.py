@@ -6,15 +6,18 @@ PAD-UFES-20, DDI, derm7pt, Fitzpatrick17k, and the download tool of the ISIC Arc
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
 import re
+import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from dermis.errors import DataError, escape, quote
 from training.data.class_names import ClassOrigin, ClassRules, class_of, contradiction
@@ -79,6 +82,10 @@ _ISIC_NAME = re.compile(r"ISIC_\d{3,}(?:_downsampled)?(?:\.\w+)?", re.IGNORECASE
 _EXCEL_TEXT = re.compile(r'^="(.*)"$')  # a form of cells by which Excel keeps the leading zeros of ids
 _HEADERLESS = ("image", "target")
 _BEGINNING_BYTES = 1 << 16
+_MAX_BYTES = 512 << 20  # of a table, decompressed; that of SLICE-3D has less than half
+_MAX_COLUMNS = 10_000
+_MAX_CELLS = 50_000_000  # SLICE-3D has 22 million
+_PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,8 @@ def read_table(
 ) -> Table:
     """Read a table with one row for each image.
 
-    Cells are separated by commas, semicolons, tabs or vertical bars. The file can be compressed by gzip.
+    Cells are separated by commas, semicolons, tabs or vertical bars. The file can be compressed by gzip. It has at most 512 MiB
+    (decompressed), 10,000 columns and 50 million cells.
 
     Args:
         file: The table.
@@ -267,7 +275,7 @@ def read_grid(file: Path | ImageFile, max_rows: int | None = None) -> Grid:
         max_rows: Read only the beginning of the file, up to this number of rows; None for the whole file.
 
     Raises:
-        DataError: The file is not a readable CSV.
+        DataError: The file is not a readable CSV, or exceeds a limit of size.
     """
     where = file.path / file.member if isinstance(file, ImageFile) else file
     text = _text(file, where, beginning=max_rows is not None)
@@ -279,7 +287,16 @@ def read_grid(file: Path | ImageFile, max_rows: int | None = None) -> Grid:
     try:
         reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
         rows: list[tuple[int, list[str]]] = []
+        count = 0
         for row in reader:
+            count += len(row)
+            if len(row) > _MAX_COLUMNS:
+                raise DataError(
+                    f"{where}: line {reader.line_num} has {len(row):,} columns, more than {_MAX_COLUMNS:,}; "
+                    "keep the needed ones in a copy"
+                )
+            if count > _MAX_CELLS:
+                raise _too_many_cells(where)
             if any(cell.strip() for cell in row):
                 rows.append((reader.line_num, [_EXCEL_TEXT.sub(r"\1", cell.strip()) for cell in row]))
             if max_rows is not None and len(rows) > max_rows:
@@ -292,6 +309,8 @@ def read_grid(file: Path | ImageFile, max_rows: int | None = None) -> Grid:
     _, first = rows[0]
     has_header = not _has_no_header(first)
     header, body = (_header(first), rows[1:]) if has_header else (list(_HEADERLESS), rows)
+    if len(header) * len(body) > _MAX_CELLS:  # short rows are filled up
+        raise _too_many_cells(where)
     cells = []
     for number, row in body:
         if any(row[len(header) :]):
@@ -303,28 +322,37 @@ def read_grid(file: Path | ImageFile, max_rows: int | None = None) -> Grid:
     return Grid(tuple(header), tuple(cells), body[0][0] if body else 2, has_header)
 
 
-def _beginning(file: Path | ImageFile) -> bytes:
-    """The first bytes of a table, decompressed."""
-    path, member = (file.path, file.member) if isinstance(file, ImageFile) else (file, "")
-    packed = (member or path.name).lower().endswith(".gz")
-    if member and isinstance(file, ImageFile):
-        data = file.read_bytes()
-        return (gzip.decompress(data) if packed else data)[:_BEGINNING_BYTES]
-    with gzip.open(path) if packed else path.open("rb") as opened:
-        return opened.read(_BEGINNING_BYTES)
+def _too_many_cells(where: Path) -> DataError:
+    return DataError(f"{where}: has more than {_MAX_CELLS:,} cells; keep the needed columns in a copy")
+
+
+def _read(file: Path | ImageFile, where: Path, *, beginning: bool) -> bytes:
+    """The bytes of a table, or its first ones, decompressed. No more than the limit is decompressed."""
+    data = bytearray()
+    limit = _BEGINNING_BYTES if beginning else _MAX_BYTES + 1
+    with contextlib.ExitStack() as opened:
+        raw = opened.enter_context(file.open() if isinstance(file, ImageFile) else file.open("rb"))
+        stream: IO[bytes] | gzip.GzipFile = raw
+        if where.name.lower().endswith(".gz"):
+            stream = opened.enter_context(gzip.GzipFile(fileobj=raw))
+        while len(data) < limit and (piece := stream.read(min(_PIECE, limit - len(data)))):
+            data += piece
+    if len(data) > _MAX_BYTES:
+        raise DataError(
+            f"{where}: has more than {_MAX_BYTES:,} bytes (decompressed); keep the needed columns in a copy"
+        )
+    return bytes(data)
 
 
 def _text(file: Path | ImageFile, where: Path, *, beginning: bool) -> str:
     try:
-        data = _beginning(file) if beginning else file.read_bytes()
-        if where.name.lower().endswith(".gz") and not beginning:
-            data = gzip.decompress(data)
+        data = _read(file, where, beginning=beginning)
     except FileNotFoundError:
         raise DataError(
             f"{where}: no such file; an ISIC folder has a CSV of its images, name it with --metadata"
         ) from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{where}: is not a readable CSV ({error})") from error
+    except (OSError, EOFError, zlib.error, LookupError, zipfile.BadZipFile, RuntimeError) as error:
+        raise DataError(f"{where}: is not a readable CSV ({escape(error)})") from error
     if b"\0" in data[:4096] and not data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{where}: is not a readable CSV; save it as CSV (UTF-8)")
     for encoding in ("utf-16",) if data.startswith((b"\xff\xfe", b"\xfe\xff")) else ("utf-8-sig", "cp1252"):
@@ -356,20 +384,15 @@ def _header(cells: Sequence[str]) -> list[str]:
     """Names of columns: known ones in the spelling above, empty and repeated ones made unique."""
     plain = [re.sub(r"[\W_]+", "_", cell.casefold()).strip("_") for cell in cells]
     upper = {"mel", "nv"} <= set(plain)
-    header: list[str] = []
+    header: dict[str, int] = {}  # name -> the number that a further column of this name gets, if it is free
     for cell, name in zip(cells, plain, strict=True):
         known = name.upper() if upper and name.upper() in ONE_HOT_COLUMNS else name
         known = known if known in ONE_HOT_COLUMNS or name in _KNOWN or _DETAILED.fullmatch(name) else cell
-        header.append(_unique(known or "unnamed", header))
-    return header
-
-
-def _unique(name: str, taken: Sequence[str]) -> str:
-    number = 2
-    result = name
-    while result in taken:
-        result, number = f"{name}.{number}", number + 1
-    return result
+        column = known = known or "unnamed"
+        while column in header:
+            column, header[known] = f"{known}.{header[known]}", header[known] + 1
+        header[column] = 2
+    return list(header)
 
 
 def _named(where: Path, grid: Grid, column: str, option: str) -> str:

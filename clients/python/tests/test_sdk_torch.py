@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,9 @@ from PIL import Image
 
 pytest.importorskip("torch", reason="torch is not installed")
 
-from dermis_client.errors import APIConnectionError, IntegrityError, InvalidRequestError
+from dermis_client.errors import APIConnectionError, IntegrityError, InvalidRequestError, ServerError
+from dermis_client.images import ImagesResult
+from dermis_client.models import ModelRef, Problem
 from dermis_client.torch import SyntheticDataset, SyntheticIterable
 from torch.utils.data import DataLoader
 
@@ -25,10 +27,25 @@ SHARES = {"benign": 3.0, "malignant": 1.0}
 
 
 class FakeClient:
-    """Answers like a service whose image of an index has the index as its colour."""
+    """Answers like a service whose image of an index has the index as its colour.
 
-    def __init__(self, fails_at: int | None = None) -> None:
+    Args:
+        fails_at: The index from which it does not answer.
+        digests: The digest of the bundle at each call, the last one for all further calls.
+        refusals: The number of times that it refuses each call.
+        refusal: With what.
+    """
+
+    def __init__(
+        self,
+        fails_at: int | None = None,
+        digests: Sequence[str] = ("a" * 64,),
+        refusals: int = 0,
+        refusal: Exception | None = None,
+    ) -> None:
         self.images, self.authenticity, self._fails_at = self, self, fails_at
+        self._digests, self._refusals, self._refusal = deque(digests), refusals, refusal
+        self._refused: Counter[tuple[str, int]] = Counter()
 
     def __enter__(self) -> FakeClient:
         return self
@@ -36,20 +53,29 @@ class FakeClient:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def generate(self, classes: Mapping[str, int], *, seed: int, start_index: int, **_: Any) -> Iterator[Any]:
+    def _answer(self, call: str, start_index: int, data: list[Any]) -> Any:
+        if self._refusal is not None and self._refused[call, start_index] < self._refusals:
+            self._refused[call, start_index] += 1
+            raise self._refusal
+        digest = self._digests.popleft() if len(self._digests) > 1 else self._digests[0]
+        return ImagesResult.model_construct(model=ModelRef(name="demo", digest=digest), data=data)
+
+    def generate(self, classes: Mapping[str, int], *, seed: int, start_index: int, **_: Any) -> Any:
         if self._fails_at is not None and start_index >= self._fails_at:
             raise APIConnectionError("no answer")
         names = [name for name, count in classes.items() for _ in range(count)]
-        return [  # type: ignore[return-value]
+        images = [
             SimpleNamespace(class_name=name, image=Image.new("RGB", (1, 1), (index % 256, index // 256, seed)))
             for index, name in enumerate(names, start_index)
         ]
+        return self._answer("generate", start_index, images)
 
-    def check_generated(self, classes: Mapping[str, int], *, start_index: int, **_: Any) -> list[Any]:
-        return [
+    def check_generated(self, classes: Mapping[str, int], *, start_index: int, **_: Any) -> Any:
+        verdicts = [
             SimpleNamespace(authentic=index % 5 != 0, copy_detected=index % 7 == 0)
             for index in range(start_index, start_index + sum(classes.values()))
         ]
+        return self._answer("check", start_index, verdicts)
 
 
 def index_of(image: Image.Image) -> int:
@@ -104,6 +130,65 @@ def test_errors_reach_the_training() -> None:
             stream(**values)
     with pytest.raises(InvalidRequestError, match="classes"):
         SyntheticIterable({"benign": -1.0})
+
+
+def busy(status: int = 503, retry_after: float | None = 0.0) -> ServerError:
+    problem = Problem(title="The service is busy", status=status)
+    return ServerError("busy", problem=problem, status_code=status, retry_after=retry_after)
+
+
+def test_calls_are_repeated_while_the_service_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dermis_client.torch._LEAST_WAIT", 1e-3)
+    alone = list(stream(only_authentic=True))
+    for status in (503, 429):
+        refusing = partial(FakeClient, refusals=8, refusal=busy(status))
+        assert list(stream(client=refusing, only_authentic=True)) == alone
+    for refusal, timeout in (
+        (busy(), 0.0),  # no time left
+        (busy(retry_after=7200.0), 600.0),  # such as a quota of a day: it would be free after the time only
+        (busy(retry_after=None), 600.0),
+        (busy(status=507), 600.0),
+    ):
+        with pytest.raises(ServerError, match="busy"):
+            list(stream(client=partial(FakeClient, refusals=1, refusal=refusal), busy_timeout=timeout))
+    with pytest.raises(InvalidRequestError, match="busy_timeout"):
+        stream(busy_timeout=float("nan"))
+    # Leaving the loop early does not wait for calls that are to be repeated.
+    begun = iter(stream(client=partial(RefusesLater, refusals=1, refusal=busy(retry_after=300.0))))
+    next(begun)
+    begun.close()  # type: ignore[attr-defined]
+
+
+class RefusesLater(FakeClient):
+    """Refuses all chunks but the first."""
+
+    def _answer(self, call: str, start_index: int, data: list[Any]) -> Any:
+        if start_index == 0:
+            self._refused[call, 0] = self._refusals
+        return super()._answer(call, start_index, data)
+
+
+def test_samples_and_verdicts_of_two_bundles_are_not_mixed() -> None:
+    a, b = "a" * 64, "b" * 64
+    with pytest.raises(IntegrityError, match=r"images 0 to 7: .* from the bundle aaaaaaaaaaaa\.\.\. to bbbbbbbbbbbb"):
+        list(stream(client=partial(FakeClient, digests=[a, b]), only_authentic=True, prefetch=1))  # image, verdict
+    samples: list[Any] = []
+    with pytest.raises(IntegrityError, match="images 16 to 23: the service has changed"):
+        samples.extend(stream(client=partial(FakeClient, digests=[a, a, b]), prefetch=1))
+    assert len(samples) == 16
+    one = stream(client=partial(FakeClient, digests=[a]), prefetch=1)
+    begun = list(islice(one, 16))
+    other = stream(client=partial(FakeClient, digests=[b]), prefetch=1)
+    other.load_state_dict(one.state_dict())
+    with pytest.raises(IntegrityError, match="images 8 to 15: the service has changed"):
+        list(other)
+    earlier = {name: value for name, value in one.state_dict().items() if name != "digest"}
+    new = stream(client=partial(FakeClient, digests=[b]), prefetch=1)
+    new.load_state_dict(earlier)  # a state of an earlier version
+    assert begun + list(new) == list(stream())
+    workers = stream(client=partial(FakeClient, digests=[a]))
+    loader = DataLoader(workers, batch_size=None, num_workers=2, multiprocessing_context="fork")
+    assert len(list(loader)) == 200 and workers.state_dict()["digest"] == int(a[:15], 16)
 
 
 def test_downloaded_dataset(tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 import httpx
 import pytest
+from dermis_studio.bodies import RefusedError
 from dermis_studio.events import (
     ABANDONED_SECONDS,
     MAX_LARGE,
     MAX_OPEN_EVENTS,
-    RefusedEventError,
+    MAX_VALUES,
     Sessions,
     checked_session,
     session_of,
@@ -56,14 +57,51 @@ def test_values_of_events_are_plain() -> None:
     assert session_of(body([None, True, 1, 0.5, "text", ["a", ["b"]]])) == "abc"
     nested: Any = FILE
     for _ in range(4):
-        with pytest.raises(RefusedEventError, match="texts, numbers and lists"):
+        with pytest.raises(RefusedError, match="texts, numbers and lists"):
             session_of(body(["a", nested]))
         nested = [nested]
     for refused in (b"x", b"[]", b"[" * 100_000, body({"0": FILE}), body("a"), body([], None), body([], "a/b")):
-        with pytest.raises(RefusedEventError):
+        with pytest.raises(RefusedError):
             session_of(refused)
-    with pytest.raises(RefusedEventError):
+    with pytest.raises(RefusedError):
         checked_session(None)
+
+
+def test_only_an_image_may_be_long_and_parsing_stays_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[int] = []
+    loads = json.loads
+
+    def counted(text: str) -> Any:
+        parsed.append(len(text))
+        return loads(text)
+
+    monkeypatch.setattr(json, "loads", counted)
+    image = "data:image/png;base64," + "A" * (1 << 20)
+    quoted = ["[{,", 'a "b" \\', "\\", "é", image]
+    assert session_of(body([image, *quoted, *range(1000)])) == "abc"
+    assert max(parsed) < 10_000
+    parsed.clear()
+    too_much: list[list[Any]] = [
+        [[1] * (MAX_VALUES + 1)],
+        ["a"] * (MAX_VALUES + 1),
+        [1] * (1 << 20),
+        [[[]] * 200],
+        [image + "\n"],
+        [image + "é"],
+        ["a" * 10_000] * 10,
+    ]
+    for refused in too_much:
+        for content in (
+            body(refused),
+            json.dumps({"data": refused, "session_hash": "abc"}, ensure_ascii=False).encode(),
+        ):
+            with pytest.raises(RefusedError):
+                session_of(content)
+    # A decoder that finds out the encoding by itself would see values where this one sees texts.
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig"):
+        with pytest.raises(RefusedError, match="not JSON"):
+            session_of(body([1]).decode().encode(encoding))
+    assert max(parsed, default=0) < 10_000
 
 
 def test_session_belongs_to_the_key_that_used_it_first() -> None:
@@ -71,9 +109,9 @@ def test_session_belongs_to_the_key_that_used_it_first() -> None:
         sessions = Sessions(Queue())
         await sessions.admit("a", "key 1")
         await sessions.admit("a", "key 1")
-        with pytest.raises(RefusedEventError, match="another key"):
+        with pytest.raises(RefusedError, match="another key"):
             await sessions.admit("a", "key 2")
-        with pytest.raises(RefusedEventError, match="another key"), sessions.reading("a", None):
+        with pytest.raises(RefusedError, match="another key"), sessions.reading("a", None):
             pass
         with sessions.reading("a", "key 1"):
             pass
@@ -90,12 +128,12 @@ def test_open_events_of_a_key_are_limited_and_abandoned_ones_removed() -> None:
             await sessions.admit(name, "key")
         queue.put("a", MAX_OPEN_EVENTS - 1)
         queue.put("b", 1)
-        with pytest.raises(RefusedEventError, match=f"{MAX_OPEN_EVENTS} events") as refused:
+        with pytest.raises(RefusedError, match=f"{MAX_OPEN_EVENTS} events") as refused:
             await sessions.admit("c", "key")
         assert refused.value.status == 429
         await sessions.admit("other", "other key")
         queue.put("other", MAX_LARGE)
-        with pytest.raises(RefusedEventError):
+        with pytest.raises(RefusedError):
             await sessions.admit("other", "other key", large=True)
         await sessions.admit("other", "other key")
         with sessions.reading("b", "key"):

@@ -7,16 +7,17 @@ import html
 import io
 import json
 import shlex
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from html.parser import HTMLParser
 from typing import Any
 
 import gradio as gr
 import pytest
 from dermis_client import APIConnectionError, DermisError, Embedding, EmbeddingMap, Model, Study, StudyResults
-from dermis_client.errors import RateLimitError, UnprocessableEntityError
+from dermis_client.errors import RateLimitError, ServerError, UnprocessableEntityError
 from dermis_client.models import Problem
 from dermis_client.studies import NewInvitation, StudyImages
-from dermis_studio import markup, scales, snippets
+from dermis_studio import markup, scales, snippets, sources
 from dermis_studio.pages import map_points, study_view
 from dermis_studio.samples import SampleRef, words_of
 from dermis_studio.sources import SourceFields
@@ -39,6 +40,7 @@ def test_problem_shows_title_fields_and_what_to_do_and_escapes_all_of_them() -> 
     assert 'role="alert"' in shown
     assert "Change the values" in shown
     assert "in 7 s" in markup.problem(error(RateLimitError, 429, 7.0))
+    assert "Try again in 7 s, or ask for fewer images" in markup.problem(error(ServerError, 503, 7.0))
     assert "The service does not respond" in markup.problem(APIConnectionError("refused"))
     assert EVIL not in markup.problem(RuntimeError(EVIL))
 
@@ -48,6 +50,68 @@ def test_problem_of_a_page_itself_says_what_to_do() -> None:
     assert "<p>no image is chosen</p>" in shown
     assert '<p class="ds-remedy">Choose one first.</p>' in shown
     assert '<p class="ds-remedy">Change' in markup.problem(DermisError("too large"))
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    content = io.BytesIO()
+    image.save(content, kind, **options)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA", "1", "I;16"])
+def test_large_images_are_reduced_before_they_are_copied(mode: str) -> None:
+    """The left half of an image, whose size does not divide by the factor, is the upper one of the turned image."""
+    colour: dict[str, Any] = {
+        "RGB": (32, 64, 192),
+        "RGBA": (32, 64, 192, 255),
+        "P": 1,
+        "LA": (90, 255),
+        "I;16": 90 << 8,
+    }
+    shown = {"RGB": (32, 64, 192), "RGBA": (32, 64, 192), "P": (32, 64, 192), "1": (255, 255, 255)}
+    image = Image.new(mode, (2405, 1603))
+    if mode == "P":
+        image.putpalette([0, 0, 0] + [32, 64, 192] * 255)
+    image.paste(
+        Image.new(mode, (1203, 1603), colour.get(mode, 90)) if mode == "I;16" else colour.get(mode, 90),
+        (0, 0, 1203, 1603),
+    )
+    exif = Image.Exif()
+    exif[0x112] = 6  # to be turned clockwise
+    small, size = sources._decoded(encoded(image, "PNG", exif=exif, compress_level=1))
+    assert (small.mode, size) == ("RGB", (1603, 2405))
+    assert (small.width, small.height) == (802, 1203)
+    assert small.getpixel((400, 5)) == shown.get(mode, (90, 90, 90))
+    assert small.getpixel((400, 1198)) == (0, 0, 0)
+
+
+def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "KEPT_PIXELS", 1000)
+    content = encoded(Image.new("RGB", (60, 60)), "PNG")
+    small = encoded(Image.new("RGB", (20, 20)), "PNG")
+    with sources._turn(2000), ThreadPoolExecutor(8) as threads:
+        waiting = [threads.submit(sources.opened, content) for _ in range(sources.MAX_WAITING + 2)]
+        refused = next(as_completed(waiting))
+        assert "try again" in str(refused.exception())
+        assert sources.opened(small).size == (20, 20)  # does not wait
+        assert sum(each.done() for each in waiting) <= 2
+        sources._decoding.release()
+        try:
+            assert sum(each.exception() is None for each in waiting) == sources.MAX_WAITING
+        finally:
+            sources._decoding.acquire()
+
+
+@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": b"Exif\0\0"}])
+def test_too_many_pixels_of_a_webp_are_found_in_its_header(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = encoded(Image.new("RGB", (50, 41)), "WEBP", **options)
+    assert sources._webp_pixels(content) == 50 * 41
+    monkeypatch.setattr(sources, "MAX_PIXELS", 50 * 41 - 1)
+    monkeypatch.setattr(Image, "open", None)
+    with pytest.raises(ValueError, match="more than 2,049 pixels"):
+        sources.opened(content)
 
 
 def test_loading_a_page_keeps_what_was_entered_meanwhile() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 import pytest
-from dermis_studio import frame
+from dermis_studio import bodies, frame
 from dermis_studio.access import COOKIE, Visitor, Visitors
 from dermis_studio.service import Service
-from dermis_studio.site import MAX_BODY_BYTES, StudioSite
+from dermis_studio.site import MAX_BODY_BYTES, MAX_CANCELLATION_BYTES, StudioSite
+from dermis_studio.uploads import MAX_BYTES, MAX_UPLOADS, MAX_UPLOADS_OF_A_KEY
 from fastapi import FastAPI, Request, Response
 from starlette.testclient import TestClient
 
@@ -18,8 +21,11 @@ DOCUMENT = (
     '<body><gradio-app control_page_title="true"></gradio-app></body></html>'
 )
 SCOPES = {"right": ["images", "datasets:read"], "other": ["models:read"]}
+SCOPES |= {f"study-{number}": ["studies"] for number in range(4)}
 EVENT = {"fn_index": 0, "data": ["a", 1], "session_hash": "a"}
 DATASET = f"ds_{'0' * 32}"
+STUDY = f"st_{'0' * 32}"
+UPLOAD = f"/studio/studies/{STUDY}/images"
 
 
 @dataclass
@@ -27,6 +33,7 @@ class World:
     """A service, an application in the place of Gradio, and what reached both."""
 
     client: TestClient
+    site: Any = None
     to_gradio: list[Request] = field(default_factory=list)
     to_service: list[httpx.Request] = field(default_factory=list)
 
@@ -52,6 +59,8 @@ def make_world(*, open_service: bool = False, check_origin: bool = False) -> Wor
         key = request.headers.get("authorization", "").removeprefix("Bearer ")
         if request.url.host == "storage.test":
             return httpx.Response(200, stream=httpx.ByteStream(b"png"))
+        if request.url.path.endswith(("/answers", "/files/step.png")):
+            return httpx.Response(200, stream=httpx.ByteStream(b"truth"), headers={"Cache-Control": "no-store"})
         if request.url.path.endswith("/files/preview.png"):
             return httpx.Response(
                 307, headers={"Location": "http://storage.test/preview.png?signature=1"}, stream=httpx.ByteStream(b"")
@@ -63,6 +72,9 @@ def make_world(*, open_service: bool = False, check_origin: bool = False) -> Wor
         if request.url.path.endswith("/files/images.zip"):
             headers = {"ETag": '"1"', "Set-Cookie": "a=b"}
             return httpx.Response(200 if key == "right" else 401, stream=httpx.ByteStream(b"zip"), headers=headers)
+        if request.url.path.endswith(f"{STUDY}/images"):
+            busy = request.url.query == b"class=busy"
+            return httpx.Response(503 if busy else 200, json={"added": 1}, headers={"Retry-After": "7"} if busy else {})
         if key not in SCOPES and not (open_service and not key):
             return httpx.Response(401, json={"title": "no", "status": 401})
         scopes = SCOPES.get(key, list({scope for scopes in SCOPES.values() for scope in scopes}))
@@ -71,6 +83,7 @@ def make_world(*, open_service: bool = False, check_origin: bool = False) -> Wor
     service = Service("http://service.test", allow_plain_http=True)
     service._http = httpx.AsyncClient(transport=httpx.MockTransport(answer))
     site = StudioSite(service, Visitors(service), gradio, "/studio", check_origin=check_origin)
+    world.site = site
     world.client = TestClient(site, base_url="http://localhost", follow_redirects=False)  # type: ignore[arg-type]
     return world
 
@@ -192,6 +205,79 @@ def test_large_bodies_are_refused(world: World) -> None:
     assert world.to_gradio == []
 
 
+def test_cancellations_are_small(world: World) -> None:
+    sign_in(world)
+    answer = world.client.post("/studio/gradio_api/cancel", content=b"x" * (MAX_CANCELLATION_BYTES + 1))
+    assert (answer.status_code, world.to_gradio) == (413, [])
+
+
+def test_uploads_are_passed_on_with_the_scope_only(world: World) -> None:
+    assert world.client.post(UPLOAD, content=b"form").status_code == 401
+    sign_in(world, "right")
+    assert world.client.post(UPLOAD, content=b"form").status_code == 403
+    sign_in(world, "study-0")
+    calls = len(world.to_service)
+    stated = world.client.post(UPLOAD, content=b"", headers={"Content-Length": str(MAX_BYTES + 1)})
+    assert (stated.status_code, len(world.to_service)) == (413, calls)
+    parts = (b"x" * (1 << 20) for _ in range((MAX_BYTES >> 20) + 1))  # without Content-Length
+    assert world.client.post(UPLOAD, content=parts).status_code == 413
+    answer = world.client.post(f"{UPLOAD}?class=busy", content=b"form", headers={"Content-Type": "multipart/form-data"})
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "7")
+    asked = world.to_service[-1]
+    assert (asked.content, asked.headers["content-length"]) == (b"form", "4")
+    assert asked.headers["authorization"] == "Bearer study-0" and "cookie" not in asked.headers
+
+
+def test_few_uploads_at_a_time_which_end_in_time(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bodies that never end: the answer after `MAX_SECONDS` needs no further byte."""
+
+    async def send(key: str, ended: asyncio.Event) -> tuple[int, str | None]:
+        started: list[None] = []
+        answers: list[tuple[int, str | None]] = []
+
+        async def receive() -> Any:
+            if not started:
+                started.append(None)
+                return {"type": "http.request", "body": b"a", "more_body": True}
+            await ended.wait()
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def answered(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                headers = dict(message["headers"])
+                answers.append((message["status"], headers.get(b"retry-after", b"").decode() or None))
+
+        cookie = f"{COOKIE}={key}".encode()
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": UPLOAD,
+            "query_string": b"",
+            "headers": [(b"cookie", cookie)],
+        }
+        await world.site({**scope, "root_path": "", "scheme": "http"}, receive, answered)
+        return answers[-1]
+
+    async def run() -> None:
+        ended, held = asyncio.Event(), world.site._uploads._limiter._held
+        tasks = []
+        for number in range(MAX_UPLOADS // MAX_UPLOADS_OF_A_KEY):
+            key = f"study-{number}"
+            tasks += [asyncio.create_task(send(key, ended)) for _ in range(MAX_UPLOADS_OF_A_KEY)]
+            while held.total() < len(tasks):
+                await asyncio.sleep(0)
+            if number == 0:
+                assert await send(key, ended) == (429, "5")
+        assert await send("study-3", ended) == (503, "5")
+        ended.set()
+        assert {status for status, _ in await asyncio.gather(*tasks)} == {200}
+        assert not held
+        monkeypatch.setattr(bodies, "MAX_SECONDS", 0.01)
+        assert (await send("study-0", asyncio.Event()))[0] == 408
+
+    asyncio.run(run())
+
+
 def test_files_are_fetched_with_the_key_of_the_visitor_alone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DERMIS_API_KEY", "right")  # of the machine; a visitor without a key must not get its rights
     path = f"/studio/files/{DATASET}/images.zip"
@@ -219,6 +305,33 @@ def test_files_at_signed_addresses_of_the_storage(world: World) -> None:
     assert "location" not in preview.headers
     assert world.to_service[-1].url.host == "storage.test"
     assert {"authorization", "cookie"}.isdisjoint(world.to_service[-1].headers)
+
+
+def test_what_the_service_forbids_to_keep_is_not_kept(world: World) -> None:
+    sign_in(world)
+    for path in (f"study-answers/{STUDY}.csv", f"projections/pr_{'0' * 32}/step.png", f"files/{DATASET}/report.html"):
+        assert world.client.get(f"/studio/{path}").headers["cache-control"] == "no-store", path
+    assert world.client.get(f"/studio/files/{DATASET}/images.zip").headers["cache-control"] == "private, no-cache"
+
+
+def test_a_busy_service_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dermis_client._retry.FIRST_DELAY", 0.0)
+    calls: list[httpx.Request] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        calls.append(request)
+        if len(calls) <= 3:
+            return httpx.Response(503, json={"title": "Busy", "status": 503}, headers={"Retry-After": "0"})
+        return httpx.Response(200, json={"tenant": "a", "scopes": None, "quotas": []})
+
+    async def run() -> None:
+        service = Service("http://service.test", allow_plain_http=True)
+        service._http = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+        assert (await service.client(None).usage.retrieve()).tenant == "a"
+        await service.close()
+
+    asyncio.run(run())
+    assert len(calls) == 4
 
 
 def test_service_without_access_control_needs_no_key(monkeypatch: pytest.MonkeyPatch) -> None:

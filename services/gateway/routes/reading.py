@@ -54,11 +54,13 @@ async def get_reading(response: Response, context: ContextDep, reader: _Reader) 
 async def get_reading_image(position: _Position, context: ContextDep, reader: _Reader) -> Response:
     """Show an image in the order of this reader: one that has an answer, the next one, or the one after that.
 
-    All images of a study are PNG files of the same length without metadata.
+    All images of a study are PNG files of the same length without metadata. They are shown while the study is open.
     """
     study, studies = reader.study, context.studies
-    if study.state not in ("open", "closed"):
+    if study.state in ("collecting", "preparing"):
         raise StudyStateError("the images of the study are being prepared; try again in a moment")
+    if study.state != "open":
+        raise StudyStateError("the study has ended; its images are not shown any more")
     if position > study.images:
         raise ProblemError("not-found", f"the study has {study.images} images")
     answered = await asyncio.to_thread(studies.table.answered, reader.invitation.id)

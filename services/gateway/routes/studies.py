@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from contextvars import copy_context
 from functools import partial
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response, StreamingResponse
 
-from dermis.errors import RequestError
 from services.gateway.auth.authentication import requires
 from services.gateway.auth.principal import Principal
 from services.gateway.dependencies import Context, ContextDep, count_pixels, read_model, served_bundle
@@ -35,7 +35,15 @@ from services.problems import ProblemError
 from services.quotas import DAY
 from services.studies.tables import Study
 
-router = APIRouter(prefix="/v1/studies", tags=["studies"])
+_PRIVATE = {"Cache-Control": "no-store"}
+
+
+def _is_private(response: Response) -> None:
+    """Let no browser write a response to disk: seeds and votes tell the truth, and invitations have secrets."""
+    response.headers.update(_PRIVATE)
+
+
+router = APIRouter(prefix="/v1/studies", tags=["studies"], dependencies=[Depends(_is_private)])
 
 _Owner = Annotated[Principal, requires("studies")]
 _STUDY_ID = re.compile(r"st_[0-9a-f]{32}")
@@ -60,6 +68,7 @@ _CSV = "text/csv; charset=utf-8"
             "too-many-requests",
             "not-ready",
             "model-unavailable",
+            "storage-full",
         ),
     },
 )
@@ -159,7 +168,7 @@ async def add_study_images(
 @router.post(
     "/{study_id}/open",
     summary="Open a study",
-    responses=problems("not-found", "invalid-request", "study-state", "quota-exceeded", "not-ready"),
+    responses=problems("not-found", "invalid-request", "study-state", "quota-exceeded", "not-ready", "storage-full"),
 )
 async def open_study(study_id: str, context: ContextDep, principal: _Owner) -> StudyBody:
     """Choose the images of a study with uploaded real images. They are prepared in the background; then it is open."""
@@ -177,12 +186,15 @@ async def close_study(study_id: str, context: ContextDep, principal: _Owner) -> 
 @router.get(
     "/{study_id}/results",
     summary="Show the results of a study",
-    responses=problems("not-found", "study-state", "not-ready"),
+    responses=problems("not-found", "study-state", "overloaded", "not-ready"),
 )
 async def get_study_results(study_id: str, context: ContextDep, principal: _Owner) -> Results:
     """Show the results of the answers so far: accuracy, sensitivity, specificity, agreement and times."""
     study = await _find(context, principal, study_id)
-    return await asyncio.to_thread(_results, context, study)
+    with context.limits.study_results.hold(principal.tenant):
+        compute = partial(copy_context().run, context.studies.results, study)
+        results = await asyncio.get_running_loop().run_in_executor(context.studies.pool, compute)
+        return await asyncio.to_thread(results_body, study, results)
 
 
 @router.get(
@@ -201,22 +213,14 @@ async def export_study_answers(
     file_format: Annotated[Literal["json", "csv"], Query(alias="format", description="Format of the rows.")] = "json",
 ) -> Response:
     """Export every answer with the truth, as JSON or CSV."""
-    from services.studies.results import answer_rows, as_csv
+    from services.studies.results import as_csv, as_json
 
     study = await _find(context, principal, study_id)
-    table = context.studies.table
-
-    def rows() -> list[dict[str, str | int | float | bool | None]]:
-        return answer_rows(study, table.images(study.id), table.invitations(study.id), table.answers(study.id))
-
-    data = await asyncio.to_thread(rows)
-    disposition = {
-        "Content-Disposition": f'attachment; filename="{study.id}.{file_format}"',
-        "Cache-Control": "no-store",
-    }
-    if file_format == "csv":
-        return Response(as_csv(data), media_type=_CSV, headers=disposition)
-    return JSONResponse({"object": "study_answers", "study": study.id, "data": data}, headers=disposition)
+    # Row by row of one reader after another: a study can have 400,000 answers.
+    rows = await asyncio.to_thread(context.studies.answer_rows, study)
+    parts, media_type = (as_csv(rows), _CSV) if file_format == "csv" else (as_json(study, rows), "application/json")
+    disposition = {"Content-Disposition": f'attachment; filename="{study.id}.{file_format}"', **_PRIVATE}
+    return StreamingResponse(parts, media_type=media_type, headers=disposition)
 
 
 @router.post(
@@ -241,7 +245,6 @@ async def invite_reader(
     body = await read_model(request, InvitationRequest)
     expires_at = min(time.time() + body.expires_in_days * DAY, study.expires_at)
     invitation, token = await asyncio.to_thread(context.studies.table.invite, study, body.label, expires_at)
-    response.headers["Cache-Control"] = "no-store"
     response.headers["Location"] = f"/v1/studies/{study.id}/invitations/{invitation.id}"
     return NewInvitation(**invitation_body(invitation, 0).model_dump(), token=token, path=f"/study#{token}")
 
@@ -289,13 +292,3 @@ def _described(context: Context, study: Study) -> StudyBody:
     return study_body(
         study, context.studies.counts(study), table.invitations(study.id), table.answer_counts([study.id])
     )
-
-
-def _results(context: Context, study: Study) -> Results:
-    from services.studies.results import results_of  # loads scipy, which no other route needs
-
-    table = context.studies.table
-    images = table.images(study.id)
-    if not images:
-        raise RequestError("study", "its images are not chosen yet, so there are no results", "study-state")
-    return results_body(study, results_of(study, images, table.invitations(study.id), table.answers(study.id)))

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from dermis_client import DermisClient
+from dermis_client.images import ImagesResult
+from dermis_client.models import ModelRef
 from dermis_client.torch import SyntheticIterable
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -60,16 +62,17 @@ class ServiceCode:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def generate(self, classes: dict[str, int], **options: Any) -> list[Any]:
+    def generate(self, classes: dict[str, int], **options: Any) -> ImagesResult:
         edits = [{"direction": name, "strength": strength} for name, strength in options.pop("edits").items()]
         body = ImagesRequest.model_validate({"classes": classes, "edits": edits, **options})
         names = class_of_each(body, self.bundle, 64)
         with Synthesizer(self.bundle, threads=1) as synthesizer:
             images = list(generate_rows({self.bundle.digest: synthesizer}, rows_of(body, self.bundle, names)))
-        return [
+        data = [
             SimpleNamespace(class_name=name, image=Image.fromarray(image))
             for name, image in zip(names, images, strict=True)
         ]
+        return ImagesResult.model_construct(model=ModelRef(name="tiny", digest=self.bundle.digest), data=data)
 
 
 def test_samples_are_those_of_the_code_of_the_service_bit_for_bit(bundle: str) -> None:

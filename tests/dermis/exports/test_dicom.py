@@ -8,6 +8,7 @@ import io
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -169,6 +170,9 @@ class _Stow(BaseHTTPRequestHandler):
     received: list[bytes]
     headers_seen: list[Message]
     answer: tuple[int, dict[str, Any]]
+    endless = False
+    sent = 0
+    stopped = threading.Event()
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -180,11 +184,25 @@ class _Stow(BaseHTTPRequestHandler):
                 assert isinstance(payload, bytes)
                 type(self).received.append(payload)
         status, document = self.answer
+        if self.endless:
+            self._answer_without_end()
+            return
         data = json.dumps(document).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+
+    def _answer_without_end(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        try:
+            while self.sent < 1 << 30:
+                self.wfile.write(bytes(1 << 16))
+                type(self).sent += 1 << 16
+        except OSError:
+            pass
+        self.stopped.set()
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name of the base class
         """Print nothing."""
@@ -232,6 +250,35 @@ def test_refusals_of_a_server_are_named(server: Any, status: int, document: dict
     with pytest.raises(DermisError, match=message) as caught:
         store_instances(stow_target(url, "Bearer secret"), [("a.dcm", b"x")])
     assert "secret" not in str(caught.value) + repr(stow_target(url, "Bearer secret"))
+
+
+def test_credentials_for_this_machine_reach_no_proxy(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, seen = server()
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        proxy.settimeout(0.2)
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr("dermis.exports.stow._TIMEOUT", 2.0)  # the proxy does not answer
+        assert store_instances(stow_target(url, "Bearer secret"), [("a.dcm", b"x")]) == 1
+        with pytest.raises(TimeoutError):
+            proxy.accept()
+    assert [headers["Authorization"] for headers in seen.headers_seen] == ["Bearer secret"]
+
+
+def test_answer_of_a_server_is_escaped_and_read_up_to_its_limit(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = "\x1b]0;title\x07" + "x" * 5000
+    url, _ = server(202, {"00081198": {"Value": [{"00081197": {"Value": [reason]}}]}})
+    with pytest.raises(DermisError, match=r"first failure reason \\x1b\]0;title\\x07x+\.\.\.\)") as caught:
+        store_instances(stow_target(url, None), [("a.dcm", b"x")])
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 400
+    url, handler = server(200, {})
+    monkeypatch.setattr(handler, "endless", True)
+    with pytest.raises(DermisError, match=r"sent an answer of more than 8,388,608 bytes \(status 200\)"):
+        store_instances(stow_target(url, None), [("a.dcm", b"x")])
+    # The connection was closed at the limit: buffers of the system hold a little more.
+    assert handler.stopped.wait(30) and handler.sent < 64 << 20
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,16 @@ def test_parts_that_identify_training_images_are_not_uploaded_by_accident() -> N
         ("hub:clinic/lesions", {"HF_TOKEN": SECRET, "HF_ENDPOINT": "http://example.org"}, "must begin with https"),
         (
             "hub:clinic/lesions",
+            {
+                "HF_TOKEN": SECRET,
+                "HF_ENDPOINT": "http://127.0.0.1:9",
+                "HTTP_PROXY": "http://proxy",
+                "NO_PROXY": "other",
+            },
+            r"HTTP_PROXY: would send the token .*; set NO_PROXY=127\.0\.0\.1",
+        ),
+        (
+            "hub:clinic/lesions",
             {"HF_TOKEN": SECRET, "HF_ENDPOINT": "https://me:pass@example.org"},
             "without credentials",
         ),
@@ -101,3 +111,5 @@ def test_targets_that_cannot_be_used_are_refused(to: str, environment: dict[str,
         hub_target(to, environment)
     assert SECRET not in str(caught.value)
     assert SECRET not in repr(hub_target("hub:a/b", {"HF_TOKEN": SECRET}))
+    local = {"HF_TOKEN": SECRET, "HF_ENDPOINT": "http://127.0.0.1:9", "HTTP_PROXY": "x", "NO_PROXY": "a, 127.0.0.1"}
+    assert hub_target("hub:a/b", local).endpoint == "http://127.0.0.1:9"

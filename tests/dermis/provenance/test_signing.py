@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -74,7 +77,8 @@ def test_services_serve_only_bundles_of_a_trusted_signer(
     assert "is not signed" in models.check()["tiny"]
     (bundle / SIGNATURE).write_bytes(good)
     assert not models.check()
-    check_signer(str(bundle), None)
+    (bundle / SIGNATURE).unlink()
+    check_signer(open_bundle(bundle), None)
 
 
 def test_altered_bundles_and_signatures_are_refused(run: Run, bundle: Path, signer: TestSigner) -> None:
@@ -97,6 +101,53 @@ def test_altered_bundles_and_signatures_are_refused(run: Run, bundle: Path, sign
     for text in ("", "{}", "[" * 100_000, '{"verificationMaterial": {"publicKey": {"hint": null}}}'):
         (bundle / SIGNATURE).write_text(text)
         assert SIGNATURE not in problem(bundle, trusted)
+
+
+def test_bundle_that_is_replaced_while_it_is_checked_is_refused(
+    run: Run, bundle: Path, signer: TestSigner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The storage gives the signed bundle at every read but those of opening it, and then one that nobody signed."""
+    from services.inference import base
+
+    trusted = read_signers([signer.public_key])
+    assert run("bundle", "sign", bundle, "--key", signer.key)[0] == 0
+    signed, unsigned = (Path(shutil.copytree(bundle, tmp_path / name)) for name in ("signed", "unsigned"))
+    amend_bundle(open_bundle(unsigned), metrics={"fd": 1})
+
+    def served(source: Path) -> None:
+        shutil.rmtree(bundle)
+        shutil.copytree(source, bundle)
+
+    def open_replaced(location: str) -> Bundle:
+        served(unsigned)
+        opened = open_bundle(location)
+        served(signed)
+        return opened
+
+    monkeypatch.setattr("services.models.open_bundle", open_replaced)
+    monkeypatch.setattr(base, "open_bundle", open_replaced)
+    text = problem(bundle, trusted)
+    assert "differs from what" in text and "bundle.json" in text
+
+    class Service(base.InferenceService[str]):
+        logger = logging.getLogger("test")
+        failure = "model not loaded"
+        loaded: ClassVar[list[Bundle | str]] = []
+
+        def load(self, source: Bundle | str) -> tuple[str, str]:
+            self.loaded.append(source)
+            return "", ""
+
+    for name in ("exit_with_parent", "restrict_new_files"):
+        monkeypatch.setattr(base, name, lambda: None)
+    monkeypatch.setattr(base.logs, "configure", lambda *_: None)
+    monkeypatch.setattr(base, "locate", lambda _: [str(bundle)])
+    monkeypatch.setattr(base, "signers_of", lambda _: trusted)
+    (text,) = asyncio.run(Service.describe.func(Service()))["problems"]  # type: ignore[attr-defined]
+    assert "differs from what" in text and Service.loaded == []
+    monkeypatch.setattr(base, "open_bundle", open_bundle)
+    assert not asyncio.run(Service.describe.func(Service()))["problems"]  # type: ignore[attr-defined]
+    assert Service.loaded == [open_bundle(bundle)]  # the object whose hashes were signed, not its location
 
 
 def problem(bundle: Path, trusted: object) -> str:

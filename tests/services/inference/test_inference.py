@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dermis.bundle import Bundle
 from dermis.errors import DermisError
 from services.errors import InferenceFailedError, InferenceUnavailableError
 from services.inference.client import ClassifierClient, GeneratorClient, InferenceClients
@@ -111,10 +112,10 @@ def test_bundle_that_cannot_be_loaded_does_not_stop_the_others(monkeypatch: pyte
         def has_model(self, location: str) -> bool:
             return not location.endswith("none")
 
-        def load(self, location: str) -> tuple[str, str]:
-            if location.endswith("broken"):
-                raise DermisError(f"{location}/bundle.json: is damaged")
-            return "digest", location
+        def load(self, source: Bundle | str) -> tuple[str, str]:
+            if str(source).endswith("broken"):
+                raise DermisError(f"{source}/bundle.json: is damaged")
+            return "digest", str(source)
 
         def identity(self, model: str) -> Mapping[str, str]:
             return {"device": model}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
+import random
+import signal
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +25,12 @@ from dermis.errors import DataError
 from painted_dataset import make
 from training.data.class_names import parse_mapping
 from training.data.diagnoses import binary_class
+from training.data.files import ImageFile
 from training.data.images import load_images
 from training.data.prepare import prepare
 from training.data.sources import Source, read_source
 from training.data.splits import read_split, split_by_patient, write_split
+from training.data.tables import read_grid
 
 
 def _image(path: Path, seed: int = 0, **options: object) -> Path:
@@ -519,3 +524,45 @@ def test_generated_dataset_is_read_as_source(tmp_path: Path, tiny_bundle: Bundle
     if kind == "imagefolder":
         packed = load_images(read_source(tmp_path / "made" / "images.zip"), 8, progress=False)
         assert np.array_equal(packed.images, dataset.images)
+
+
+# --- sizes -------------------------------------------------------------------------------------------------------
+
+
+def test_many_columns_of_one_name_are_numbered_in_linear_time_and_limited(tmp_path: Path) -> None:
+    def hangs(*_: object) -> None:
+        raise TimeoutError("reading a table of 10,000 columns takes more than a minute")
+
+    file = tmp_path / "wide.csv"
+    file.write_text("a,a.2,a," + "," * 9_996 + "\n1\n")
+    before = signal.signal(signal.SIGALRM, hangs)
+    signal.alarm(60)
+    try:
+        header = read_grid(file).header
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert header[:5] == ("a", "a.2", "a.3", "unnamed", "unnamed.2")
+    assert len(header) == len(set(header)) == 10_000 and header[-1] == "unnamed.9997"
+    file.write_text("a" + "," * 10_000 + "\n1\n")
+    with pytest.raises(DataError, match=r"wide\.csv: line 1 has 10,001 columns, more than 10,000"):
+        read_grid(file)
+    file.write_text("a" + "," * 9_999 + "\n" + "1\n" * 5_001)  # 30 kB that would become 50 million cells
+    with pytest.raises(DataError, match=r"wide\.csv: has more than 50,000,000 cells"):
+        read_grid(file)
+
+
+def test_compressed_table_is_not_read_further_than_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = gzip.compress(b"isic_id,target\n" + random.Random(1).randbytes(1 << 18).hex().encode())
+    broken = packed[: len(packed) * 3 // 4]  # an error if it is read to its end
+    (tmp_path / "m.csv.gz").write_bytes(broken)
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr("m.csv.gz", broken)
+    for file in (ImageFile(tmp_path / "m.csv.gz"), ImageFile(tmp_path / "images.zip", "m.csv.gz")):
+        assert read_grid(file, max_rows=1).header == ("isic_id", "target")
+        with pytest.raises(DataError, match=r"m\.csv\.gz: is not a readable CSV"):
+            read_grid(file)
+    monkeypatch.setattr("training.data.tables._MAX_BYTES", 100_000)
+    for file in (ImageFile(tmp_path / "m.csv.gz"), ImageFile(tmp_path / "images.zip", "m.csv.gz")):
+        with pytest.raises(DataError, match=r"m\.csv\.gz: has more than 100,000 bytes \(decompressed\)"):
+            read_grid(file)

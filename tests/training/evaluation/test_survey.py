@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import stat
+import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
@@ -23,6 +24,7 @@ from PIL import Image
 from dermis.bundle import Bundle
 from dermis.errors import DataError
 from dermis.imaging import decode
+from dermis.metrics import reader_study
 from dermis.metrics.reader_study import (
     clustered_rate,
     cohen_kappa,
@@ -365,6 +367,33 @@ def test_interval_accounts_for_dependent_answers_to_one_image() -> None:
     everything = clustered_rate(np.full(20, 4), np.full(20, 4), np.repeat([True, False], 10))
     assert (everything.share, everything.low) == (1, wilson(20, 20).low)
     assert clustered_rate(np.array([0, 1]), np.array([0, 1]), np.array([True, False])) == wilson(1, 1)
+
+
+def test_resampling_in_blocks_draws_the_numbers_of_one_draw_in_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(5)
+    generated = rng.random(61) < 0.4
+    total = rng.integers(2, 6, 61)
+    count = rng.binomial(total, 0.6)
+    draws = np.random.default_rng(0)
+    parts = (np.flatnonzero(generated), np.flatnonzero(~generated))
+    drawn = np.concatenate([draws.choice(part, (10_000, len(part))) for part in parts], axis=1)
+    expected = np.quantile(count[drawn].sum(axis=1) / total[drawn].sum(axis=1), (0.025, 0.975))
+    classes = np.full(61, "a")
+    permuted = np.random.default_rng(0).permuted(np.tile(generated, (10_000, 1)), axis=1) @ (2.0 * count - total)
+    mean = (2 * count - total).sum() * generated.mean()
+    distance = abs((2 * count - total)[generated].sum() - mean)
+    p_value = ((np.abs(permuted - mean) >= distance - 1e-9).sum() + 1) / 10_001
+    for numbers in (1000, 1 << 16):  # many blocks, whose last one is smaller; few
+        monkeypatch.setattr(reader_study, "_BLOCK_NUMBERS", numbers)
+        rate = clustered_rate(count, total, generated)
+        assert (rate.low, rate.high) == tuple(expected)
+        assert permutation_p_value(count, total, generated, classes) == p_value
+    half = np.arange(2000) % 2 == 0
+    tracemalloc.start()
+    clustered_rate(np.arange(2000) % 5, np.full(2000, 4), half)
+    permutation_p_value(np.arange(2000) % 5, np.full(2000, 4), half, np.full(2000, "a"))
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20  # one array of all draws has 160 MB
+    tracemalloc.stop()
 
 
 def test_permutation_p_values_equal_exact_values() -> None:

@@ -17,20 +17,24 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import math
 import os
 import random
+import threading
+import time
 import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, TypeVar
 
 from PIL import Image
 
 from dermis_client._client import DermisClient
-from dermis_client.errors import IntegrityError, InvalidRequestError
+from dermis_client.errors import APIStatusError, IntegrityError, InvalidRequestError
 from dermis_client.folders import ARCHIVE, METADATA
 from dermis_client.images import decode
 
@@ -42,8 +46,13 @@ except ImportError as error:
 
 Sample = tuple[Any, int]
 Transform = Callable[[Image.Image], Any]
+T = TypeVar("T")
+logger = logging.getLogger("dermis_client")
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 _MAX_PREFETCH = 64
+_BUSY = frozenset({429, 503})  # with Retry-After: a limit is reached, or the service is busy
+_LEAST_WAIT = 0.5  # seconds
+_DIGEST_DIGITS = 15  # first digits of a bundle's digest, as many as an int64 holds
 _COMPARED = frozenset(
     {"model", "truncation_psi", "edits"}
 )  # options that `client.authenticity.check_generated` takes too
@@ -54,6 +63,25 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     rgb = image.convert("RGB")
     values = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
     return values.reshape(rgb.height, rgb.width, 3).permute(2, 0, 1).float().div_(255)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """The samples of one call. name: for messages; digest: that of the bundle."""
+
+    name: str
+    digest: str
+    samples: list[tuple[Image.Image, int]]
+
+
+def _other_bundle(expected: str, actual: str, name: str) -> IntegrityError:
+    return IntegrityError(
+        f"{name}: the service has changed from the bundle {expected[:12]}... to {actual[:12]}..., and samples of two bundles "
+        "are not mixed; serve the earlier one again, or make a new stream",
+        name=name,
+        expected=expected,
+        actual=actual,
+    )
 
 
 class SyntheticIterable(IterableDataset[Sample]):
@@ -67,6 +95,9 @@ class SyntheticIterable(IterableDataset[Sample]):
     the same samples. `state_dict` and `load_state_dict` continue an interrupted epoch: of this object, if it is iterated
     in its own process, or through torchdata's StatefulDataLoader, which calls them in each worker.
 
+    All samples are of one bundle: that of the first chunk, or of the state that was loaded. If the service changes to
+    another bundle, such as during an update, iterating ends with IntegrityError. Make a new stream to use the new bundle.
+
     Args:
         classes: Share of each class, such as {"benign": 3, "malignant": 1}, in the order of the labels 0, 1, ....
         samples: Number of samples of an epoch, of all ranks together; None for a stream without an end.
@@ -77,6 +108,9 @@ class SyntheticIterable(IterableDataset[Sample]):
         transform: Makes the item of a PIL image in RGB; by default `to_tensor`.
         only_authentic: Leave out samples that are nearer to a training image than its own nearest neighbour, or that the
             copy detector of the model finds. The model needs an index of its training images, and each call takes longer.
+        busy_timeout: Seconds for which a call is repeated while the service refuses it because it is busy or a limit is reached
+            (503 or 429 with Retry-After), beyond the retries of the client. A slow generator refuses calls that would wait
+            for long, so that they come in turn. Other errors are not repeated.
         client: Makes the client in each worker; by default DermisClient, with the address and the key of the environment.
             For other settings, give functools.partial(DermisClient, "https://...").
         rank: Number of this process; by default that of torch.distributed.
@@ -98,6 +132,7 @@ class SyntheticIterable(IterableDataset[Sample]):
         prefetch: int = 3,
         transform: Transform | None = None,
         only_authentic: bool = False,
+        busy_timeout: float = 600.0,
         client: Callable[[], DermisClient] = DermisClient,
         rank: int | None = None,
         world_size: int | None = None,
@@ -115,6 +150,8 @@ class SyntheticIterable(IterableDataset[Sample]):
             raise InvalidRequestError(f"{unknown[0]}: only_authentic works with {', '.join(sorted(_COMPARED))} alone")
         if not 1 <= prefetch <= _MAX_PREFETCH:
             raise InvalidRequestError(f"prefetch: must be 1 to {_MAX_PREFETCH}")
+        if not (math.isfinite(busy_timeout) and busy_timeout >= 0):
+            raise InvalidRequestError("busy_timeout: must be a number of seconds, at least 0")
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         self._rank = rank if rank is not None else torch.distributed.get_rank() if distributed else 0
         self._world_size = (
@@ -126,9 +163,11 @@ class SyntheticIterable(IterableDataset[Sample]):
         self._limits = [sum(shares[: position + 1]) / sum(shares) for position in range(len(shares))]
         self._samples, self._seed, self._first_index, self._chunk = samples, int(seed), first_index, chunk
         self._prefetch, self._transform, self._only_authentic = prefetch, transform or to_tensor, only_authentic
-        self._client, self._options = client, options
+        self._client, self._options, self._busy_timeout = client, options, float(busy_timeout)
         # In shared memory, so that workers that persist between epochs see it.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        # The beginning of the digest of the bundle, in which workers agree; 0 before the first chunk.
+        self._digest = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self._done, self._offset = 0, 0  # chunks of this worker that were given, and samples of the next one
         self._loaded = False
 
@@ -143,12 +182,17 @@ class SyntheticIterable(IterableDataset[Sample]):
         self._epoch.fill_(epoch)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position in this epoch, for `load_state_dict`."""
-        return {"epoch": int(self._epoch.item()), "chunks": self._done, "offset": self._offset}
+        """Return the position in this epoch and the beginning of the bundle's digest, for `load_state_dict`."""
+        position = {"epoch": int(self._epoch.item()), "chunks": self._done, "offset": self._offset}
+        return {**position, "digest": int(self._digest.item())}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue at a position of `state_dict`, with the next iteration, at the same number of workers and ranks."""
+        """Continue at a position of `state_dict`, with the next iteration, at the same number of workers and ranks.
+
+        The samples that follow must be of the same bundle. A state of an earlier version does not name it.
+        """
         self._epoch.fill_(state["epoch"])
+        self._digest.fill_(state.get("digest", 0))
         self._done, self._offset = int(state["chunks"]), int(state["offset"])
         self._loaded = True
 
@@ -165,27 +209,36 @@ class SyntheticIterable(IterableDataset[Sample]):
         return own + (rest if whole % self._world_size == self._rank else 0)
 
     def __iter__(self) -> Iterator[Sample]:
-        """Yield (item, label) of the samples of this rank and worker."""
+        """Yield (item, label) of the samples of this rank and worker.
+
+        Raises:
+            IntegrityError: The service has changed to another bundle.
+            DermisError: The service cannot be reached, refuses a call, or is busy for longer than `busy_timeout`.
+        """
         if not self._loaded:
             self._done = self._offset = 0
         self._loaded = False
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         chunks = self._chunks(number, workers)
+        stopped = threading.Event()
         with self._client() as client, ThreadPoolExecutor(self._prefetch) as pool:
-            running: deque[Future[list[tuple[Image.Image, int]]]] = deque()
+            running: deque[Future[_Chunk]] = deque()
             try:
                 for start, size in chunks:
-                    running.append(pool.submit(self._generate, client, start, size))
+                    running.append(pool.submit(self._generate, client, start, size, stopped))
                     if len(running) >= self._prefetch:
                         yield from self._items(running.popleft())
                 while running:
                     yield from self._items(running.popleft())
             finally:
+                stopped.set()
                 pool.shutdown(wait=True, cancel_futures=True)
 
-    def _items(self, chunk: Future[list[tuple[Image.Image, int]]]) -> Iterator[Sample]:
-        for image, label in chunk.result()[self._offset :]:
+    def _items(self, future: Future[_Chunk]) -> Iterator[Sample]:
+        chunk = future.result()
+        self._check_bundle(chunk)
+        for image, label in chunk.samples[self._offset :]:
             self._offset += 1
             yield self._transform(image), label
         self._done += 1
@@ -204,17 +257,41 @@ class SyntheticIterable(IterableDataset[Sample]):
             yield begin + start, size
             position += 1
 
-    def _generate(self, client: DermisClient, start: int, size: int) -> list[tuple[Image.Image, int]]:
+    def _check_bundle(self, chunk: _Chunk) -> None:
+        """Raise IntegrityError unless a chunk is of the bundle of the earlier ones."""
+        try:
+            digest = int(chunk.digest[:_DIGEST_DIGITS], 16)
+        except ValueError:
+            raise IntegrityError("the service has sent a digest of its model that is none", name=chunk.name) from None
+        known = int(self._digest.item())
+        if known == 0:
+            self._digest.fill_(digest)
+        elif known != digest:
+            raise _other_bundle(f"{known:0{_DIGEST_DIGITS}x}", chunk.digest, chunk.name)
+
+    def _generate(self, client: DermisClient, start: int, size: int, stopped: threading.Event) -> _Chunk:
+        name = f"images {start} to {start + size - 1}"
         counts = Counter(self._label(start + position) for position in range(size))
         classes = {self.class_names[label]: counts[label] for label in sorted(counts)}
-        result = client.images.generate(classes, seed=self._seed, start_index=start, **self._options)
+        result = self._repeat_while_busy(
+            lambda: client.images.generate(classes, seed=self._seed, start_index=start, **self._options), stopped
+        )
         if Counter(item.class_name for item in result) != Counter(classes):
             message = "the service has sent other classes than those that were requested"
-            raise IntegrityError(message, name=f"images {start} to {start + size - 1}")
-        labels = {name: label for label, name in enumerate(self.class_names)}
+            raise IntegrityError(message, name=name)
+        labels = {class_name: label for label, class_name in enumerate(self.class_names)}
         samples = [(item.image, labels[item.class_name]) for item in result]
         if self._only_authentic:
-            verdicts = client.authenticity.check_generated(classes, seed=self._seed, start_index=start, **self._options)
+            verdicts = self._repeat_while_busy(
+                lambda: client.authenticity.check_generated(
+                    classes, seed=self._seed, start_index=start, **self._options
+                ),
+                stopped,
+            )
+            if verdicts.model.digest != result.model.digest:  # verdicts on the images of another generator
+                raise _other_bundle(result.model.digest, verdicts.model.digest, name)
+            if len(verdicts) != len(samples):
+                raise IntegrityError("the service has sent another number of verdicts than of images", name=name)
             samples = [
                 sample
                 for sample, verdict in zip(samples, verdicts, strict=True)
@@ -222,7 +299,24 @@ class SyntheticIterable(IterableDataset[Sample]):
             ]
         # The service answers class by class.
         random.Random(f"{self._seed} {start}").shuffle(samples)
-        return samples
+        return _Chunk(name, result.model.digest, samples)
+
+    def _repeat_while_busy(self, call: Callable[[], T], stopped: threading.Event) -> T:
+        """Call the service, again while it is busy, until `busy_timeout` has passed or the iteration has stopped."""
+        deadline = time.monotonic() + self._busy_timeout
+        jitter = random.Random()  # not that of the training
+        while True:
+            try:
+                return call()
+            except APIStatusError as error:
+                if error.status_code not in _BUSY or error.retry_after is None:
+                    raise
+                wait = max(error.retry_after, _LEAST_WAIT) * (1 + jitter.random() / 4)
+                if time.monotonic() + wait > deadline:
+                    raise
+                logger.info("the service is busy; the call is repeated in %.1f s: %s", wait, error)
+                if stopped.wait(wait):
+                    raise
 
     def _label(self, index: int) -> int:
         """The class of a sample: a sequence that has the shares of the classes in every section, not only on average.

@@ -76,7 +76,7 @@ class Visitors:
 
     async def _ask(self, key: str | None) -> Visitor | None:
         try:
-            usage = await self._service.client(key).usage.retrieve()
+            usage = await self._service.client(key, max_retries=1).usage.retrieve()
         except AuthenticationError:
             return None
         return Visitor(key, usage.tenant, None if usage.scopes is None else frozenset(usage.scopes))

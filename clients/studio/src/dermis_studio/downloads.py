@@ -66,10 +66,14 @@ async def answer(service: Service, visitor: Visitor, path: str, request: Request
     kept = {name: value for name in _ANSWERED if (value := response.headers.get(name)) is not None}
     # What a dataset contains is shown as the service sends it, and never as a page of the studio.
     kept.setdefault("content-security-policy", "default-src 'none'; sandbox")
+    # The service forbids to keep answers with the truth and images of patients; a signed address ends.
+    no_store = (
+        response.is_error or "location" in kept or "no-store" in response.headers.get("cache-control", "").lower()
+    )
     return StreamingResponse(
         response.aiter_raw(),
         response.status_code,
-        {**kept, "Cache-Control": "no-store" if "location" in kept else "private, no-cache"},  # a signed address ends
+        {**kept, "Cache-Control": "no-store" if no_store else "private, no-cache"},
         background=BackgroundTask(response.aclose),
     )
 
@@ -89,7 +93,7 @@ async def projection_file(service: Service, key: str | None, projection_id: str,
     if match is None:
         raise ValueError("the service named a file that the studio does not know")
     headers = {} if key is None else {"authorization": f"Bearer {key}"}
-    content = b""
+    content = bytearray()
     try:
         async with service.http.stream(
             "GET", service.base_url + target.format(*match.groups()), headers=headers
@@ -102,4 +106,4 @@ async def projection_file(service: Service, key: str | None, projection_id: str,
                     raise ValueError("the file is too large to be shown; download it")
     except httpx.HTTPError as error:
         raise ValueError(f"the service does not respond ({type(error).__name__}); try again") from None
-    return content
+    return bytes(content)

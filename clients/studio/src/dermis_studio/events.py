@@ -16,11 +16,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from dermis_studio.bodies import RETRY_SECONDS, RefusedError
+
 MAX_OPEN_EVENTS = 100  # of one key, until their results have been sent
 LARGE_BYTES = 1 << 20
 MAX_LARGE = 8  # events of one key, if a further one is large; and large bodies that are received at a time
+# The page with the most fields has 20, one of them a list of up to 6 names. An image is one long text, in base64.
+MAX_VALUES = 2_000
+MAX_LISTS = 100  # and objects
+LONG_TEXT_BYTES = 16 << 10
+MAX_SHORT_BYTES = 64 << 10  # of an event without its long texts
 ABANDONED_SECONDS = 120.0  # after the last event or stream of a session
 _MAX_DEPTH = 8
+_BACKSLASH = ord("\\")
 _SESSION = re.compile(r"[\w-]{1,64}")
 
 
@@ -34,37 +42,23 @@ class EventQueue(Protocol):
         """Stop the events of a session."""
 
 
-class RefusedEventError(Exception):
-    """An event that is not passed on.
-
-    Attributes:
-        status: Status of the answer.
-        detail: What is wrong.
-    """
-
-    def __init__(self, status: int, detail: str) -> None:
-        super().__init__(detail)
-        self.status = status
-        self.detail = detail
-
-
 def session_of(content: bytes) -> str:
     """Return the session of the body of an event or of a cancellation.
 
     Raises:
-        RefusedEventError: The body is not one that a page sends.
+        RefusedError: The body is not one that a page sends.
     """
     try:
-        body = json.loads(content)
+        body = json.loads(_without_long_texts(content).decode("utf-8"))
     except (ValueError, RecursionError):
-        raise RefusedEventError(400, "The event is not JSON. Load the page again.") from None
+        raise RefusedError(400, "The event is not JSON. Load the page again.") from None
     if not isinstance(body, dict):
-        raise RefusedEventError(400, "The event is not an object. Load the page again.")
+        raise RefusedError(400, "The event is not an object. Load the page again.")
     for value in body.get("data") or () if isinstance(body.get("data"), list) else ():
         if not _is_plain(value):
-            raise RefusedEventError(422, "A page sends texts, numbers and lists of them only. Load the page again.")
+            raise RefusedError(422, "A page sends texts, numbers and lists of them only. Load the page again.")
     if not isinstance(body.get("data"), list | None):
-        raise RefusedEventError(422, "The values of the event are not a list. Load the page again.")
+        raise RefusedError(422, "The values of the event are not a list. Load the page again.")
     return checked_session(body.get("session_hash"))
 
 
@@ -72,11 +66,61 @@ def checked_session(name: Any) -> str:
     """Return the name of a session.
 
     Raises:
-        RefusedEventError: It has another form.
+        RefusedError: It has another form.
     """
     if not isinstance(name, str) or not _SESSION.fullmatch(name):
-        raise RefusedEventError(400, "The event does not name its page. Load the page again.")
+        raise RefusedError(400, "The event does not name its page. Load the page again.")
     return name
+
+
+def _without_long_texts(content: bytes) -> bytes:
+    """Return the body of an event with empty texts in the place of the long ones, so that parsing it takes no time.
+
+    It is parsed on the event loop of the service, here and by Gradio. So an event with many values or with escapes in long
+    texts, which would take long, is refused by counting bytes, which takes milliseconds for the largest one.
+
+    Raises:
+        RefusedError: The event has too many values, or a long text is not ASCII without escapes.
+    """
+    too_many = RefusedError(413, f"A page sends at most {MAX_VALUES:,} values. Load the page again.")
+    if content.count(b'"') > 4 * MAX_VALUES or content.count(b"\\") > MAX_SHORT_BYTES:
+        raise too_many
+    kept: list[bytes] = []
+    values = lists = begin = outside = 0  # `begin` of what is kept next, `outside` of a text since
+    place = content.find(b'"')
+    while True:
+        end = len(content) if place < 0 else place
+        opened = content.count(b"[", outside, end) + content.count(b"{", outside, end)
+        lists += opened
+        values += opened + content.count(b",", outside, end)
+        if place < 0:
+            break
+        outside = _end_of_text(content, place)
+        if outside - place > LONG_TEXT_BYTES:
+            text = content[place:outside]
+            if not text.isascii() or b"\\" in text:
+                raise RefusedError(422, "A long text of an event has to be an image. Shorten what you have entered.")
+            kept += (content[begin:place], b'""')
+            begin = outside
+        place = content.find(b'"', outside)
+    kept.append(content[begin:])
+    if values > MAX_VALUES or lists > MAX_LISTS or sum(map(len, kept)) > MAX_SHORT_BYTES:
+        raise too_many
+    return b"".join(kept)
+
+
+def _end_of_text(content: bytes, start: int) -> int:
+    """Return the place behind a JSON text that begins with a quotation mark at `start`."""
+    end = start
+    while True:
+        end = content.find(b'"', end + 1)
+        if end < 0:
+            raise RefusedError(400, "The event is not JSON. Load the page again.")
+        escapes = 0
+        while content[end - 1 - escapes] == _BACKSLASH:
+            escapes += 1
+        if escapes % 2 == 0:
+            return end + 1
 
 
 def _is_plain(value: Any, depth: int = 0) -> bool:
@@ -115,19 +159,20 @@ class Sessions:
             large: Whether the event may be larger than `LARGE_BYTES`. It is in memory until it ends.
 
         Raises:
-            RefusedEventError: The session belongs to another key, or too many events of this one are open.
+            RefusedError: The session belongs to another key, or too many events of this one are open.
         """
         await self._forget_abandoned()
         owner = _digest(key)
         session = self._sessions.get(name) or _Session(owner)
         if session.owner != owner:
-            raise RefusedEventError(404, "This page belongs to another key. Load it again.")
+            raise RefusedError(404, "This page belongs to another key. Load it again.")
         pending = {} if self._queue is None else self._queue.pending_event_ids_session
         count = sum(len(pending.get(other, ())) for other, each in self._sessions.items() if each.owner == owner)
         if count >= (MAX_LARGE if large else MAX_OPEN_EVENTS):
-            raise RefusedEventError(
+            raise RefusedError(
                 429,
                 f"{count} events of this key wait for their results. Close pages that you do not need, then try again.",
+                RETRY_SECONDS,
             )
         self._sessions[name] = session
         self._touch(name, session)
@@ -141,11 +186,11 @@ class Sessions:
         """Keep the results of a session, which must be known, while its stream is read.
 
         Raises:
-            RefusedEventError: The session belongs to another key.
+            RefusedError: The session belongs to another key.
         """
         session = self._sessions[name]
         if session.owner != _digest(key):
-            raise RefusedEventError(404, "This page belongs to another key. Load it again.")
+            raise RefusedError(404, "This page belongs to another key. Load it again.")
         session.streams += 1
         try:
             yield

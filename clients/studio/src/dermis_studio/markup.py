@@ -91,11 +91,13 @@ def problem(error: Exception) -> str:
         title = error.problem.title or "The service refused this"
         detail = error.problem.detail or str(error)
         fields = [(item.field, item.message) for item in error.errors]
+        wait = f" in {error.retry_after:.0f} s" if error.retry_after else " in a moment"
         if error.status_code == 429:
-            wait = f" in {error.retry_after:.0f} s" if error.retry_after else " in a moment"
             remedy = f"Try again{wait}, or ask for less."
+        elif error.status_code == 503 and error.retry_after:
+            remedy = f"The service is busy. Try again{wait}, or ask for fewer images."
         elif error.status_code == 503:
-            remedy = "The service is starting or busy. Try again in a moment."
+            remedy = f"The service is starting or busy. Try again{wait}."
         else:
             remedy = _REMEDIES.get(
                 error.status_code, "Try again. If it happens again, tell the operator the request id."

@@ -10,6 +10,9 @@ from dermis_client import AsyncDermisClient
 from dermis_studio._version import __version__
 
 TIMEOUT_SECONDS = 120.0
+# A busy service says when to come back. While images are generated slowly, the first attempts are often refused, and a visitor
+# sees the progress of the page meanwhile, which can be stopped.
+MAX_RETRIES = 3
 _USER_AGENT = f"dermis-studio/{__version__}"
 
 
@@ -58,11 +61,12 @@ class Service:
             )
         return self._http
 
-    def client(self, key: str | None) -> AsyncDermisClient:
+    def client(self, key: str | None, *, max_retries: int = MAX_RETRIES) -> AsyncDermisClient:
         """Return a client with the credentials of a visitor.
 
         Args:
             key: API key or access token; None for a service without access control.
+            max_retries: Further attempts after a broken connection or a busy service.
 
         Raises:
             dermis_client.InvalidRequestError: The key cannot be sent.
@@ -72,7 +76,7 @@ class Service:
             api_key=key or "",  # "": never that of the environment
             allow_plain_http=self._allow_plain_http,
             timeout=TIMEOUT_SECONDS,
-            max_retries=1,
+            max_retries=max_retries,
             http_client=self.http,
         )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, nullcontext
 from importlib.resources import files
 from typing import Any
 from urllib.parse import unquote_plus, urlsplit
@@ -20,18 +20,12 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
-from dermis_studio import downloads, frame, uploads
+from dermis_studio import bodies, downloads, frame
 from dermis_studio.access import COOKIE, MAX_KEY_LENGTH, Visitor, Visitors, key_of
-from dermis_studio.events import (
-    LARGE_BYTES,
-    MAX_LARGE,
-    EventQueue,
-    RefusedEventError,
-    Sessions,
-    checked_session,
-    session_of,
-)
+from dermis_studio.bodies import BodyLimiter, RefusedError
+from dermis_studio.events import LARGE_BYTES, MAX_LARGE, EventQueue, Sessions, checked_session, session_of
 from dermis_studio.service import Service
+from dermis_studio.uploads import Uploads
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -40,7 +34,9 @@ Send = Callable[[Message], Awaitable[None]]
 
 # An image of 32 MiB in base64, and the other inputs of a page.
 MAX_BODY_BYTES = 48 << 20
+MAX_CANCELLATION_BYTES = 16 << 10  # the end of an event: names only
 
+_TOO_LARGE = f"A page sends at most {MAX_BODY_BYTES >> 20} MiB: choose a smaller image."
 _STATIC = re.compile(r"/theme\.css|/assets/[\w.-]+|/static/(?:fonts|js)/[\w./-]+")
 _APP_ID = "/gradio_api/app_id"  # pages ask for it after a restart
 _STREAM = "/gradio_api/queue/data"
@@ -108,7 +104,8 @@ class StudioSite:
         self._check_origin = check_origin
         self._hosts = hosts
         self._sessions = Sessions(queue)
-        self._large_bodies = 0  # that are being received
+        self._uploads = Uploads(service)
+        self._large_events = BodyLimiter(MAX_LARGE, MAX_LARGE // 2)
         self._stack = AsyncExitStack()
 
     async def start(self) -> None:
@@ -186,7 +183,7 @@ class StudioSite:
 
     async def _sign_in(self, request: Request) -> Response:
         """Check a key, and keep it in a cookie of the session."""
-        form = dict(part.split("=", 1) for part in (await _body(request, 3 * MAX_KEY_LENGTH)).split("&") if "=" in part)
+        form = dict(part.split("=", 1) for part in (await _form(request, 3 * MAX_KEY_LENGTH)).split("&") if "=" in part)
         key, page = unquote_plus(form.get("key", "")).strip(), unquote_plus(form.get("page", ""))
         problem = ""
         if not key or len(key) > MAX_KEY_LENGTH:
@@ -221,7 +218,10 @@ class StudioSite:
                 )
             return _answer_with_error(request, 401, "Sign in", "Sign in again: the key has ended.", self._prefix)
         if method == "POST":
-            uploaded = await uploads.answer(self._service, visitor, path, request)
+            try:
+                uploaded = await self._uploads.answer(visitor, path, request)
+            except RefusedError as error:
+                return _refused(request, "The upload is refused", error, self._prefix)
             if uploaded is not None:
                 return uploaded
             if path not in _CALLS:
@@ -244,8 +244,8 @@ class StudioSite:
                     )
                 with self._sessions.reading(name, visitor.key):
                     await self._to_gradio(request, receive, send)
-            except RefusedEventError as error:
-                return _answer_with_error(request, error.status, "The event is refused", error.detail, self._prefix)
+            except RefusedError as error:
+                return _refused(request, "The event is refused", error, self._prefix)
             return None
         download = await downloads.answer(self._service, visitor, path, request)
         if download is not None:
@@ -256,31 +256,23 @@ class StudioSite:
         self, request: Request, path: str, visitor: Visitor, receive: Receive, send: Send
     ) -> Response | None:
         """Pass an event of a page on, or the end of one, after a look at what it contains."""
-        too_large = f"A page sends at most {MAX_BODY_BYTES >> 20} MiB: choose a smaller image."
-        length = int(request.headers.get("content-length") or MAX_BODY_BYTES)
-        large = length > LARGE_BYTES
+        joins = path == _JOIN
+        limit = MAX_BODY_BYTES if joins else MAX_CANCELLATION_BYTES
         try:
-            if length > MAX_BODY_BYTES:
-                raise RefusedEventError(413, too_large)
-            if large and self._large_bodies >= MAX_LARGE:
-                raise RefusedEventError(503, "Others are sending images at the moment. Try again.")
-            self._large_bodies += large
-            try:
-                content = await _content(request, MAX_BODY_BYTES)
-            finally:
-                self._large_bodies -= large
-            if content is None:
-                raise RefusedEventError(413, too_large)
-            if path == _JOIN:
+            length = bodies.stated_length(request, limit, _TOO_LARGE)
+            large = (limit if length is None else length) > LARGE_BYTES
+            with self._large_events.hold(visitor.key) if large else nullcontext():
+                content = await bodies.read(request, limit, _TOO_LARGE)
+            if joins:
                 await self._sessions.admit(session_of(content), visitor.key, large=large)
-        except RefusedEventError as error:
-            return _answer_with_error(request, error.status, "The event is refused", error.detail, self._prefix)
+        except RefusedError as error:
+            return _refused(request, "The event is refused", error, self._prefix)
         await self._to_gradio(request, _replayed(content, receive), send)
         return None
 
     async def _page(self, request: Request, page: frame.Page, visitor: Visitor) -> Response:
         """A page of Gradio inside of the frame of the studio."""
-        status, content = 500, b""
+        status, content = 500, bytearray()
 
         async def collect(message: Message) -> None:
             nonlocal status, content
@@ -347,25 +339,25 @@ def _replayed(content: bytes, receive: Receive) -> Receive:
     return receive_again
 
 
-async def _content(request: Request, limit: int) -> bytes | None:
-    """The body of a request; None if it is larger than `limit` bytes."""
-    content = bytearray()
-    async for piece in request.stream():
-        content += piece
-        if len(content) > limit:
-            return None
-    return bytes(content)
-
-
-async def _body(request: Request, limit: int) -> str:
-    """The body of a small form; empty if it is larger than `limit` bytes or not ASCII."""
-    content = await _content(request, limit)
-    return "" if content is None else content.decode("ascii", errors="ignore")
+async def _form(request: Request, limit: int) -> str:
+    """The body of a small form; empty if it is larger than `limit` bytes, does not arrive or is not ASCII."""
+    try:
+        content = await bodies.read(request, limit, "")
+    except RefusedError:
+        return ""
+    return content.decode("ascii", errors="ignore")
 
 
 def is_local(name: str) -> bool:
     """Whether a host name or address is that of this machine."""
     return name in {"localhost", "::1"} or re.fullmatch(r"127(?:\.\d{1,3}){3}", name) is not None
+
+
+def _refused(request: Request, title: str, error: RefusedError, prefix: str) -> Response:
+    response = _answer_with_error(request, error.status, title, error.detail, prefix)
+    if error.retry_after is not None:
+        response.headers["Retry-After"] = str(error.retry_after)
+    return response
 
 
 def _answer_with_error(request: Request, status: int, title: str, detail: str, prefix: str) -> Response:

@@ -5,20 +5,30 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import gradio as gr
 from dermis_client import AsyncDermisClient, DermisError, Model
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from dermis_studio import markup
 from dermis_studio.samples import SampleRef, enlarged, generate_one, png
 from dermis_studio.studio import AddressField, fill_from_address, html
 
 MAX_FILE_BYTES = 32 << 20
-MAX_PIXELS = 100_000_000
+MAX_PIXELS = 40_000_000  # the service's own limit (DERMIS_MAX_UPLOAD_PIXELS)
+# An image is kept in memory at about this length of its shorter side, twice that of the largest view, and with at most so
+# many pixels. Larger images are decoded one at a time, while a few more wait for their turn in a thread each.
+SIDE_PIXELS = 768
+KEPT_PIXELS = 4_000_000
+MAX_WAITING = 4
+_TILE_PIXELS = 1024
 SAMPLE, FILE = "sample", "file"
 
 _DROP_TEMPLATE = """<label class="ds-drop">${value ? `<img src="${value}" alt="The chosen image">` : ''}<strong>${value ?
@@ -72,8 +82,8 @@ class Picture:
         """The image at a whole multiple of its size; a larger one is reduced."""
         if self.sample is not None:
             return enlarged(self.content, self.media_type, self.words, escape(self.sample.words) + ".")
-        image = opened(self.content)
-        size = f"{image.width} x {image.height} px"
+        image, (width, height) = _decoded(self.content)
+        size = f"{width} x {height} px"
         if max(image.size) <= 384:
             return enlarged(png(image), "image/png", self.words, "Your image.")
         image.thumbnail((384, 384), Image.Resampling.LANCZOS)
@@ -119,18 +129,97 @@ def content_of(value: str | None) -> tuple[bytes, str]:
 
 
 def opened(content: bytes) -> Image.Image:
-    """Return an image of a visitor, upright, in RGB.
+    """Return an image of a visitor to be shown: upright, in RGB, reduced if it is much larger than a view of a page.
 
     Raises:
-        ValueError: It cannot be read.
+        ValueError: It cannot be read, or several large images are being read.
     """
+    return _decoded(content)[0]
+
+
+def _decoded(content: bytes) -> tuple[Image.Image, tuple[int, int]]:
+    """Return what `opened` returns, and width and height of the whole image."""
+    too_many = ValueError(f"the image has more than {MAX_PIXELS:,} pixels; choose a smaller one")
     try:
-        image = Image.open(io.BytesIO(content), formats=["PNG", "JPEG", "WEBP"])
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError("the image has too many pixels; choose a smaller one")
-        return ImageOps.exif_transpose(image).convert("RGB")
+        if _webp_pixels(content) > MAX_PIXELS:  # Pillow allocates the whole canvas when it opens one
+            raise too_many
+        whole = Image.open(io.BytesIO(content), formats=["PNG", "JPEG", "WEBP"])
+        width, height = whole.size
+        if width * height > MAX_PIXELS:
+            raise too_many
+        with _turn(width * height):
+            image = _reduced(whole)
+        turned = whole.getexif().get(ExifTags.Base.Orientation) in {5, 6, 7, 8}
+        image.info = whole.info  # with the EXIF block
+        ImageOps.exif_transpose(image, in_place=True)
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError):
         raise ValueError("the image cannot be read; choose another one") from None
+    return image, (height, width) if turned else (width, height)
+
+
+_decoding = threading.Lock()
+_places = threading.BoundedSemaphore(1 + MAX_WAITING)
+
+
+@contextmanager
+def _turn(pixels: int) -> Iterator[None]:
+    """Wait until no other large image is being decoded."""
+    if pixels <= KEPT_PIXELS:
+        yield
+        return
+    if not _places.acquire(blocking=False):
+        raise ValueError("others are looking at large images at the moment; try again in some seconds")
+    try:
+        with _decoding:
+            yield
+    finally:
+        _places.release()
+
+
+def _reduced(image: Image.Image) -> Image.Image:
+    """Decode an image, and return it in RGB with whole squares of pixels averaged.
+
+    Opening a PNG of 6300 x 6300 pixels needs 158 MiB, those of the decoder; with copies of the whole image it needed 454 MiB.
+    """
+    factor = _factor(image)
+    if factor > 1:
+        image.draft(
+            "RGB", (max(1, image.width // factor), max(1, image.height // factor))
+        )  # JPEG: decodes fewer pixels
+        factor = _factor(image)
+    image.load()
+    if factor == 1:
+        return _rgb(image)
+    small = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
+    side = factor * max(1, _TILE_PIXELS // factor)
+    for top in range(0, image.height, side):
+        for left in range(0, image.width, side):
+            box = (left, top, min(left + side, image.width), min(top + side, image.height))
+            small.paste(_rgb(image.crop(box)).reduce(factor), (left // factor, top // factor))
+    return small
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow would clip values of up to 65535 at 255
+        image = image.point(lambda value: value / 256).convert("L")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _factor(image: Image.Image) -> int:
+    return max(1, min(image.size) // SIDE_PIXELS, math.ceil(math.sqrt(image.width * image.height / KEPT_PIXELS)))
+
+
+def _webp_pixels(content: bytes) -> int:
+    """Return the number of pixels in the header of a WebP; 0 for another image."""
+    if content[:4] != b"RIFF" or content[8:12] != b"WEBP":
+        return 0
+    kind = content[12:16]
+    if kind == b"VP8X":
+        return (1 + int.from_bytes(content[24:27], "little")) * (1 + int.from_bytes(content[27:30], "little"))
+    if kind == b"VP8L":
+        bits = int.from_bytes(content[21:25], "little")
+        return (1 + (bits & 0x3FFF)) * (1 + (bits >> 14 & 0x3FFF))
+    return (int.from_bytes(content[26:28], "little") & 0x3FFF) * (int.from_bytes(content[28:30], "little") & 0x3FFF)
 
 
 class SourceFields:
