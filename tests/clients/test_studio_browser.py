@@ -50,6 +50,10 @@ def press(page: Any, name: str) -> None:
     page.get_by_role("button", name=name, exact=True).click()
 
 
+def unfold(page: Any, name: str) -> None:
+    page.get_by_role("button", name=re.compile(f"^{name}")).click()
+
+
 def shows(page: Any, text: str, seconds: float = WAIT_SECONDS) -> None:
     page.get_by_text(text).first.wait_for(timeout=1000 * seconds)
 
@@ -176,11 +180,11 @@ def datasets(page: Any) -> None:
     for field in page.get_by_label("Images of").all():
         if field.is_visible():
             field.fill("4")
-    press(page, "Edits")
+    unfold(page, "Edits")
     page.get_by_label("Directions of all images").fill("sefa-2")
     page.keyboard.press("Enter")
     page.get_by_label("Strength of sefa-2").fill("2.5")
-    press(page, "More options")
+    unfold(page, "More options")
     page.get_by_label("Images in a shard").fill("20000")
     shows(page, "Images in a shard: 20,000 is not allowed")
     page.get_by_label("Images in a shard").fill("3")
