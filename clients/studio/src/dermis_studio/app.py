@@ -97,7 +97,7 @@ def create_site(
     return StudioSite(service, visitors, app, prefix, check_origin=check_origin, hosts=hosts, queue=blocks._queue)
 
 
-class Session(SessionState):  # type: ignore[misc]  (Gradio's types are not read)
+class Session(SessionState):  # type: ignore[misc]
     """What Gradio knows of an open page: its components as they were changed, without their values.
 
     Gradio (6.31) keeps the last value of each input and output, uploaded images among them, and each component that a change
