@@ -13,7 +13,10 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import gradio as gr
+import gradio.state_holder
 from fastapi import FastAPI
+from gradio.blocks import Block
+from gradio.state_holder import SessionState
 
 from dermis_studio import frame
 from dermis_studio.access import Visitors
@@ -44,6 +47,7 @@ BUILDERS = {
     "studies": studies.build,
     "models": models.build,
 }
+_MAX_SESSIONS = 1000  # open pages; what a page has changed of its components is forgotten after as many others
 _MAX_WAITING = 200  # events that wait for others; a further one is refused
 
 
@@ -76,6 +80,8 @@ def create_site(
         if page.path in BUILDERS:
             with blocks.route(page.name, f"/{page.path}"):
                 BUILDERS[page.path](studio, blocks)
+    blocks.state_session_capacity = _MAX_SESSIONS
+    setattr(gradio.state_holder, "SessionState", Session)  # noqa: B010  (it has no option for this)
     for block in blocks.blocks.values():
         if isinstance(block, gr.Dropdown | gr.Radio):
             setattr(block, "preprocess", _as_sent)  # noqa: B010  (a method cannot be assigned)
@@ -89,6 +95,31 @@ def create_site(
         warnings.filterwarnings("ignore", message="SSR mode")  # it is off
         _mount(app, blocks, prefix)
     return StudioSite(service, visitors, app, prefix, check_origin=check_origin, hosts=hosts, queue=blocks._queue)
+
+
+class Session(SessionState):  # type: ignore[misc]
+    """What Gradio knows of an open page: its components as they were changed, without their values.
+
+    Gradio (6.31) keeps the last value of each input and output, uploaded images among them, and each component that a change
+    has replaced, under a new id. It needs the values for links to the state of a page, which the studio does not offer, and
+    it frees them only after many further pages.
+    """
+
+    def __init__(self, blocks: gr.Blocks) -> None:
+        super().__init__(blocks)
+        self.config_values.clear()
+
+    def __setitem__(self, key: int, value: Any) -> None:
+        if isinstance(value, Block):
+            value._id = key  # so that the next change of the component replaces this one
+        super().__setitem__(key, value)
+        self.config_values.clear()
+
+    def _update_config(self, key: int) -> None:
+        """Keep nothing."""
+
+    def _update_value_in_config(self, key: int, value: Any) -> None:
+        """Keep nothing."""
 
 
 def _as_sent(payload: Any) -> Any:
