@@ -27,6 +27,11 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
+def is_loopback_url(url: str) -> bool:
+    """Whether a URL is of this machine, so that no proxy of the environment should see what is sent to it."""
+    return is_loopback(urlsplit(url).hostname or "")
+
+
 def proxy_variable(host: str, environment: Mapping[str, str]) -> str | None:
     """The environment variable that makes HTTP libraries send plain requests for a host through a proxy; None without one.
 

@@ -46,7 +46,7 @@ _STEADY_SECONDS = 60.0  # a process that has run for so long is restarted withou
 _LONGEST_PAUSE_SECONDS = 30.0
 _WAKE_SECONDS = 1.0
 # The gateway runs every shard in a thread of its own. By default the C library gives threads up to eight heaps a core, which
-# keep the memory of images that threads have freed: the gateway grew by 150 MB in an hour of small datasets.
+# keep the memory of images that threads have freed.
 _GATEWAY_ENVIRONMENT = {"MALLOC_ARENA_MAX": "2"}
 
 

@@ -17,12 +17,11 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dermis import __version__
-from dermis.addresses import is_loopback
+from dermis.addresses import is_loopback_url
 from services.logs import without_whole_ids
 from services.settings import SettingsError
 
@@ -135,7 +134,7 @@ def _exporter(name: str) -> SpanExporter:
 
         session = None
         endpoint = next((value for each in _ENDPOINTS if (value := os.environ.get(each))), "http://localhost:4318")
-        if is_loopback(urlsplit(endpoint).hostname or ""):
+        if is_loopback_url(endpoint):
             # A proxy of the environment is for other machines: it would see the headers of OTEL_EXPORTER_OTLP_HEADERS.
             session = requests.Session()
             session.trust_env = False

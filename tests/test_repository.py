@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -43,13 +44,21 @@ def test_issue_forms_are_valid(name: str) -> None:
     assert all(field["type"] == "markdown" or field["attributes"]["label"] for field in form["body"])
 
 
+def _test_modules() -> list[Path]:
+    folders = ("tests", "clients/python/tests", "clients/studio/tests")
+    return [file for folder in folders for file in (ROOT / folder).rglob("test_*.py")]
+
+
+def test_test_modules_have_different_names() -> None:
+    """Their folders are not packages, so pytest imports them by their names. Processes of tests import them in the same way."""
+    names = Counter(file.name for file in _test_modules())
+    assert [name for name, count in names.items() if count > 1] == []
+
+
 @pytest.mark.parametrize("pattern", [r"^\s*(from|import) test_", r"^\s*(from|import) openvino|importorskip\(.openvino"])
 def test_no_test_module_imports_what_it_must_not(pattern: str) -> None:
     """Not each other: what several need is in tests/support. Not openvino: only `import_openvino` stops its usage reports."""
     importing = [
-        file.relative_to(ROOT)
-        for folder in ("tests", "clients/python/tests", "clients/studio/tests")
-        for file in (ROOT / folder).rglob("test_*.py")
-        if re.search(pattern, file.read_text(), re.MULTILINE)
+        file.relative_to(ROOT) for file in _test_modules() if re.search(pattern, file.read_text(), re.MULTILINE)
     ]
     assert importing == []

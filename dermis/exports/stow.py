@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from dermis.addresses import is_loopback
+from dermis.addresses import is_loopback, is_loopback_url
 from dermis.errors import DermisError, RequestError, escape
 
 AUTHORIZATION = "DERMIS_DICOMWEB_AUTHORIZATION"
@@ -86,7 +86,7 @@ def store_instances(target: StowTarget, files: Iterable[tuple[str, bytes]]) -> i
     stored = 0
     context = httpx.create_ssl_context()  # with the authorities of SSL_CERT_FILE, if it is set
     # A proxy of the environment is for other machines: it would see the credentials for this one.
-    through_proxy = not is_loopback(urlsplit(target.url).hostname or "")
+    through_proxy = not is_loopback_url(target.url)
     with httpx.Client(timeout=_TIMEOUT, headers=headers, verify=context, trust_env=through_proxy) as client:
         for names, body in _batches(files):
             try:

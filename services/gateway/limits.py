@@ -100,9 +100,13 @@ class WaitLimiter:
     def __init__(self, limit: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._limit, self._clock = limit, clock
         self._images: Counter[str] = Counter()  # waiting, by tenant; only those that have some
-        self._waiting = self._calls = 0
+        self._calls = 0
         self._completed = self._busy = 0.0
         self._changed = clock()
+
+    @property
+    def _waiting(self) -> int:
+        return self._images.total()
 
     @property
     def rate(self) -> float | None:
@@ -130,8 +134,7 @@ class WaitLimiter:
                     f"{self._limit:g} seconds of waiting",
                     headers={"Retry-After": str(retry_after)},
                 )
-        self._waiting += images
-        self._images[tenant] = own + images
+        self._images[tenant] += images
         completed = False
         try:
             yield
@@ -141,7 +144,6 @@ class WaitLimiter:
             if completed and self._is_measured():
                 self._completed += images
                 self._calls += 1
-            self._waiting -= images
             self._images[tenant] -= images
             if not self._images[tenant]:
                 del self._images[tenant]

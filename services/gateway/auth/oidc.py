@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 from joserfc import jws
@@ -31,7 +30,7 @@ from joserfc.errors import (
 from joserfc.jwk import ECKey, JWKRegistry, OKPKey, RSAKey
 from joserfc.jwt import JWTClaimsRegistry
 
-from dermis.addresses import is_loopback, is_secure_url
+from dermis.addresses import is_loopback_url, is_secure_url
 from services.gateway.auth.principal import EXPLICIT_SCOPES, SCOPES, InvalidTokenError, Principal
 from services.problems import ProblemError
 from services.settings import Settings
@@ -235,7 +234,7 @@ class TokenVerifier:
     async def _document(self, url: str) -> dict[str, Any]:
         if self._http is None:
             # A proxy of the environment is for other machines.
-            through_proxy = not is_loopback(urlsplit(url).hostname or "")
+            through_proxy = not is_loopback_url(url)
             self._http = httpx.AsyncClient(timeout=_FETCH_SECONDS, follow_redirects=False, trust_env=through_proxy)
         data = bytearray()
         try:

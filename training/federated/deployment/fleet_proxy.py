@@ -10,7 +10,6 @@ from __future__ import annotations
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from urllib.parse import urlsplit
 
 import httpx
 from starlette.applications import Starlette
@@ -18,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from dermis.addresses import is_loopback
+from dermis.addresses import is_loopback_url
 
 FLEET = "/v1/fleet"
 _MAX_BODY = 64 * 2**20  # Flower sends arrays in chunks of 5 MB
@@ -36,7 +35,7 @@ def fleet_proxy(upstream: str, certificate: str) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         context = ssl.create_default_context(cafile=certificate)
-        through_proxy = not is_loopback(urlsplit(upstream).hostname or "")  # that of the environment
+        through_proxy = not is_loopback_url(upstream)  # that of the environment
         async with httpx.AsyncClient(
             base_url=upstream, verify=context, timeout=120.0, trust_env=through_proxy
         ) as client:
