@@ -19,15 +19,28 @@ from PIL import Image
 if importlib.util.find_spec("gradio") is None:  # importing it takes seconds
     pytest.skip("gradio is not installed", allow_module_level=True)
 
+from benchmarks import DEMO
 from benchmarks.components import free_port
 from dermis.bundle import Bundle
 from launched_service import ROOT, Launched, launching
 from service_kit import assemble, listening
-from studio_browser import WAIT_SECONDS, Browser, browsing, violations
+from studio_browser import (
+    BROKEN,
+    WAIT_SECONDS,
+    Browser,
+    browsing,
+    create_study,
+    delete_study,
+    make_dark,
+    picture,
+    press,
+    shows,
+    unfold,
+    violations,
+)
 
 OPTIMISATION_SECONDS = 600.0  # for the hundreds of steps of a projection on a busy machine
 HEAT_MAP_SECONDS = 180.0  # for the first one after a start, on a busy machine
-DEMO = ROOT / "bundles" / "demo"
 NO_SUCH = f"pr_{'0' * 32}"
 
 
@@ -44,37 +57,6 @@ class Steps:
     path: str
     use: Callable[[Any], None]
     fail: Callable[[Any], str] | None = None
-
-
-def press(page: Any, name: str) -> None:
-    page.get_by_role("button", name=name, exact=True).click()
-
-
-def unfold(page: Any, name: str) -> None:
-    page.get_by_role("button", name=re.compile(f"^{name}")).click()
-
-
-def shows(page: Any, text: str, seconds: float = WAIT_SECONDS) -> None:
-    page.get_by_text(text).first.wait_for(timeout=1000 * seconds)
-
-
-def make_dark(page: Any) -> None:
-    """Switch to the dark theme, and wait until its colours are there."""
-    page.locator("[data-ds-theme]").click()
-    assert page.locator("html").get_attribute("data-theme") == "dark"
-    page.wait_for_function("document.getAnimations().length === 0")
-
-
-def picture(size: int = 160) -> dict[str, Any]:
-    """A file for the field of an upload: a reddish disc on skin-like colour."""
-    image = Image.new("RGB", (size, size), (224, 172, 150))
-    image.paste((122, 62, 44), (size // 3, size // 3, 2 * size // 3, 2 * size // 3))
-    content = io.BytesIO()
-    image.save(content, "PNG")
-    return {"name": "lesion.png", "mimeType": "image/png", "buffer": content.getvalue()}
-
-
-BROKEN = {"name": "lesion.png", "mimeType": "image/png", "buffer": b"\x89PNG\r\n\x1a\nnothing"}
 
 
 def generate(page: Any) -> None:
@@ -241,23 +223,9 @@ def embedding_map_of_unknown_projection(page: Any) -> str:
     return "there is no projection"
 
 
-def create_study(page: Any, images: int) -> None:
-    page.wait_for_load_state("networkidle")
-    page.get_by_label("Name").first.fill("Pilot")
-    page.get_by_label("Images", exact=False).first.fill(str(images))
-    press(page, "Create study")
-    shows(page, f"{images // 2} real images are needed")
-
-
 def studies(page: Any) -> None:
     create_study(page, 4)
     delete_study(page)
-
-
-def delete_study(page: Any) -> None:
-    page.once("dialog", lambda dialog: dialog.accept())
-    press(page, "Delete")
-    shows(page, "are deleted")
 
 
 def study_without_name(page: Any) -> str:
@@ -301,31 +269,6 @@ def test_page_generates_images_and_sends_nothing_to_other_hosts(tiny_bundle: Bun
         )
         assert "Seed, index" in page.locator(".ds-detail").inner_text()
         assert violations(page) == []
-        assert (browser.foreign, browser.errors) == ([], [])
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Launched]]:
-    yield from launching(tmp_path_factory.mktemp("service"))
-
-
-@pytest.fixture(scope="module")
-def port() -> int:
-    return free_port()
-
-
-@pytest.fixture(scope="module")
-def demo(start: Callable[..., Launched], port: int) -> Launched:
-    """A service with the demo bundle."""
-    service = start(str(DEMO), port)
-    service.wait_until(service.ready)
-    return service
-
-
-@pytest.fixture
-def browser(demo: Launched, port: int) -> Iterator[Browser]:
-    with browsing(f"http://127.0.0.1:{port}") as browser:
-        yield browser
         assert (browser.foreign, browser.errors) == ([], [])
 
 

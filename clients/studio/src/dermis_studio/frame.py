@@ -57,7 +57,7 @@ _THEME_SCRIPT = """
 """
 
 
-_SCRIPTS = {"map": ("embedding_map.js",)}  # of single pages, by their paths
+_SCRIPTS = {"map": ("embedding_map.js",), "studies": ("study_upload.js",)}  # of single pages, by their paths
 
 
 def _head(prefix: str, title: str, page: Page | None = None) -> str:

@@ -46,6 +46,7 @@ _OWN = {
     "studio.css": "text/css",
     "studio.js": "text/javascript",
     "embedding_map.js": "text/javascript",
+    "study_upload.js": "text/javascript",
     "icon.svg": "image/svg+xml",
 }
 _IMMUTABLE = b"max-age=31536000, immutable"  # the names of these files contain their hashes

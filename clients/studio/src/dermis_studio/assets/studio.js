@@ -1,4 +1,4 @@
-// What several pages need in the browser: theme, copying, tiles with arrow keys, dialogs, opacity of heat maps.
+// What several pages need in the browser: theme, copying, tiles with arrow keys, the focus, opacity of heat maps.
 (() => {
   "use strict";
   const root = document.documentElement;
@@ -73,6 +73,44 @@
     const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns };
     const next = event.key === "Home" ? 0 : event.key === "End" ? tiles.length - 1 : tiles.indexOf(tile) + steps[event.key];
     if (tiles[next]) { tiles[next].focus(); event.preventDefault(); }
+  });
+
+  // Gradio replaces what a page shows, and hides the button that was pressed. The focus goes to what took its place, so that
+  // nobody who uses the keyboard has to search for it.
+  const shownNow = (element) => element.getClientRects().length > 0;
+  const nameOf = (element) => {
+    const named = [...element.attributes].filter(({ name }) => /^(?:data-|id$|name$|href$)/.test(name) && !name.startsWith("data-testid"));
+    const parts = named.map(({ name, value }) => `${name}=${value}`);
+    return [element.tagName, ...(parts.length ? parts : [element.getAttribute("aria-label") || element.textContent.trim()])].join("\n");
+  };
+  let focused = null;
+  document.addEventListener("focusin", ({ target }) => {
+    if (!target.closest("gradio-app")) { focused = null; return; }
+    const around = [];
+    for (let parent = target.parentElement; parent; parent = parent.parentElement) around.push(parent);
+    focused = { target, around, name: nameOf(target), command: target.matches("button.primary, button.secondary, button.stop") };
+  });
+  document.addEventListener("pointerdown", (event) => {
+    if (!event.target.closest("a, button, input, select, textarea, summary, label, [tabindex]")) focused = null;
+  });
+  const restoreFocus = () => {
+    if (!focused || (document.activeElement && document.activeElement !== document.body)) return;
+    if (focused.target.isConnected && shownNow(focused.target) && !focused.target.disabled) return;
+    const near = focused.around.filter((parent) => parent.isConnected && shownNow(parent));
+    for (const parent of near) {
+      if (parent.matches("gradio-app")) break;
+      const candidates = [...parent.querySelectorAll("a, button, input, select, textarea, summary, [tabindex]")];
+      const usable = candidates.filter((other) => shownNow(other) && !other.disabled);
+      const found = usable.find((other) => nameOf(other) === focused.name)
+        || (focused.command && usable.find((other) => other.matches("button.primary, button.stop")));
+      if (found) { found.focus({ preventScroll: true }); return; }
+    }
+  };
+  new MutationObserver(() => requestAnimationFrame(restoreFocus)).observe(document.body,
+    { childList: true, subtree: true, attributes: true, attributeFilter: ["class", "hidden", "disabled"] });
+  // The key that started something, held down, does not stop it.
+  document.addEventListener("keydown", (event) => {
+    if (event.repeat && event.key === "Enter" && event.target instanceof HTMLButtonElement) event.preventDefault();
   });
 
   // Gradio would refuse a negative number without the name of its field, so a field without negative numbers takes no minus.

@@ -15,7 +15,7 @@ from dermis_studio.access import Visitor
 from dermis_studio.loading import fill_for_model, run_if_named
 from dermis_studio.samples import check, distance, find_model
 from dermis_studio.sources import Picture, SourceFields, picture
-from dermis_studio.studio import PRIVATE, Studio, heading, html, problem_of, query_of
+from dermis_studio.studio import Studio, heading, html, problem_of, query_of
 
 NOTHING = markup.empty_state(
     "No image checked yet", "Choose a sample or an image, then press Check. No training image is shown here."
@@ -34,6 +34,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             model = gr.Dropdown(label="Model", choices=[], visible=False)
             source = SourceFields()
             start = gr.Button("Check", variant="primary", interactive=False)
+            stop = gr.Button("Stop", variant="stop", visible=False)
         with gr.Column():
             result = html(NOTHING)
 
@@ -56,10 +57,11 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             yield problem_of(error)
 
     inputs, fields = [model, *source.inputs], [*source.outputs, start]
+    stopped = markup.empty_state("Stopped", "Press Check to start again.")
+    shown = studio.displays.run_until_stopped([start.click], run, inputs, [result], (start, stop), stopped)
     source.fill_from_address(blocks)
     loaded = fill_for_model(studio, blocks, model, fields, updates, problem=result, result=result, nothing=NOTHING)
-    run_if_named(loaded, run, inputs, [result])
-    start.click(run, inputs, result, concurrency_limit=None, **PRIVATE)
+    run_if_named(loaded, shown, inputs, [result, start, stop])
 
 
 def source_updates(source: SourceFields, model: Model, visitor: Visitor, query: dict[str, str]) -> list[Any]:

@@ -50,12 +50,12 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             readonly = html(visible=False)
             with gr.Column(elem_classes=["ds-fields"]) as builder:
                 fields = RequestFields()
-                estimate = html()
+                estimate = html(markup.progress("Estimating size and time", None))
                 create = gr.Button("Create dataset", variant="primary", interactive=False)
                 code = html()
         with gr.Column(elem_classes=["ds-section"]):
             current = html(NOTHING, js_on_load=_ON_LOAD)
-            table = html(js_on_load=_ON_LOAD)
+            table = html(markup.progress("Loading the datasets", None), js_on_load=_ON_LOAD)
 
     async def load(request: gr.Request) -> Any:
         try:
@@ -106,6 +106,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
 
     @studio.displays.newest(2)
     async def start(request: gr.Request, *values: Any) -> AsyncIterator[Any]:
+        yield markup.progress("Sending the request", None), gr.skip()
         try:
             async with studio.client(request) as client:
                 body = fields.request(await find_model(client, fields.named(values)["model"]), values)
@@ -138,6 +139,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     @studio.displays.newest(2)
     async def reopen(request: gr.Request) -> AsyncIterator[Any]:
         """Open the dataset that the address names, or else the newest one that is not finished."""
+        datasets = None
         try:
             visitor = await studio.visitor(request)
             async with studio.client(request) as client:
@@ -149,7 +151,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                     async for shown in followed(client, dataset_id, visitor.may("datasets:write")):
                         yield shown
         except Exception as error:
-            yield problem_of(error), gr.skip()
+            yield problem_of(error), "" if datasets is None else gr.skip()
 
     fill_from_address(blocks, AddressField("seed", fields.seed))
     reckoned = [estimate, code, fields.signing]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -122,6 +123,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                     )
                     steps = gr.Slider(3, 11, value=7, step=2, label="Images", buttons=[], min_width=160)
                     make = gr.Button("Make strip", min_width=120)
+                    stop_strip = gr.Button("Stop", variant="stop", visible=False, min_width=120)
                 strip = html()
             with gr.Column(elem_classes=["ds-panel"]):
                 html("<h2>Map</h2>")
@@ -231,23 +233,26 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         except Exception as error:
             yield problem_of(error), gr.skip(), gr.skip()
 
-    @shows_problems()
-    async def make_strip(request: gr.Request, *values: Any) -> str:
-        direction, reach, steps = values[-3:]
-        start = start_of(request, values[:6])
-        if not direction:
-            raise ValueError("no direction is chosen; choose one")
-        async with studio.client(request) as client:
-            chosen = await find_model(client, start.model)
-            others = [edit for edit in edits_of(chosen, values[6:-3]) if edit["direction"] != direction]
+    async def make_strip(request: gr.Request, *values: Any) -> AsyncIterator[Any]:
+        try:
+            direction, reach, steps = values[-3:]
+            start = start_of(request, values[:6])
+            if not direction:
+                raise ValueError("no direction is chosen; choose one")
             count = int(steps)
+            yield markup.progress(f"Generating {count} images", None)
             strengths = [round(reach * (2 * position / (count - 1) - 1), 3) for position in range(count)]
-            sweep = {"direction": direction, "strengths": strengths}
-            layer_range = layers_of(chosen, *values[6:9])
-            if layer_range is not None:
-                sweep["layers"] = list(layer_range)
-            images = await client.edits.create(**start.arguments, edits=others or None, sweep=sweep)
-        return strip_of(list(images), direction)
+            async with studio.client(request) as client:
+                chosen = await find_model(client, start.model)
+                others = [edit for edit in edits_of(chosen, values[6:-3]) if edit["direction"] != direction]
+                sweep = {"direction": direction, "strengths": strengths}
+                layer_range = layers_of(chosen, *values[6:9])
+                if layer_range is not None:
+                    sweep["layers"] = list(layer_range)
+                images = await client.edits.create(**start.arguments, edits=others or None, sweep=sweep)
+            yield await asyncio.to_thread(strip_of, list(images), direction)
+        except Exception as error:
+            yield problem_of(error)
 
     async def draw_map(request: gr.Request, *values: Any) -> AsyncIterator[Any]:
         try:
@@ -261,7 +266,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 others = [edit for edit in edits_of(chosen, values[6:-3]) if edit["direction"] not in names]
                 axes = (str(names[0]), str(names[1]))
                 rows = await latent_map.pictures(client, start.arguments, others, axes, float(reach))
-            yield latent_map.drawn(rows, axes, float(reach))
+            yield await asyncio.to_thread(latent_map.drawn, rows, axes, float(reach))
         except Exception as error:
             yield problem_of(error)
 
@@ -289,7 +294,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                     images=count,
                     **arguments,
                 )
-            yield strip_of(list(images), "interpolation")
+            yield await asyncio.to_thread(strip_of, list(images), "interpolation")
         except Exception as error:
             yield problem_of(error)
 
@@ -363,7 +368,10 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     studio.displays.run_until_stopped(
         [interpolate.click], make_film, ends, [between], (interpolate, stop_film), stopped, "film"
     )
-    make.click(make_strip, [*everything, swept, reach, steps], strip, **PRIVATE)
+    swept_fields = [*everything, swept, reach, steps]
+    studio.displays.run_until_stopped(
+        [make.click], make_strip, swept_fields, [strip], (make, stop_strip), stopped, "strip"
+    )
 
 
 def direction_updates(directions: Sequence[Direction]) -> list[Any]:

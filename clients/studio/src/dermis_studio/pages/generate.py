@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict
@@ -86,6 +87,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         with gr.Column(elem_classes=["ds-panel", "ds-detail"]):
             detail = html(NOT_CHOSEN, js_on_load=_NEIGHBOURS_ON_LOAD)
             neighbours = html()
+            stop_neighbours = gr.Button("Stop", variant="stop", size="sm", visible=False)
 
     @shows_problems(4)
     async def load(request: gr.Request) -> Any:
@@ -124,17 +126,25 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         except Exception as error:
             yield problem_of(error), gr.skip() if tiles else NOTHING
 
-    @shows_problems(2)
-    async def show(event: gr.EventData, request: gr.Request) -> tuple[str, str]:
-        sample = SampleRef.parse(event._data if isinstance(event._data, dict) else {})
-        if sample is None:
-            return NOT_CHOSEN, ""
-        visitor = await studio.visitor(request)
-        async with studio.client(request) as client:
-            chosen = await find_model(client, sample.model)
-            image = await generate_one(client, sample)
-            about = await measured(client, visitor, chosen, sample, image)
-        return described(image, sample, chosen, about, visitor, studio.shown_address(request)), ""
+    @studio.displays.newest(3, "detail")
+    async def show(event: gr.EventData, request: gr.Request) -> AsyncIterator[Any]:
+        studio.displays.begin(request, "neighbours")  # those of another image
+        no_neighbours = ("", gr.update(visible=False))
+        try:
+            sample = SampleRef.parse(event._data if isinstance(event._data, dict) else {})
+            if sample is None:
+                yield NOT_CHOSEN, *no_neighbours
+                return
+            yield markup.progress(f"Measuring {sample.words}", None), *no_neighbours
+            visitor = await studio.visitor(request)
+            async with studio.client(request) as client:
+                chosen = await find_model(client, sample.model)
+                image = await generate_one(client, sample)
+                about = await measured(client, visitor, chosen, sample, image)
+            address = studio.shown_address(request)
+            yield await asyncio.to_thread(described, image, sample, chosen, about, visitor, address), *no_neighbours
+        except Exception as error:
+            yield problem_of(error), *no_neighbours
 
     async def show_neighbours(event: gr.EventData, request: gr.Request) -> AsyncIterator[str]:
         message = event._data if isinstance(event._data, dict) else {}
@@ -161,8 +171,18 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     inputs = [model, class_name, count, seed, truncation, noise]
     events, stopped = [start.click, seed.submit], '<p class="ds-muted" role="status">Stopped.</p>'
     studio.displays.run_until_stopped(events, generate, inputs, [status, grid], (start, stop), (stopped, gr.skip()))
-    grid.select(show, None, [detail, neighbours], concurrency_limit=None, trigger_mode="always_last", **PRIVATE)
-    detail.select(show_neighbours, None, neighbours, concurrency_limit=None, trigger_mode="always_last", **PRIVATE)
+    shown = [detail, neighbours, stop_neighbours]
+    grid.select(show, None, shown, concurrency_limit=None, trigger_mode="multiple", **PRIVATE)
+    studio.displays.run_until_stopped(
+        [detail.select],
+        show_neighbours,
+        [],
+        [neighbours],
+        (None, stop_neighbours),
+        stopped,
+        "neighbours",
+        trigger_mode="multiple",
+    )
 
 
 def class_update(model: Model, chosen: str | None) -> Any:

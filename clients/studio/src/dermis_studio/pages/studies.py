@@ -25,8 +25,6 @@ const tell = (text, problem) => {
   if (status) { status.textContent = text; status.classList.toggle('ds-alert', Boolean(problem)); }
 };
 element.addEventListener('click', (event) => {
-  const cancel = event.target.closest('[data-study-cancel]');
-  if (cancel) { cancel.dataset.stopped = 'yes'; return; }
   const button = event.target.closest('[data-act]');
   if (!button || event.detail > 1 || (button.dataset.confirm && !window.confirm(button.dataset.confirm))) return;
   trigger('select', { act: button.dataset.act, id: button.dataset.id, name: button.dataset.name });
@@ -40,50 +38,26 @@ element.addEventListener('submit', (event) => {
 element.addEventListener('change', async (event) => {
   const input = event.target.closest('[data-study-upload]');
   if (!input || !input.files.length) return;
-  const id = input.dataset.studyUpload, files = [...input.files], SIZE = 8, MOST = 24 * 1024 * 1024;
+  const id = input.dataset.studyUpload, files = [...input.files], total = files.length;
   const bar = element.querySelector('[data-study-progress]'), cancel = element.querySelector('[data-study-cancel]');
   const query = input.dataset.class ? '?class=' + encodeURIComponent(input.dataset.class) : '';
   const enabled = [...element.querySelectorAll('[data-study-upload], [data-act]')].filter((other) => !other.disabled);
   for (const other of enabled) other.disabled = true;
   bar.hidden = cancel.hidden = false;
-  bar.max = files.length;
-  let done = 0, problem = '';
-  while (done < files.length && !cancel.dataset.stopped) {
-    const batch = [];
-    let bytes = 0;
-    while (done + batch.length < files.length && batch.length < SIZE) {
-      const file = files[done + batch.length];
-      if (batch.length && bytes + file.size > MOST) break;
-      bytes += file.size;
-      batch.push(file);
-    }
-    tell(`Uploading: ${done} of ${files.length} images`);
-    const form = new FormData();
-    batch.forEach((file, i) => form.append('files', file, `image-${i}`));
-    try {
-      const answer = await fetch('studies/' + id + '/images' + query, { method: 'POST', body: form });
-      if (!answer.ok) {
-        const document = await answer.json().catch(() => ({}));
-        const names = (document.errors || []).map((item) => {
-          const place = /^files\\[(\\d+)\\]$/.exec(item.field);
-          return place ? `${batch[Number(place[1])].name} ${item.message}` : '';
-        }).filter(Boolean);
-        problem = names.join('; ') || document.detail || document.title || 'The service refused the images';
-        break;
-      }
-    } catch {
-      problem = 'The service does not respond; choose the files again to continue';
-      break;
-    }
-    done += batch.length;
+  bar.max = total;
+  cancel.focus();
+  const controller = new AbortController();
+  cancel.onclick = () => controller.abort();
+  const result = await window.dermisUpload('studies/' + id + '/images' + query, files, controller.signal, (done, words) => {
     bar.value = done;
-  }
+    tell(`${done} of ${total} images are uploaded. ${words}`);
+  });
   input.value = '';
   for (const other of enabled) other.disabled = false;  // the page may be shown as it was before
   bar.hidden = cancel.hidden = true;
-  delete cancel.dataset.stopped;
-  tell(`${done} of ${files.length} images are uploaded`);
-  trigger('select', { act: 'uploaded', id, done, total: files.length, problem });
+  input.focus();
+  tell(`${result.done} of ${total} images are uploaded`);
+  trigger('select', { act: 'uploaded', id, done: result.done, total, problem: result.problem });
 });
 let made = '';
 watch('value', () => {
@@ -183,6 +157,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 raise ValueError("the study has no name; enter one, which its readers see")
             if seed and not seed.strip().isdigit():
                 raise ValueError("the seed is not a whole number; enter one, or leave it empty")
+            yield markup.progress("Creating the study", None), gr.skip()
             async with studio.client(request) as client:
                 study = await client.studies.create(
                     name.strip(),

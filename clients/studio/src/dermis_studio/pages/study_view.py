@@ -74,7 +74,8 @@ def described(
             "close", study.id, "Close study", question=question
         )
     question = "Delete this study with its images, invitations and answers? This cannot be undone."
-    buttons += _action("delete", study.id, "Delete", kind="ds-button ds-danger", question=question)
+    words = "Cancel and delete" if study.state == "preparing" else "Delete"
+    buttons += _action("delete", study.id, words, kind="ds-button ds-danger", question=question)
     top = (
         f'<div class="ds-top"><h2>{escape(study.name)}</h2><div class="ds-actions">{state(study)}{buttons}</div></div>'
     )
