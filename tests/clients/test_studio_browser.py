@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -33,7 +33,9 @@ _REACHED = """() => {
   return { page: false, before, seen, name: now.outerHTML.slice(0, 200) };
 }"""
 # Controls that can be used and were not reached. Of a group of radio buttons, Tab reaches one.
-_NOT_REACHED = """() => [...document.querySelectorAll('a[href], button, input, select, textarea, summary, [tabindex]')].filter((each) => {
+_NOT_REACHED = """() => [...document.querySelectorAll(
+  'a[href], button, input, select, textarea, summary, [tabindex]'
+)].filter((each) => {
   if (each.disabled || each.tabIndex < 0 && !each.matches('input, button, a') || !each.getClientRects().length) return false;
   if (getComputedStyle(each).visibility === 'hidden') return false;
   if (each.type === 'radio') return ![...document.getElementsByName(each.name)].some((other) => window.reached.has(other));
