@@ -185,8 +185,7 @@ def test_projection_that_waits(demo: Launched, browser: Browser) -> None:
 def test_study_collects_prepares_and_continues_when_the_service_is_busy(demo: Launched, browser: Browser) -> None:
     page = browser.open("studies")
     create_study(page, 4)
-    uploads: list[Any] = []
-    page.route("**/studies/*/images*", uploads.append)
+    page.route("**/studies/*/images*", lambda route: None)  # it waits
     page.get_by_label("Real images: benign").set_input_files([picture(160), picture(200)])
     stop = page.get_by_role("button", name="Stop the upload")
     stop.wait_for()
@@ -256,7 +255,11 @@ def test_upload_adapts_to_a_slow_line(browser: Browser) -> None:
 def test_page_that_is_loading_is_accessible(browser: Browser, path: str) -> None:
     page = browser.page()
     held: list[Any] = []
-    page.route("**/gradio_api/queue/join*", held.append)
+
+    def hold(route: Any) -> None:
+        held.append(route)
+
+    page.route("**/gradio_api/queue/join*", hold)
     page.goto(f"{browser.address}/studio/{path}")
     page.locator(".ds-title h1").wait_for()
     page.wait_for_timeout(500)  # further events of the page
@@ -268,8 +271,7 @@ def test_page_that_is_loading_is_accessible(browser: Browser, path: str) -> None
 
 def test_page_says_that_it_is_loading_before_its_scripts_are_there(browser: Browser) -> None:
     page = browser.page()
-    held: list[Any] = []
-    page.route("**/assets/*.js", held.append)
+    page.route("**/assets/*.js", lambda route: None)  # they wait
     page.goto(f"{browser.address}/studio/", wait_until="commit")
     page.get_by_text("Loading the page").wait_for()
     assert violations(page) == []
