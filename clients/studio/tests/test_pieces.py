@@ -182,6 +182,18 @@ def test_snippets_are_programs_with_the_same_request() -> None:
     assert calls == [body]
 
 
+@pytest.mark.parametrize("number", [0, 0.0, "0"])
+def test_truncation_of_0_is_not_the_default(number: Any) -> None:
+    """The messages of a page have numbers, its address has texts."""
+    named = {"class_name": "a", "seed": 3, "index": 5}
+    sample = SampleRef.parse({**named, "truncation": number})
+    assert sample is not None and sample.truncation == 0.0
+    assert sample.body["truncation_psi"] == 0.0
+    for missing in ({}, {"truncation": None}, {"truncation": ""}):
+        default = SampleRef.parse({**named, **missing})
+        assert default is not None and default.truncation == 1.0
+
+
 def test_sample_survives_its_address_and_bad_addresses_are_refused() -> None:
     from urllib.parse import parse_qsl
 

@@ -152,7 +152,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             sample = SampleRef.parse(message)
             if sample is None:
                 raise ValueError("no image is selected; select one first")
-            distance = float(message.get("distance") or NEIGHBOUR_DISTANCE)
+            distance = NEIGHBOUR_DISTANCE if message.get("distance") is None else float(message["distance"])
             yield markup.progress(f"Generating {NEIGHBOURS} neighbours", None)
             async with studio.client(request) as client:
                 images = await client.edits.neighbours(

@@ -224,7 +224,7 @@ async def carried_out(
         return markup.success("The study is closed. No more answers are taken."), None
     elif name == "invite":
         label = str(message.get("label", "")).strip()
-        days = float(message.get("days") or 30)
+        days = 30 if message.get("days") is None else float(message["days"])
         return "", await client.studies.invite(study_id, label, expires_in_days=days)
     elif name == "revoke":
         invitation = await client.studies.revoke(study_id, str(message.get("name")))
