@@ -20,7 +20,7 @@ DOCUMENT = (
     '<html><head><meta property="og:url" content="https://gradio.app/" /><link rel="manifest" href="/manifest.json" /></head>'
     '<body><gradio-app control_page_title="true"></gradio-app></body></html>'
 )
-SCOPES = {"right": ["images", "datasets:read"], "other": ["models:read"]}
+SCOPES = {"right": ["images", "datasets:read", "models:read"], "other": ["models:read"], "none": []}
 SCOPES |= {f"study-{number}": ["studies"] for number in range(4)}
 EVENT = {"fn_index": 0, "data": ["a", 1], "session_hash": "a"}
 DATASET = f"ds_{'0' * 32}"
@@ -194,6 +194,17 @@ def test_pages_that_the_scopes_do_not_allow_are_not_offered(world: World) -> Non
     assert 'href="/studio/models"' in refused.text
     assert 'href="/studio/datasets"' not in refused.text
     assert world.to_gradio == []
+
+
+def test_visitor_is_led_to_the_first_page_that_the_key_allows(world: World) -> None:
+    sign_in(world, "other")
+    led = world.client.get("/studio/")
+    assert (led.status_code, led.headers["location"]) == (303, "/studio/models")
+    sign_in(world, "none")
+    refused = world.client.get("/studio/")
+    assert refused.status_code == 403
+    assert "<code>images</code>, and <code>models:read</code>" in refused.text
+    assert "choose another page" not in refused.text
 
 
 def test_large_bodies_are_refused(world: World) -> None:

@@ -229,7 +229,10 @@ class StudioSite:
                 return _answer_with_error(request, 404, "Not found", "There is no such path.", self._prefix)
             return await self._event(request, path, visitor, receive, send)
         if page is not None:
-            if not visitor.may(*page.scopes):
+            if visitor.lacks(page.needs):
+                first = frame.first_page(visitor)
+                if page.path == "" and first is not None:  # where the address of the studio leads
+                    return RedirectResponse(f"{self._prefix}/{first.path}", 303, {"Cache-Control": "no-store"})
                 content = frame.forbidden_page(self._prefix, page, visitor)
                 return HTMLResponse(content, 403, {"Cache-Control": "no-store"})
             return await self._page(request, page, visitor)

@@ -7,7 +7,7 @@ import binascii
 import io
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -251,7 +251,7 @@ class SourceFields:
         )
 
     def updates(
-        self, model: Model, query: dict[str, str], note: str = "", *, samples: bool = True, files: bool = True
+        self, model: Model, query: Mapping[str, str], note: str = "", *, samples: bool = True, files: bool = True
     ) -> list[Any]:
         """Return updates of `outputs`. What the visitor has entered stays.
 

@@ -13,9 +13,8 @@ from dermis_client import ClassificationsResult, HeatMap, Model
 from dermis_client.models import HeatMapMethod
 from PIL import Image, ImageOps
 
-from dermis_studio import markup
-from dermis_studio.access import Visitor
-from dermis_studio.loading import fill_for_model, run_if_named
+from dermis_studio import markup, quotas
+from dermis_studio.loading import Offer, fill_for_model, run_if_named
 from dermis_studio.samples import DETAIL_PIXELS, find_model, png, probability
 from dermis_studio.scales import threshold_name
 from dermis_studio.sources import Picture, SourceFields, opened, picture
@@ -31,6 +30,8 @@ NOTICE = (
 )
 METHODS = (("None", "none"), ("XRAI: regions", "xrai"), ("Integrated gradients: pixels", "integrated-gradients"))
 
+USES = (quotas.IMAGES, quotas.UPLOADS)
+
 
 def build(studio: Studio, blocks: gr.Blocks) -> None:
     """Build the page."""
@@ -45,13 +46,16 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             source = SourceFields()
             threshold = gr.Dropdown(label="Threshold", choices=[])
             method = gr.Radio(label="Heat map", choices=list(METHODS), value="none", info="Takes seconds.")
+            used_up = html()
             start = gr.Button("Classify", variant="primary", interactive=False)
             stop = gr.Button("Stop", variant="stop", visible=False)
         with gr.Column():
             result = html(NOTHING)
 
-    def updates(chosen: Model, visitor: Visitor, query: dict[str, str]) -> list[Any]:
-        return [*source.updates(chosen, query, _KEPT, samples=visitor.may("images")), *_of_model(chosen)]
+    def updates(offer: Offer) -> list[Any]:
+        samples, files = offer.samples, not offer.left.blocks(quotas.UPLOADS)
+        shown = source.updates(offer.model, offer.query, _KEPT * files, samples=samples, files=files)
+        return [*shown, *_of_model(offer.model, usable=samples or files)]
 
     async def run(
         request: gr.Request, name: str, threshold: str | None, method: HeatMapMethod | Literal["none"], *values: Any
@@ -77,14 +81,16 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     shown = studio.displays.run_until_stopped([start.click], run, inputs, [result], (start, stop), stopped)
     source.fill_from_address(blocks)
     fields = [*source.outputs, threshold, start]
-    loaded = fill_for_model(studio, blocks, model, fields, updates, problem=result, result=result, nothing=NOTHING)
+    loaded = fill_for_model(
+        studio, blocks, model, fields, updates, uses=USES, note=used_up, problem=result, result=result, nothing=NOTHING
+    )
     run_if_named(loaded, shown, inputs, [result, start, stop])
 
 
 _KEPT = "<p class='ds-muted'>Your image is classified in memory, and not kept.</p>"
 
 
-def _of_model(model: Model) -> list[Any]:
+def _of_model(model: Model, *, usable: bool) -> list[Any]:
     """Updates of the thresholds and of the button."""
     classifier = model.classifier
     if classifier is None:
@@ -94,7 +100,7 @@ def _of_model(model: Model) -> list[Any]:
         for name, value in sorted(classifier.thresholds.items(), key=lambda item: item[1])
     ]
     default = "default" if "default" in classifier.thresholds else next(iter(classifier.thresholds), None)
-    return [gr.update(choices=choices, value=default, info=None), gr.update(interactive=True)]
+    return [gr.update(choices=choices, value=default, info=None), gr.update(interactive=usable)]
 
 
 def described(image: Picture, model: Model, result: ClassificationsResult) -> str:

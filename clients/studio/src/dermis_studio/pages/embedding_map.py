@@ -12,9 +12,9 @@ import gradio as gr
 from dermis_client import AsyncDermisClient, EmbeddingMap, Model
 from PIL import Image
 
-from dermis_studio import downloads, markup
+from dermis_studio import downloads, markup, quotas
 from dermis_studio.access import Visitor, key_of
-from dermis_studio.loading import fill_for_model
+from dermis_studio.loading import Offer, fill_for_model
 from dermis_studio.pages.generate import parts, shares
 from dermis_studio.pages.map_points import NOT_KNOWN, OWN, PROJECTED, Point, element, of_sample, thumbnail
 from dermis_studio.samples import SampleRef, find_model
@@ -43,6 +43,7 @@ _UPLOADS_OFF = (
     '<p class="ds-muted">Images of your own: project one, then enter its id here. This service does not place uploaded images: '
     "it could show who is in the training set.</p>"
 )
+USES = (quotas.COMPARISONS, quotas.COMPARISONS_NOW, quotas.IMAGES)
 _SEPARATORS = re.compile(r"[\s,;]+")
 
 
@@ -68,6 +69,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             with gr.Column(elem_classes=["ds-fields"], visible=False) as of_file:
                 file = drop()
             note = html()
+            used_up = html()
             start = gr.Button("Draw map", variant="primary", interactive=False)
             stop = gr.Button("Stop", variant="stop", visible=False)
         with gr.Column(elem_classes=["ds-section"]):
@@ -110,16 +112,27 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
 
     fill_from_address(blocks, AddressField("seed", seed), AddressField("projection", projections))
     fields = [of_projections, of_file, note, start]
-    fill_for_model(studio, blocks, model, fields, _allowed, problem=status, result=drawing, nothing=NOTHING)
+    fill_for_model(
+        studio,
+        blocks,
+        model,
+        fields,
+        _allowed,
+        uses=USES,
+        note=used_up,
+        problem=status,
+        result=drawing,
+        nothing=NOTHING,
+    )
     inputs = [model, count, seed, truncation, projections, file]
     words = '<p class="ds-muted" role="status">Stopped. The map has the images that had been placed.</p>'
     events = [start.click, seed.submit]
     studio.displays.run_until_stopped(events, draw, inputs, [status, drawing], (start, stop), (words, gr.skip()))
 
 
-def _allowed(model: Model, visitor: Visitor, query: dict[str, str]) -> list[Any]:
-    """Return updates of the fields that depend on the model: what it and the key allow."""
-    index = model.authenticity
+def _allowed(offer: Offer) -> list[Any]:
+    """Return updates of the fields that depend on the model: what it, the key and the quotas allow."""
+    index, visitor = offer.model.authenticity, offer.visitor
     uploads = index is not None and bool(index.get("uploads"))
     may_upload = uploads and visitor.may("authenticity:uploads")
     note = _NO_INDEX if index is None else "" if may_upload else "" if uploads else _UPLOADS_OFF
@@ -127,7 +140,7 @@ def _allowed(model: Model, visitor: Visitor, query: dict[str, str]) -> list[Any]
         gr.update(visible=index is not None and visitor.may("projections")),
         gr.update(visible=may_upload),
         note,
-        gr.update(interactive=index is not None),
+        gr.update(interactive=index is not None and not offer.left.blocks(*USES)),
     ]
 
 

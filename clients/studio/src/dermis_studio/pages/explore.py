@@ -13,7 +13,7 @@ import gradio as gr
 from dermis_client import AsyncDermisClient, Direction, EditedImage, Model
 from PIL import Image
 
-from dermis_studio import markup, snippets
+from dermis_studio import markup, quotas, snippets
 from dermis_studio.pages import latent_map
 from dermis_studio.samples import SampleRef, enlarged, find_model, options, png
 from dermis_studio.studio import (
@@ -109,6 +109,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             with gr.Row(visible=False) as ranged:
                 first = gr.Number(label="First layer", value=0, precision=0, minimum=0, min_width=80)
                 last = gr.Number(label="End (not included)", value=4, precision=0, minimum=1, min_width=80)
+            used_up = html()
         with gr.Column(elem_classes=["ds-section"]):
             with gr.Row(elem_classes=["ds-panel", "ds-before-after"]):
                 before = html(markup.progress("Loading the directions", None))
@@ -154,16 +155,24 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
 
     async def load(request: gr.Request) -> Any:
         try:
+            visitor = await studio.visitor(request)
             async with studio.client(request) as client:
-                update, chosen = await chosen_model(client, request)
+                (update, chosen), left = await asyncio.gather(
+                    chosen_model(client, request), quotas.left(client, quotas.IMAGES)
+                )
                 query = query_of(request)
                 directions = await client.edits.directions(chosen.name)
         except Exception as error:
-            return [problem_of(error), *[gr.skip()] * (6 + SLIDERS)]
+            return [problem_of(error), *[gr.skip()] * (len(fields) - 1)]
         asked = query.get("class_name")
         classes = chosen.classes
+        projects = visitor.may("projections")
+        usable = gr.update(interactive=not left.blocks(quotas.IMAGES))
         return [
             gr.skip(),
+            gr.skip() if projects else gr.update(value=SAMPLE, visible=False),
+            left.note,
+            *[usable] * len(commands),
             update,
             gr.update(choices=classes, value=asked if asked in classes else (classes[0] if classes else None)),
             *direction_updates(directions),
@@ -298,8 +307,12 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         except Exception as error:
             yield problem_of(error)
 
+    commands = [make, draw, interpolate]
     fields = [
         before,
+        kind,
+        used_up,
+        *commands,
         model,
         class_name,
         chosen_names,

@@ -13,7 +13,7 @@ import gradio as gr
 from dermis_client import AsyncDermisClient, EditedImage, GeneratedImage, Model
 from dermis_client.models import NoiseMode
 
-from dermis_studio import markup, snippets
+from dermis_studio import markup, quotas, snippets
 from dermis_studio.access import Visitor
 from dermis_studio.samples import (
     NOISE,
@@ -31,6 +31,7 @@ from dermis_studio.starts import links, offered
 from dermis_studio.studio import PRIVATE, Studio, chosen_model, heading, html, problem_of, query_of, shows_problems
 
 MAX_IMAGES = 64
+COUNT = 16  # at first
 CHUNK = 4  # images of one call, so that the grid fills while images arrive
 ALL = "All classes"
 NOT_CHOSEN = markup.empty_state("No image selected", "Select an image of the grid to see what is known about it.")
@@ -67,7 +68,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         with gr.Column(elem_classes=["ds-panel", "ds-side"]):
             model = gr.Dropdown(label="Model", choices=[], visible=False)
             class_name = gr.Radio(label="Class", choices=[ALL], value=ALL)
-            count = gr.Slider(1, MAX_IMAGES, value=16, step=1, label="Number of images", buttons=[])
+            count = gr.Slider(1, MAX_IMAGES, value=COUNT, step=1, label="Number of images", buttons=[])
             seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, info="Another seed gives other images.")
             new_seed = gr.Button("Draw a new seed", size="sm")
             truncation = gr.Slider(
@@ -79,6 +80,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 value="random",
                 info="Fine texture that is drawn for each image.",
             )
+            used_up = html()
             start = gr.Button("Generate", variant="primary", interactive=False)
             stop = gr.Button("Stop", variant="stop", visible=False)
         with gr.Column():
@@ -89,12 +91,15 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             neighbours = html()
             stop_neighbours = gr.Button("Stop", variant="stop", size="sm", visible=False)
 
-    @shows_problems(4)
+    @shows_problems(6)
     async def load(request: gr.Request) -> Any:
         async with studio.client(request) as client:
-            update, chosen = await chosen_model(client, request)
-        query = query_of(request)
-        return "", update, class_update(chosen, query.get("class_name")), gr.update(interactive=True)
+            (update, chosen), left = await asyncio.gather(
+                chosen_model(client, request), quotas.left(client, quotas.IMAGES)
+            )
+        classes = class_update(chosen, query_of(request).get("class_name"))
+        usable = gr.update(interactive=not left.blocks(quotas.IMAGES))
+        return "", update, classes, count_update(left.remaining(quotas.IMAGES)), left.note, usable
 
     @shows_problems(2)
     async def choose_model(name: str, request: gr.Request) -> Any:
@@ -165,7 +170,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         except Exception as error:
             yield problem_of(error)
 
-    blocks.load(load, None, [status, model, class_name, start], **PRIVATE)
+    blocks.load(load, None, [status, model, class_name, count, used_up, start], **PRIVATE)
     model.input(choose_model, model, [status, class_name], **PRIVATE)
     new_seed.click(lambda: secrets.randbelow(10**6), None, seed, **PRIVATE)
     inputs = [model, class_name, count, seed, truncation, noise]
@@ -189,6 +194,14 @@ def class_update(model: Model, chosen: str | None) -> Any:
     """Return an update of the choice of the class."""
     choices = [ALL, *model.classes] if len(model.classes) > 1 else list(model.classes)
     return gr.update(choices=choices, value=chosen if chosen in choices else choices[0])
+
+
+def count_update(left: float | None) -> Any:
+    """Return an update of the number of images, of which no more can be chosen than are left today."""
+    if left is None or not 1 <= left < MAX_IMAGES:
+        return gr.skip()
+    most = int(left)
+    return gr.update(maximum=most, value=min(most, COUNT), info=f"{most} are left today.")
 
 
 def shares(total: int, classes: list[str]) -> dict[str, int]:

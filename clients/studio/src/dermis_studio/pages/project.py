@@ -11,7 +11,7 @@ import gradio as gr
 from dermis_client import AsyncDermisClient, DermisError, Model, ProjectedImage, Projection, ProjectionPreview
 from PIL import Image, ImageOps
 
-from dermis_studio import downloads, markup, scales
+from dermis_studio import downloads, markup, quotas, scales
 from dermis_studio.access import key_of
 from dermis_studio.displays import stops
 from dermis_studio.pages.dataset_view import when
@@ -42,6 +42,7 @@ NOTHING = (
 )
 SHORT = '<p class="ds-muted">Kept: your image until the projection has ended, the result until you delete it or it expires.</p>'
 POLL_SECONDS = 0.7
+USES = (quotas.PROJECTIONS, quotas.UPLOADS, quotas.JOBS, quotas.STORED)
 # The address names the projection, so that the page can be loaded again.
 _ON_LOAD = """
 element.addEventListener('click', (event) => {
@@ -79,6 +80,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 label="Schedule", choices=[("Fast", "fast"), ("Official, slower", "official")], value="fast"
             )
             video = gr.Checkbox(label="Film of the optimisation", value=True)
+            used_up = html()
             start = gr.Button("Project", variant="primary", interactive=False)
         with gr.Column():
             result = html(NOTHING, js_on_load=_ON_LOAD)
@@ -86,10 +88,11 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     async def load(request: gr.Request) -> Any:
         try:
             async with studio.client(request) as client:
-                update, chosen = await chosen_model(client, request)
-            return gr.skip(), update, class_update(chosen), gr.update(interactive=True)
+                (update, chosen), left = await asyncio.gather(chosen_model(client, request), quotas.left(client, *USES))
+            usable = gr.update(interactive=not left.blocks(*USES))
+            return gr.skip(), update, class_update(chosen), left.note, usable
         except Exception as error:
-            return problem_of(error), gr.skip(), gr.skip(), gr.skip()
+            return problem_of(error), gr.skip(), gr.skip(), gr.skip(), gr.skip()
 
     @shows_problems(2)
     async def choose_model(name: str, request: gr.Request) -> Any:
@@ -142,7 +145,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         except Exception as error:
             yield problem_of(error), gr.skip()
 
-    blocks.load(load, None, [result, model, class_name, start], **PRIVATE)
+    blocks.load(load, None, [result, model, class_name, used_up, start], **PRIVATE)
     reopened = blocks.load(reopen, None, result, concurrency_limit=None, **PRIVATE)
     model.input(choose_model, model, [result, class_name], **PRIVATE)
     inputs = [file, model, class_name, schedule, video]

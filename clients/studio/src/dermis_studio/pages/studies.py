@@ -10,12 +10,13 @@ from typing import Any
 import gradio as gr
 from dermis_client import AsyncDermisClient, NewInvitation, Study
 
-from dermis_studio import markup
+from dermis_studio import markup, quotas
 from dermis_studio.displays import stops
 from dermis_studio.pages import study_view as view
 from dermis_studio.studio import PRIVATE, Studio, chosen_model, heading, html, problem_of, query_of
 
 POLL_SECONDS = 1.0
+USES = (quotas.IMAGES, quotas.UPLOADS, quotas.STORED)
 UPLOADS, FOLDER = "uploads", "folder"
 # Buttons and the form of an invitation become events of the page. Images go to the studio in small requests, which pass them on
 # with the key of the visitor, so that hundreds of them are never in one message.
@@ -106,6 +107,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                     buttons=[],
                 )
                 seed = gr.Textbox(label="Seed", info="Empty: a random one. Keep it secret from readers.", max_length=19)
+            used_up = html()
             create = gr.Button("Create study", variant="primary")
         with gr.Column(elem_classes=["ds-section"]):
             current = html(view.NOTHING, js_on_load=_ON_LOAD)
@@ -113,10 +115,12 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
 
     async def load(request: gr.Request) -> Any:
         try:
+            reads_models = (await studio.visitor(request)).may("models:read")  # without it, the default model is used
             async with studio.client(request) as client:
-                (update, _), studies = await asyncio.gather(chosen_model(client, request), client.studies.list())
+                studies, left = await asyncio.gather(client.studies.list(), quotas.left(client, *USES))
+                update = (await chosen_model(client, request))[0] if reads_models else gr.skip()
         except Exception as error:
-            return problem_of(error), "", gr.skip(), gr.skip(), gr.skip()
+            return problem_of(error), "", *[gr.skip()] * 4
         most = studies.max_images or 200
         return (
             gr.skip(),
@@ -124,6 +128,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             update,
             gr.update(visible=studies.folder_of_real_images),
             gr.update(value=min(200, most), maximum=most),
+            left.note,
         )
 
     @studio.displays.newest(2)
@@ -199,7 +204,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             except Exception:
                 yield problem, gr.skip()
 
-    blocks.load(load, None, [current, table, model, source, count], **PRIVATE)
+    blocks.load(load, None, [current, table, model, source, count, used_up], **PRIVATE)
     following = blocks.load(reopen, None, [current, table], concurrency_limit=None, **PRIVATE)
     fields = [name, model, count, source, equal, truncation, seed]
     stops(create.click, following)
