@@ -407,7 +407,7 @@ def test_a_refused_number_names_its_field(browser: Browser) -> None:
     field = page.get_by_label("Its seed")
     field.evaluate("e => { e.value = '-3'; e.dispatchEvent(new Event('input', { bubbles: true })); }")
     press(page, "Make film")
-    shows(page, "Its seed: value -3 is less than")
+    shows(page, "Its seed: -3 is not allowed. Enter 0 or more.")
 
 
 @pytest.mark.full

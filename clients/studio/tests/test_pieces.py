@@ -18,7 +18,8 @@ from dermis_client.errors import RateLimitError, ServerError, UnprocessableEntit
 from dermis_client.models import Problem
 from dermis_client.studies import NewInvitation, StudyImages
 from dermis_studio import markup, scales, snippets, sources
-from dermis_studio.pages import map_points, study_view
+from dermis_studio.app import _name_numbers, number_refused
+from dermis_studio.pages import map_points, studies, study_view
 from dermis_studio.samples import SampleRef, words_of
 from dermis_studio.sources import SourceFields
 from PIL import Image
@@ -50,6 +51,72 @@ def test_problem_of_a_page_itself_says_what_to_do() -> None:
     assert "<p>no image is chosen</p>" in shown
     assert '<p class="ds-remedy">Choose one first.</p>' in shown
     assert '<p class="ds-remedy">Change' in markup.problem(DermisError("too large"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "words"),
+    [
+        ("internal", 500, "Tell the operator the id of the dataset: the log of the service has the reason."),
+        ("storage-full", 507, "Delete what is not needed, and ask the operator to free space."),
+        ("no-classifier", 422, "Change the values that are named here."),
+        ("model-unavailable", 503, "Ask the operator whether the model is served again."),
+    ],
+)
+def test_failed_job_shows_its_title_and_what_to_do_about_its_kind(kind: str, status: int, words: str) -> None:
+    found = Problem.model_validate(
+        {
+            "type": f"urn:dermis:problem:{kind}",
+            "title": "The <title>",
+            "status": status,
+            "detail": EVIL,
+            "errors": [{"field": "privacy.gate", "message": "too strict"}],
+        }
+    )
+    shown = markup.failure(found, "dataset", "create the dataset")
+    assert "<h2>The &lt;title&gt;</h2>" in shown and "<script" not in shown
+    assert "<code>privacy.gate</code> too strict" in shown
+    assert f'<p class="ds-remedy">{words} Then create the dataset again.</p>' in shown
+    assert "The service gave no reason" in markup.failure(None, "dataset", "create the dataset")
+
+
+@pytest.mark.parametrize(
+    ("message", "detail", "remedy"),
+    [
+        ("the folder is empty; put images into it", "the folder is empty", "Put images into it."),
+        ("internal error; see the log", "internal error", "Tell the operator the id of the study"),
+        ("no space", "no space", "Correct what is named here."),
+    ],
+)
+def test_failed_study_shows_what_to_do(message: str, detail: str, remedy: str) -> None:
+    shown = study_view.described(studied(state="failed", error=message))
+    assert "<h2>The images of the study cannot be made</h2>" in shown and f"<p>{detail}</p>" in shown
+    assert f'class="ds-remedy">{remedy}' in shown and "Then create the study again." in shown
+
+
+def test_upload_that_ended_shows_the_title_of_the_problem_and_what_to_do() -> None:
+    ended = {"done": 1, "total": 3, "problem": "a quota", "title": "A quota of the tenant is used up", "status": 429}
+    shown = studies._upload_problem(ended | {"wait": 40000})
+    assert "<h2>A quota of the tenant is used up</h2>" in shown
+    assert "Try again in 11.1 h" in shown and "1 of 3 are uploaded" in shown
+    late = studies._upload_problem({"done": 0, "total": 3, "problem": "a.png did not arrive in time"})
+    assert "<h2>Not all images were uploaded</h2>" in late and "Choose the files again." in late
+    assert "without those that are named" in studies._upload_problem(ended | {"status": 422})
+
+
+@pytest.mark.parametrize(
+    ("least", "greatest", "words"), [(0, None, "Enter 0 or more."), (0.5, 4, "Enter 0.5 to 4."), (None, 3, "at most 3")]
+)
+def test_refused_number_says_which_are_allowed(least: Any, greatest: Any, words: str) -> None:
+    refused = number_refused("<b>Seed", -3.0, least, greatest)
+    assert refused.message.startswith("&lt;b&gt;Seed: -3 is not allowed.") and words in refused.message
+    assert refused.title == "This number is not allowed"
+
+
+def test_numbers_and_sliders_name_their_field() -> None:
+    _name_numbers()
+    for kind in (gr.Number, gr.Slider):
+        with pytest.raises(gr.Error, match="Strength: 9 is not allowed. Enter 1 to 5."):
+            kind(label="Strength", minimum=1, maximum=5, value=2).preprocess(9)
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:

@@ -198,11 +198,12 @@ def forbidden_page(prefix: str, page: Page, visitor: Visitor) -> str:
     )
 
 
-def error_page(prefix: str, title: str, detail: str) -> str:
+def error_page(prefix: str, title: str, detail: str, what_to_do: str = "") -> str:
     """A page with an error and what to do."""
+    remedy = f'<p class="ds-remedy">{escape(what_to_do)}</p>' if what_to_do else ""
     return _document(
         prefix,
         title,
-        f"""<section class="ds-card"><h1>{escape(title)}</h1><p role="alert">{escape(detail)}</p>
+        f"""<section class="ds-card"><h1>{escape(title)}</h1><p role="alert">{escape(detail)}</p>{remedy}
 <p><a class="ds-button" href="">Try again</a> <a href="{prefix}/">First page</a></p></section>""",
     )

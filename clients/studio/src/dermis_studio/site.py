@@ -252,6 +252,12 @@ class StudioSite:
                 return _refused(request, "The event is refused", error, self._prefix)
             return None
         download = await downloads.answer(self._service, visitor, path, request)
+        if isinstance(download, downloads.FileProblem):
+            problem = _answer_with_error(
+                request, download.status, download.title, download.detail, self._prefix, download.remedy
+            )
+            problem.headers.update(download.headers)
+            return problem
         if download is not None:
             return download
         return _answer_with_error(request, 404, "Not found", "The studio has no such page.", self._prefix)
@@ -364,12 +370,15 @@ def _refused(request: Request, title: str, error: RefusedError, prefix: str) -> 
     return response
 
 
-def _answer_with_error(request: Request, status: int, title: str, detail: str, prefix: str) -> Response:
+def _answer_with_error(
+    request: Request, status: int, title: str, detail: str, prefix: str, what_to_do: str = ""
+) -> Response:
     """An error as a page for browsers that open it, and as JSON for scripts."""
     if "text/html" in request.headers.get("accept", ""):
-        return HTMLResponse(frame.error_page(prefix, title, detail), status, {"Cache-Control": "no-store"})
+        content = frame.error_page(prefix, title, detail, what_to_do)
+        return HTMLResponse(content, status, {"Cache-Control": "no-store"})
     return Response(
-        json.dumps({"title": title, "status": status, "detail": detail}),
+        json.dumps({"title": title, "status": status, "detail": " ".join(filter(None, (detail, what_to_do)))}),
         status,
         {"Cache-Control": "no-store"},
         "application/problem+json",

@@ -195,14 +195,7 @@ async def followed(
     if projection.data:
         yield await described(studio, request, projection, projection.data[0], content)
     else:
-        error = projection.error
-        title, detail = (
-            ("The projection failed", "The service gave no reason.") if error is None else (error.title, error.detail)
-        )
-        yield (
-            f'<div class="ds-problem" role="alert"><h2>{escape(title)}</h2><p>{escape(detail)}</p>'
-            '<p class="ds-remedy">Choose another image, or try again.</p></div>'
-        )
+        yield markup.failure(projection.error, "projection", "project the image")
 
 
 def _own_figure(content: bytes) -> str:
@@ -282,7 +275,7 @@ async def described(
     visitor = await studio.visitor(request)
     starts = links(f"projection={projection.id}", offered(visitor, projection=True), "explore")
     files = "".join(
-        f'<a class="ds-button" href="{at}/{escape(names[kind])}" download>{words}</a>'
+        f'<a class="ds-button" href="{at}/{escape(names[kind])}">{words}</a>'
         for kind, words in (("latents", "Save latent"), ("image", "Save image"), ("video", "Save film"))
         if kind in names
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from html import escape
 from typing import Any
 
 import gradio as gr
@@ -58,7 +57,7 @@ element.addEventListener('change', async (event) => {
   bar.hidden = cancel.hidden = true;
   input.focus();
   tell(`${result.done} of ${total} images are uploaded`);
-  trigger('select', { act: 'uploaded', id, done: result.done, total, problem: result.problem });
+  trigger('select', { act: 'uploaded', id, total, ...result });
 });
 let made = '';
 watch('value', () => {
@@ -235,20 +234,27 @@ async def carried_out(
         invitation = await client.studies.revoke(study_id, str(message.get("name")))
         return markup.success(f"The link of {invitation.label} does not work any more."), None
     elif name == "uploaded":
-        done, total, problem = message.get("done"), message.get("total"), str(message.get("problem") or "")
-        if problem:
-            return _upload_problem(problem, done, total), None
+        done, total = message.get("done"), message.get("total")
+        if message.get("problem"):
+            return _upload_problem(message), None
         stopped = "" if done == total else " The upload was stopped."
         return markup.success(f"{done} of {total} images are uploaded.{stopped}"), None
     return "", None
 
 
-def _upload_problem(problem: str, done: Any, total: Any) -> str:
-    return (
-        f'<div class="ds-problem" role="alert"><h2>Not all images were uploaded</h2><p>{escape(problem)}</p>'
-        f'<p class="ds-remedy">{escape(str(done))} of {escape(str(total))} are uploaded. Choose the files again without those '
-        "that are named here; images that are there already are not added twice.</p></div>"
-    )
+def _upload_problem(message: Mapping[str, Any]) -> str:
+    """Return why an upload ended, from what `study_upload.js` says of it."""
+    status = message.get("status")
+    if not isinstance(status, int):  # the service did not answer, or not in time
+        what = "Choose the files again."
+    elif status == 422:
+        what = "Choose the files again without those that are named here."
+    else:
+        wait = message.get("wait")
+        what = f"{markup.remedy(status, wait if isinstance(wait, int | float) else None)} Then choose the files again."
+    arrived = f"{message.get('done')} of {message.get('total')} are uploaded; images that are there already are not added twice."
+    title = str(message.get("title") or "Not all images were uploaded")
+    return markup.described_problem(title, str(message.get("problem")), f"{what} {arrived}")
 
 
 async def followed(
