@@ -175,15 +175,11 @@ def failure(found: Problem | None, name: str, begin: str) -> str:
         name: What it is, such as "dataset".
         begin: How to begin it again, such as "create the dataset".
     """
-    again = f"Then {begin} again."
-    if found is None:
-        return described_problem(
-            f"The {name} failed", "The service gave no reason.", f"{_FAILURES['internal'].format(name=name)} {again}"
-        )
+    found = found or Problem(type="urn:dermis:problem:internal", detail="The service gave no reason.")
     first = _FAILURES.get(found.kind) or _FAILED.get(found.status or 0) or _FAILURES["internal"]
     fields = [(item.field, item.message) for item in found.errors]
-    title = found.title or f"The {name} failed"
-    return described_problem(title, found.detail, f"{first.format(name=name)} {again}", fields=fields)
+    what = f"{first.format(name=name)} Then {begin} again."
+    return described_problem(found.title or f"The {name} failed", found.detail, what, fields=fields)
 
 
 def failure_in_words(message: str, title: str, name: str, begin: str) -> str:

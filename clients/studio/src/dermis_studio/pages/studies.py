@@ -252,9 +252,10 @@ def _upload_problem(message: Mapping[str, Any]) -> str:
     else:
         wait = message.get("wait")
         what = f"{markup.remedy(status, wait if isinstance(wait, int | float) else None)} Then choose the files again."
-    arrived = f"{message.get('done')} of {message.get('total')} are uploaded; images that are there already are not added twice."
+    arrived = f"{message.get('done')} of {message.get('total')} are uploaded"
+    what += f" {arrived}; images that are there already are not added twice."
     title = str(message.get("title") or "Not all images were uploaded")
-    return markup.described_problem(title, str(message.get("problem")), f"{what} {arrived}")
+    return markup.described_problem(title, str(message.get("problem")), what)
 
 
 async def followed(
