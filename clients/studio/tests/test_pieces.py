@@ -6,20 +6,32 @@ import base64
 import html
 import io
 import json
+import re
 import shlex
+import zipfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from html.parser import HTMLParser
 from typing import Any
 
 import gradio as gr
 import pytest
-from dermis_client import APIConnectionError, DermisError, Embedding, EmbeddingMap, Model, Study, StudyResults
+from dermis_client import (
+    APIConnectionError,
+    DermisError,
+    EditedImage,
+    Embedding,
+    EmbeddingMap,
+    HeatMap,
+    Model,
+    Study,
+    StudyResults,
+)
 from dermis_client.errors import RateLimitError, ServerError, UnprocessableEntityError
 from dermis_client.models import Problem
 from dermis_client.studies import NewInvitation, StudyImages
 from dermis_studio import markup, scales, snippets, sources
 from dermis_studio.app import _name_numbers, number_refused
-from dermis_studio.pages import map_points, studies, study_view
+from dermis_studio.pages import classify, map_points, strips, studies, study_view
 from dermis_studio.samples import SampleRef, words_of
 from dermis_studio.sources import SourceFields
 from PIL import Image
@@ -426,3 +438,47 @@ def test_chart_of_distances_ends_at_the_last_step() -> None:
     assert points == ["41.6,8.0", "120.0,48.0", "200.0,68.0"]  # 40 to 360 px for 200 steps, 8 to 88 px for 4 to 0
     assert "Distance after 100 of 200 steps: 1.000; at the beginning 4.000." in chart
     assert scales.distance_chart([], 200) == ""
+
+
+def edited(colour: tuple[int, int, int], strength: float) -> EditedImage:
+    """An edited image with a gradient of more colours than a GIF has."""
+    picture = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+    picture = Image.blend(picture, Image.effect_noise((64, 64), 90).convert("RGB"), 0.5)
+    content = encoded(Image.blend(picture, Image.new("RGB", (64, 64), colour), 0.4), "PNG")
+    sent = {"sample": 0, "strength": strength, "media_type": "image/png", "sha256": "0" * 64}
+    return EditedImage.model_validate(sent | {"b64": base64.b64encode(content)})
+
+
+def test_film_and_zip_have_the_colours_of_the_images() -> None:
+    images = [edited((200, 150 + 20 * place, 120), place - 1.0) for place in range(3)]
+    shown = strips.drawn(images, 'a "b"/<c>')
+    assert "<c>" not in shown and shown.count('<figure><img class="ds-pixels"') == 3
+    hrefs = re.findall(r'download="([^"]+)" href="data:([\w/]+);base64,([^"]+)"', shown)
+    saved = {kind: base64.b64decode(content) for _, kind, content in hrefs}
+    assert [name for name, *_ in hrefs] == ["a-b-c-.png", "a-b-c-.webp", "a-b-c-.zip"]
+    film = Image.open(io.BytesIO(saved["image/webp"]))
+    assert film.n_frames == 4  # there, and back to the first one
+    for frame, image in enumerate([*images, images[1]]):
+        film.seek(frame)
+        assert film.convert("RGB").tobytes() == image.image.tobytes()
+    with zipfile.ZipFile(io.BytesIO(saved["application/zip"])) as files:
+        assert files.namelist() == ["00_0000_-1.00.png", "01_0000_+0.00.png", "02_0000_+1.00.png"]
+        assert [files.read(name) for name in files.namelist()] == [image.content for image in images]
+    assert "enlarged 6 times (nearest)" in shown and 'aria-pressed="false">Play film' in shown
+
+
+def test_heat_map_is_shown_smooth_pixel_by_pixel_and_at_its_own_size() -> None:
+    own = edited((200, 150, 120), 0.0).content
+    colours = Image.effect_noise((32, 32), 90).convert("RGB")
+    sent = {"method": "xrai", "scale": 0.5, "sha256": "0" * 64, "b64": base64.b64encode(encoded(colours, "PNG"))}
+    picture = sources.Picture(own, "image/png", SampleRef("demo", "benign", 1, 2))
+    shown = classify.overlay(picture, HeatMap.model_validate(sent), "malignant")
+    views = re.findall(r'data-ds-view="(\w+)" style="width:(\d+)px;height:\d+px"( hidden)?>(.*?)</div>', shown)
+    sizes = {name: (int(side), bool(hidden)) for name, side, hidden, _ in views}
+    assert sizes == {"smooth": (384, False), "pixels": (384, True), "input": (32, True)}
+    images = {name: re.findall(r"base64,([^\"]+)", inner) for name, *_, inner in views}
+    opened = {name: [Image.open(io.BytesIO(base64.b64decode(each))) for each in pair] for name, pair in images.items()}
+    assert opened["pixels"][0].tobytes() == Image.open(io.BytesIO(own)).tobytes()
+    assert opened["pixels"][1].tobytes() == opened["input"][1].tobytes() == colours.tobytes()
+    assert [each.size for each in opened["input"]] == [(32, 32)] * 2
+    assert all('class="ds-pixels"' in inner for name, *_, inner in views if name != "smooth")

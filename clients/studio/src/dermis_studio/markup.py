@@ -11,10 +11,12 @@ from typing import Any
 from dermis_client import APIConnectionError, APIStatusError, DermisError
 from dermis_client.models import Problem
 
+_MEDIA_TYPES = frozenset({"image/png", "image/jpeg", "image/webp", "image/gif", "application/zip"})
+
 
 def data_url(content: bytes, media_type: str) -> str:
-    """Return an image as a URL that contains it."""
-    kind = media_type if media_type in {"image/png", "image/jpeg", "image/webp", "image/gif"} else "image/png"
+    """Return a file as a URL that contains it: an image, or a zip to be saved."""
+    kind = media_type if media_type in _MEDIA_TYPES else "image/png"
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 

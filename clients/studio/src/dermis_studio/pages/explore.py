@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -11,11 +10,10 @@ from typing import Any
 
 import gradio as gr
 from dermis_client import AsyncDermisClient, Direction, EditedImage, Model
-from PIL import Image
 
 from dermis_studio import markup, quotas, snippets
-from dermis_studio.pages import latent_map
-from dermis_studio.samples import SampleRef, enlarged, find_model, options, png
+from dermis_studio.pages import latent_map, strips
+from dermis_studio.samples import SampleRef, enlarged, find_model, options
 from dermis_studio.studio import (
     PRIVATE,
     AddressField,
@@ -259,7 +257,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 if layer_range is not None:
                     sweep["layers"] = list(layer_range)
                 images = await client.edits.create(**start.arguments, edits=others or None, sweep=sweep)
-            yield await asyncio.to_thread(strip_of, list(images), direction)
+            yield await asyncio.to_thread(strips.drawn, list(images), direction)
         except Exception as error:
             yield problem_of(error)
 
@@ -303,7 +301,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                     images=count,
                     **arguments,
                 )
-            yield await asyncio.to_thread(strip_of, list(images), "interpolation")
+            yield await asyncio.to_thread(strips.drawn, list(images), "interpolation")
         except Exception as error:
             yield problem_of(error)
 
@@ -454,31 +452,4 @@ async def probability_words(client: AsyncDermisClient, model: Model, image: Edit
     return (
         f'<p class="ds-line">Calibrated probability of {escape(result.positive_class)} for the edited image: '
         f"<b>{result[0].calibrated:.3f}</b> (threshold {result.threshold.value:.3f}). Not a diagnosis.</p>"
-    )
-
-
-def strip_of(images: Sequence[EditedImage], direction: str) -> str:
-    """Return the images of a sweep or an interpolation beside each other, with links to a strip and a film."""
-    pictures = [image.image for image in images]
-    cells = "".join(
-        f'<figure><img class="ds-pixels" src="{markup.data_url(image.content, image.media_type)}" width="{picture.width}" '
-        f'height="{picture.height}" alt="{escape(direction)} '
-        f'{image.strength or 0:+.2f}"><figcaption>{image.strength or 0:+.2f}</figcaption>'
-        "</figure>"
-        for image, picture in zip(images, pictures, strict=True)
-    )
-    width, height = pictures[0].size
-    sheet = Image.new("RGB", ((width + 2) * len(pictures) - 2, height), "white")
-    for position, picture in enumerate(pictures):
-        sheet.paste(picture, (position * (width + 2), 0))
-    film = io.BytesIO()
-    there_and_back = [*pictures, *pictures[-2:0:-1]]
-    there_and_back[0].save(film, "GIF", save_all=True, append_images=there_and_back[1:], duration=140, loop=0)
-    name = escape(direction)
-    return (
-        f'<div class="ds-strip" tabindex="0" role="group" aria-label="Strip of {name}">{cells}</div>'
-        f'<p class="ds-muted">{width} x {height} px, shown 1:1.</p><div class="ds-actions">'
-        f'<a class="ds-button" download="{name}.png" href="{markup.data_url(png(sheet), "image/png")}">Save strip (PNG)</a>'
-        f'<a class="ds-button" download="{name}.gif" href="{markup.data_url(film.getvalue(), "image/gif")}">Save film '
-        f"(GIF)</a></div>"
     )

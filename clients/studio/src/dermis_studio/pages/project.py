@@ -261,7 +261,8 @@ async def described(
         film = (
             f'<h3>How the reconstruction converged</h3><figure class="ds-figure ds-film"><img '
             f'src="{at}/{escape(names["video"])}" '
-            'alt="Film of the optimisation"></figure>'
+            'alt="Film of the optimisation"><figcaption>A GIF has 256 colours for each image; the reconstruction above has '
+            "all of them.</figcaption></figure>"
         )
     rows = [
         ("Distance", f"{item.distance:.3f} ({escape(item.distance_name)})"),
