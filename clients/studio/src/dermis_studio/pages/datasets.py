@@ -161,7 +161,12 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         except Exception as error:
             yield problem_of(error), "" if datasets is None else gr.skip()
 
-    fill_from_address(blocks, AddressField("seed", fields.seed))
+    fill_from_address(
+        blocks,
+        AddressField("seed", fields.seed),
+        AddressField("truncation", fields.truncation),
+        AddressField("noise", fields.noise),
+    )
     reckoned = [estimate, code, fields.signing, create]
     loaded = blocks.load(load, None, [readonly, builder, fields.model, *fields.outputs, create], **PRIVATE)
     loaded.then(reckon, fields.inputs, reckoned, **PRIVATE)
