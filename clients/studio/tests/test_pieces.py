@@ -31,7 +31,7 @@ from dermis_client.models import Problem
 from dermis_client.studies import NewInvitation, StudyImages
 from dermis_studio import markup, scales, snippets, sources
 from dermis_studio.app import _name_numbers, number_refused
-from dermis_studio.pages import classify, map_points, strips, studies, study_view
+from dermis_studio.pages import classify, map_points, models, strips, studies, study_view
 from dermis_studio.samples import SampleRef, words_of
 from dermis_studio.sources import SourceFields
 from PIL import Image
@@ -482,3 +482,34 @@ def test_heat_map_is_shown_smooth_pixel_by_pixel_and_at_its_own_size() -> None:
     assert opened["pixels"][1].tobytes() == opened["input"][1].tobytes() == colours.tobytes()
     assert [each.size for each in opened["input"]] == [(32, 32)] * 2
     assert all('class="ds-pixels"' in inner for name, *_, inner in views if name != "smooth")
+
+
+def test_model_shows_its_provenance_and_which_numbers_have_no_interval() -> None:
+    change = {"kimg": 41.2, "before": {"learning_rate": 0.0025}, "after": {"learning_rate": 0.001}}
+    dataset = {"name": EVIL, "images": 4543, "classes": {"benign": 3969}, "sha256": "9" * 64}
+    model = Model.model_validate(
+        {
+            "name": "demo",
+            "digest": "d" * 64,
+            "provenance": {
+                "code_version": "0.1.0",
+                "dataset": dataset,
+                "training": {"changes": [change], "hours": 2.8},
+            },
+            "metrics": {
+                "spaces": {
+                    "lite0": {
+                        "comparisons": {"generated_holdout": {"fd": 23.3, "fd_interval": [21.9, 25.1], "recall": 0.445}}
+                    }
+                }
+            },
+        }
+    )
+    shown = models.summary(model)
+    assert "<script" not in shown and "4,543 images: 3,969 benign" in shown and f'title="{"9" * 64}"' in shown
+    assert "dermis 0.1.0" in shown and "2.8 hours" in shown and "Changes during the training (1)" in shown
+    assert "<td>0.0025</td><td>0.001</td>" in shown
+    numbers = models.measured(model)
+    assert "<td>23.3 [21.9, 25.1]</td>" in numbers
+    assert f"<td>0.445 {models._NO_INTERVAL}</td>" in numbers
+    assert "not stated" in models.summary(model.model_copy(update={"provenance": None}))

@@ -48,8 +48,8 @@ def drawn(images: Sequence[EditedImage], name: str) -> str:
         f'<div data-ds-series><div class="ds-strip" tabindex="0" role="group" aria-label="Strip of {shown}">{cells}</div>'
         f'<p class="ds-muted">{width} x {height} px, shown 1:1.</p>{_player(urls[0], (width, height), len(images), shown)}'
         f'<div class="ds-actions">{links}</div>'
-        '<p class="ds-muted">All of them are saved without loss: the film and the strip have the colours of the images, the zip '
-        "has the files as the service made them.</p></div>"
+        '<p class="ds-muted">All of them are saved without loss: the film and the strip have the colours of the images, '
+        "the zip has the files as the service made them.</p></div>"
     )
 
 
