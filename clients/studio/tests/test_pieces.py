@@ -8,9 +8,12 @@ import io
 import json
 import re
 import shlex
+import shutil
+import subprocess
 import zipfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from html.parser import HTMLParser
+from importlib.resources import files
 from typing import Any
 
 import gradio as gr
@@ -31,7 +34,7 @@ from dermis_client.models import Problem
 from dermis_client.studies import NewInvitation, StudyImages
 from dermis_studio import markup, scales, snippets, sources
 from dermis_studio.app import _name_numbers, number_refused
-from dermis_studio.pages import classify, map_points, models, strips, studies, study_view
+from dermis_studio.pages import classify, embedding_map, map_points, models, strips, studies, study_view
 from dermis_studio.samples import SampleRef, words_of
 from dermis_studio.sources import SourceFields
 from PIL import Image
@@ -513,3 +516,54 @@ def test_model_shows_its_provenance_and_which_numbers_have_no_interval() -> None
     assert "<td>23.3 [21.9, 25.1]</td>" in numbers
     assert f"<td>0.445 {models._NO_INTERVAL}</td>" in numbers
     assert "not stated" in models.summary(model.model_copy(update={"provenance": None}))
+
+
+ID = "pr_" + "0" * 32
+OTHER_ID = "pr_" + "1" * 32
+
+
+def in_browser(script: str, kept: str = "[]") -> Any:
+    """Run an expression after `projections.js`, with Node.js in the place of a browser of the tenant ward-3."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("Node.js is not installed")
+    own = files("dermis_studio").joinpath("assets", "projections.js").read_text()
+    program = f"""
+    let kept = {kept!r}, tenant = 'ward-3';
+    globalThis.window = globalThis;
+    globalThis.localStorage = {{ getItem: () => kept, setItem: (name, text) => {{ kept = text; }} }};
+    globalThis.document = {{ querySelector: () => ({{ textContent: tenant }}) }};
+    {own}
+    console.log(JSON.stringify({script}));"""
+    return json.loads(subprocess.run([node, "-e", program], capture_output=True, text=True, check=True).stdout)
+
+
+def test_projections_of_this_browser_are_kept_until_they_expire_or_are_deleted() -> None:
+    script = f"""(() => {{
+      const own = dermisProjections, ids = () => own.list().map(({{ id }}) => id);
+      own.remember('{ID}', '2026-11-29T10:00:00Z', '2999-01-01T00:00:00Z');
+      own.remember('{OTHER_ID}', '2026-11-29T11:00:00Z', '2999-01-01T00:00:00Z');
+      own.remember('{ID}', '2026-11-29T10:00:00Z', '2999-01-01T00:00:00Z');
+      const both = ids();
+      own.remember('pr_{"2" * 32}', '2020-01-01T00:00:00Z', '2020-01-02T00:00:00Z');
+      const unexpired = ids();
+      tenant = 'ward-4';
+      const others = ids();
+      tenant = 'ward-3';
+      own.forget('{OTHER_ID}');
+      return [both, unexpired, others, ids()];
+    }})()"""
+    both = [OTHER_ID, ID]
+    assert in_browser(script) == [both, both, [], [ID]]
+    for broken in ("nothing", '{"a": 1}', '[{"id": "<b>", "until": 1e15}]'):
+        assert in_browser("dermisProjections.list()", broken) == []
+
+
+def test_chosen_projection_is_added_to_those_that_are_named() -> None:
+    def chosen(value: Any) -> gr.EventData:
+        return gr.EventData(None, value)
+
+    assert embedding_map.with_projection(chosen({"id": ID}), f" {OTHER_ID},") == f"{OTHER_ID} {ID}"
+    assert embedding_map.with_projection(chosen({"id": ID}), ID) == ID
+    for bad in ({"id": "<b>"}, {}, None):
+        assert embedding_map.with_projection(chosen(bad), None) == ""

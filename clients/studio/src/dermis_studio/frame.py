@@ -69,7 +69,12 @@ _THEME_SCRIPT = """
 """
 
 
-_SCRIPTS = {"map": ("embedding_map.js",), "studies": ("study_upload.js",)}  # of single pages, by their paths
+_SCRIPTS = {  # of single pages, by their paths
+    "explore": ("projections.js",),
+    "project": ("projections.js",),
+    "map": ("embedding_map.js", "projections.js"),
+    "studies": ("study_upload.js",),
+}
 
 
 def _head(prefix: str, title: str, page: Page | None = None) -> str:

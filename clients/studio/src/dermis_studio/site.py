@@ -46,6 +46,7 @@ _OWN = {
     "studio.css": "text/css",
     "studio.js": "text/javascript",
     "embedding_map.js": "text/javascript",
+    "projections.js": "text/javascript",
     "study_upload.js": "text/javascript",
     "icon.svg": "image/svg+xml",
 }

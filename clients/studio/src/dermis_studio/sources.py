@@ -6,6 +6,7 @@ import base64
 import binascii
 import io
 import math
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -220,6 +221,28 @@ def _webp_pixels(content: bytes) -> int:
         bits = int.from_bytes(content[21:25], "little")
         return (1 + (bits & 0x3FFF)) * (1 + (bits >> 14 & 0x3FFF))
     return (int.from_bytes(content[26:28], "little") & 0x3FFF) * (int.from_bytes(content[28:30], "little") & 0x3FFF)
+
+
+_MADE_HERE_TEMPLATE = """<label class="ds-made-here" hidden>Projected in this browser
+<select><option value="">Choose one</option></select></label>"""
+_MADE_HERE_ON_LOAD = """
+const label = element.querySelector('label'), select = element.querySelector('select');
+for (const each of window.dermisProjections.list()) select.add(new Option(each.words, each.id));
+label.hidden = select.options.length < 2;
+select.addEventListener('change', () => { if (select.value) trigger('select', { id: select.value }); });
+"""
+_PROJECTION_ID = re.compile(r"pr_[0-9a-f]{32}")
+
+
+def made_here() -> gr.HTML:
+    """Return a choice of the projections that were made in this browser, hidden if there are none. Its event is `select`."""
+    return html("", html_template=_MADE_HERE_TEMPLATE, js_on_load=_MADE_HERE_ON_LOAD)
+
+
+def chosen_projection(event: gr.EventData) -> str:
+    """Return the id that was chosen in `made_here`; empty if it is none."""
+    chosen = str(event._data.get("id", "")) if isinstance(event._data, dict) else ""
+    return chosen if _PROJECTION_ID.fullmatch(chosen) else ""
 
 
 class SourceFields:

@@ -55,6 +55,12 @@
     }
   });
 
+  // Signing out forgets what `projections.js` keeps.
+  document.addEventListener("submit", (event) => {
+    if (!event.target.action.endsWith("/sign-out")) return;
+    try { localStorage.removeItem("dermis-projections"); } catch { /* storage is off */ }
+  });
+
   // Without access to the clipboard, the text is selected so that the keyboard copies it.
   const select = (copy, done) => {
     const range = document.createRange();

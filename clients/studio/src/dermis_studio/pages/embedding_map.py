@@ -18,9 +18,10 @@ from dermis_studio.loading import Offer, fill_for_model
 from dermis_studio.pages.generate import parts, shares
 from dermis_studio.pages.map_points import NOT_KNOWN, OWN, PROJECTED, Point, element, of_sample, thumbnail
 from dermis_studio.samples import SampleRef, find_model
-from dermis_studio.sources import content_of, drop, opened
+from dermis_studio.sources import chosen_projection, content_of, drop, made_here, opened
 from dermis_studio.starts import offered
 from dermis_studio.studio import (
+    PRIVATE,
     AddressField,
     Studio,
     cookies_of,
@@ -63,6 +64,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 0.0, 1.5, value=1.0, step=0.05, label="Truncation", info="Lower: more typical, less varied.", buttons=[]
             )
             with gr.Column(elem_classes=["ds-fields"], visible=False) as of_projections:
+                here_made = made_here()
                 projections = gr.Textbox(
                     label="Projections", info="Their ids, which the page Project shows. Up to 8.", max_length=400
                 )
@@ -110,6 +112,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         except Exception as error:
             yield problem_of(error), gr.skip()
 
+    here_made.select(with_projection, projections, projections, **PRIVATE)
     fill_from_address(blocks, AddressField("seed", seed), AddressField("projection", projections))
     fields = [of_projections, of_file, note, start]
     fill_for_model(
@@ -128,6 +131,13 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     words = '<p class="ds-muted" role="status">Stopped. The map has the images that had been placed.</p>'
     events = [start.click, seed.submit]
     studio.displays.run_until_stopped(events, draw, inputs, [status, drawing], (start, stop), (words, gr.skip()))
+
+
+def with_projection(event: gr.EventData, named: str | None) -> str:
+    """Return the ids that are named, and the one that was chosen."""
+    ids = [each for each in _SEPARATORS.split(named or "") if each]
+    chosen = chosen_projection(event)
+    return " ".join(ids if not chosen or chosen in ids else [*ids, chosen])
 
 
 def _allowed(offer: Offer) -> list[Any]:

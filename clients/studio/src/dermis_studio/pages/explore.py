@@ -14,6 +14,7 @@ from dermis_client import AsyncDermisClient, Direction, EditedImage, Model
 from dermis_studio import markup, quotas, snippets
 from dermis_studio.pages import latent_map, strips
 from dermis_studio.samples import SampleRef, enlarged, find_model, options
+from dermis_studio.sources import chosen_projection, made_here
 from dermis_studio.studio import (
     PRIVATE,
     AddressField,
@@ -92,6 +93,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                     seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, min_width=80)
                     index = gr.Number(label="Index", value=0, precision=0, minimum=0, min_width=80)
             with gr.Column(elem_classes=["ds-fields"], visible=False) as of_projection:
+                here_made = made_here()
                 projection = gr.Textbox(label="Id of the projection", info="The page Project shows it.", max_length=40)
             chosen_names = gr.Dropdown(
                 label="Directions", choices=[], multiselect=True, max_choices=SLIDERS, info=f"Up to {SLIDERS} at once."
@@ -345,6 +347,9 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         [of_sample, of_projection, film],
         **PRIVATE,
     )
+    here_made.select(chosen_projection, None, projection, **PRIVATE).then(
+        show_start, start_fields, [before, after], **PRIVATE
+    ).then(show_edit, everything, [after, about, here], **edits)
     changed = [class_name.input, seed.input, index.input, projection.submit, projection.blur]
     gr.on(changed, show_start, start_fields, [before, after], trigger_mode="always_last", **PRIVATE).then(
         show_edit, everything, [after, about, here], **edits

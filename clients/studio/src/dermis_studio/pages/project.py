@@ -34,7 +34,8 @@ MOST_PROBABLE = "Most probable"
 KEPT = (
     "<h3>What is kept, and for how long</h3><ul><li>Your image: until the projection has ended.</li>"
     "<li>The latent and the reconstruction: until you delete them, or until they expire; the result says when.</li>"
-    "<li>The name of the file is not sent. The projection belongs to your tenant.</li></ul>"
+    "<li>The name of the file is not sent. The projection belongs to your tenant.</li>"
+    "<li>The id of the projection: in this browser, for the pages Explore and Map, until it expires or you sign out.</li></ul>"
 )
 NOTHING = (
     '<div class="ds-empty"><h2>No projection yet</h2><p>Choose an image, then press Project. It takes seconds to a minute.</p>'
@@ -59,7 +60,11 @@ element.addEventListener('click', (event) => {
 watch('value', () => {
   if (view) for (const button of element.querySelectorAll(`[data-ds-show="${view}"][aria-pressed="false"]`)) button.click();
   const named = element.querySelector('[data-address]');
-  if (named) history.replaceState(null, '', named.dataset.address);
+  if (!named) return;
+  history.replaceState(null, '', named.dataset.address);
+  const { made, until, projection, deleted } = named.dataset;
+  if (projection && until) window.dermisProjections.remember(projection, made, until);
+  if (deleted) window.dermisProjections.forget(deleted);
 });
 """
 
@@ -138,10 +143,11 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     async def act(event: gr.EventData, request: gr.Request) -> AsyncIterator[Any]:
         message = event._data if isinstance(event._data, dict) else {}
         try:
+            projection_id = str(message.get("id"))
             async with studio.client(request) as client:
-                await client.projections.delete(str(message.get("id")))
+                await client.projections.delete(projection_id)
             done = markup.success("The projection, its latent and its images are deleted.")
-            yield f'<div data-address="project">{done}</div>', ""
+            yield f'<div data-address="project" data-deleted="{escape(projection_id)}">{done}</div>', ""
         except Exception as error:
             yield problem_of(error), gr.skip()
 
@@ -230,8 +236,12 @@ async def _current_figure(client: AsyncDermisClient, projection: Projection, pre
 def _top(projection: Projection, words: str) -> str:
     """The title of a projection and the button that deletes it."""
     question = "Delete the projection, its latent and its images? This cannot be undone."
+    kept = ""
+    if projection.data and projection.created_at is not None and projection.expires_at is not None:
+        times = f'data-made="{projection.created_at.isoformat()}" data-until="{projection.expires_at.isoformat()}"'
+        kept = f' data-projection="{escape(projection.id)}" {times}'
     return (
-        f'<div class="ds-top" data-address="project?projection={escape(projection.id)}"><h2>Projection</h2>'
+        f'<div class="ds-top" data-address="project?projection={escape(projection.id)}"{kept}><h2>Projection</h2>'
         f'<div class="ds-actions"><button type="button" class="ds-button ds-danger" data-act="delete" '
         f'data-id="{escape(projection.id)}" data-confirm="{question}">{words}</button></div></div>'
     )
