@@ -86,6 +86,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         with gr.Column():
             status = html()
             grid = html(NOTHING, js_on_load=_ON_LOAD)
+            code = html()
         with gr.Column(elem_classes=["ds-panel", "ds-detail"]):
             detail = html(NOT_CHOSEN, js_on_load=_NEIGHBOURS_ON_LOAD)
             neighbours = html()
@@ -116,20 +117,23 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         request: gr.Request,
     ) -> AsyncIterator[Any]:
         tiles, total = "", int(count)
-        yield markup.progress(f"Generating {total} images", 0.0), '<div class="ds-grid">'
+        yield markup.progress(f"Generating {total} images", 0.0), '<div class="ds-grid">', ""
         try:
             async with studio.client(request) as client:
                 chosen = await find_model(client, model)
                 classes = shares(total, chosen.classes if class_name == ALL else [class_name])
+                body = {"classes": classes, "seed": int(seed or 0)} | options(chosen.name, truncation, noise)
+                address, with_key = studio.shown_address(request), (await studio.visitor(request)).key is not None
                 async for images in arriving(client, chosen, classes, int(seed or 0), truncation, noise):
                     tiles += "".join([tile(image, chosen.name, truncation, noise) for image in images])
                     done = tiles.count("<button")
                     text = f"{done} of {total} images"
-                    yield markup.progress(text, done / total), f'<div class="ds-grid">{tiles}'
+                    yield markup.progress(text, done / total), f'<div class="ds-grid">{tiles}', gr.skip()
             note = f"{total} images of {size_words(chosen)}."
-            yield f'<p class="ds-muted" role="status">{escape(note)}</p>', gr.skip()
+            shown = copied_as_code(address, body, "All of these images as code", with_key=with_key)
+            yield f'<p class="ds-muted" role="status">{escape(note)}</p>', gr.skip(), shown
         except Exception as error:
-            yield problem_of(error), gr.skip() if tiles else NOTHING
+            yield problem_of(error), gr.skip() if tiles else NOTHING, gr.skip()
 
     @studio.displays.newest(3, "detail")
     async def show(event: gr.EventData, request: gr.Request) -> AsyncIterator[Any]:
@@ -175,7 +179,10 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     new_seed.click(lambda: secrets.randbelow(10**6), None, seed, **PRIVATE)
     inputs = [model, class_name, count, seed, truncation, noise]
     events, stopped = [start.click, seed.submit], '<p class="ds-muted" role="status">Stopped.</p>'
-    studio.displays.run_until_stopped(events, generate, inputs, [status, grid], (start, stop), (stopped, gr.skip()))
+    unchanged = (gr.skip(), gr.skip())
+    studio.displays.run_until_stopped(
+        events, generate, inputs, [status, grid, code], (start, stop), (stopped, *unchanged)
+    )
     shown = [detail, neighbours, stop_neighbours]
     grid.select(show, None, shown, concurrency_limit=None, trigger_mode="multiple", **PRIVATE)
     studio.displays.run_until_stopped(
@@ -270,11 +277,7 @@ def described(
         ("Model", f"{escape(model.name)} {markup.short_digest(model.digest)}"),
         ("SHA-256", markup.short_digest(image.sha256)),
     ]
-    arguments = {"classes": {sample.class_name: 1}, "seed": sample.seed, "start_index": sample.index}
-    arguments |= options(sample.model, sample.truncation, sample.noise)
-    code = markup.code_block(
-        "curl", snippets.curl(address, "/v1/images", sample.body, with_key=visitor.key is not None)
-    ) + markup.code_block("Python", snippets.python(address, "images.generate", arguments, 'result.save("lesions")'))
+    code = copied_as_code(address, sample.body, "Copy as code", with_key=visitor.key is not None)
     around = (
         f'<h3>Latent neighbours</h3><label class="ds-opacity">Distance <input type="range" min="0.1" max="1" step="0.1" '
         f'value="{NEIGHBOUR_DISTANCE}" data-distance><output>{NEIGHBOUR_DISTANCE}</output></label><div class="ds-actions">'
@@ -285,9 +288,23 @@ def described(
         f"<h2>{escape(sample.class_name)}, index {sample.index}</h2>{picture}{markup.facts(rows)}{about}"
         f'<h3>Use as start</h3><div class="ds-actions">{starts}'
         f'<a class="ds-button" download="{escape(image.file_name)}" href="{markup.data_url(image.content, image.media_type)}">'
-        f'Save PNG</a></div><details class="ds-more"><summary>Copy as code</summary>{code}</details>'
-        + (around if visitor.may("edits") else "")
+        f"Save PNG</a></div>{code}" + (around if visitor.may("edits") else "")
     )
+
+
+def copied_as_code(address: str, body: dict[str, Any], title: str, *, with_key: bool) -> str:
+    """Return a request for images as commands to copy, closed at first.
+
+    Args:
+        address: Address of the service.
+        body: Body of /v1/images; the client of Python has arguments with the same names.
+        title: What is shown while it is closed.
+        with_key: Whether the service needs a key.
+    """
+    curl = snippets.curl(address, "/v1/images", body, with_key=with_key)
+    python = snippets.python(address, "images.generate", body, 'result.save("lesions")')
+    code = markup.code_block("curl", curl) + markup.code_block("Python", python)
+    return f'<details class="ds-more"><summary>{escape(title)}</summary>{code}</details>'
 
 
 def neighbourhood(images: list[EditedImage], distance: float) -> str:
