@@ -61,6 +61,7 @@ class Steps:
 def generate(page: Any) -> None:
     press(page, "Generate")
     shows(page, "16 images of")
+    shows(page, "All of these images as code")
     page.locator(".ds-tile").nth(9).click()
     page.locator(".ds-detail .ds-facts").first.wait_for()
     if page.get_by_role("button", name="Show neighbours").count():  # the key may edit
@@ -82,6 +83,18 @@ def explore(page: Any) -> None:
     shows(page, "Edited.")
     press(page, "Make strip")
     page.get_by_text("Save strip").wait_for()
+    film = page.locator("[data-ds-film]").first
+    assert film.locator("output").inner_text() == "1 of 7"  # it does not move before it is started
+    film.get_by_role("button", name="Play film").press("Enter")
+    page.wait_for_function("document.querySelector('[data-ds-film] output').textContent === '3 of 7'")
+    film.get_by_role("button", name="Pause film").press("Enter")
+    film.get_by_role("slider").fill("7")
+    images = page.locator(".ds-strip img")
+    assert (
+        film.locator("img").get_attribute("src")
+        == images.nth(6).get_attribute("src")
+        != images.nth(0).get_attribute("src")
+    )
     press(page, "Draw map")
     page.locator(".ds-map").wait_for()
     page.locator(".ds-map [data-cell]").last.press("Enter")  # the corner at the bottom right
@@ -148,6 +161,14 @@ def classify(page: Any) -> None:
     shows(page, "Counted as", HEAT_MAP_SECONDS)
     page.get_by_label("Heat map").last.fill("30")
     shows(page, "30 %")
+    for name, side in (("1:1 (128 px)", 128), ("pixels (nearest)", 384)):
+        press(page, name)
+        assert [box["width"] for box in boxes(page, ".ds-stack:visible img")] == [side, side]
+
+
+def boxes(page: Any, selector: str) -> list[Any]:
+    """Where the elements are."""
+    return [element.bounding_box() for element in page.locator(selector).all()]
 
 
 def classify_broken(page: Any) -> str:
@@ -533,3 +554,103 @@ def check_visit(browser: Browser, key: str) -> None:
     page.get_by_label("API key or access token").wait_for()
     assert page.context.cookies() == []
     assert (browser.foreign, browser.errors) == ([], [])
+
+
+MINIMAL_SCOPES = {
+    "studies": ["Reader study"],
+    "datasets:read": ["Datasets"],
+    "datasets:read datasets:write models:read": ["Datasets", "Models"],
+    "images models:read": ["Generate", "Models"],
+    "edits models:read": ["Explore", "Models"],
+    "projections models:read": ["Project", "Models"],
+    "authenticity:generated images models:read": ["Generate", "Authenticity", "Map", "Models"],
+    "classify models:read": ["Classify", "Models"],
+}
+
+
+def signed_in(browser: Browser, key: str) -> Any:
+    """A page of the studio after a visitor has signed in with a key."""
+    page = browser.page()
+    page.goto(f"{browser.address}/studio/")
+    page.get_by_label("API key or access token").fill(key)
+    press(page, "Sign in")
+    page.locator(".ds-nav a").first.wait_for()
+    return page
+
+
+def loaded(page: Any, name: str) -> None:
+    """Open a page by its name in the navigation, and wait until it is complete."""
+    page.get_by_role("navigation", name="Pages").get_by_role("link", name=name, exact=True).click()
+    page.locator(".ds-title h1").wait_for()
+    page.wait_for_load_state("networkidle")
+    page.wait_for_function("document.querySelectorAll('.ds-bar').length === 0")
+
+
+@pytest.mark.full
+def test_pages_that_are_offered_work_with_the_scopes_and_quotas_of_the_key(tmp_path: Path) -> None:
+    port, data = free_port(), tmp_path / "data"
+    command = [sys.executable, "-c", "from commands.main import main; main()", "keys", "create", "--tenant", "ward-3"]
+    environment = os.environ | {"DERMIS_DATA_DIR": str(data)}
+    made = subprocess.run(
+        [*command, "--name", "admin", "--scope", "admin"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    admin = re.search(r"dermis_sk_\S+", made.stdout)
+    assert admin is not None
+    for service in launching(tmp_path):
+        launched = service(str(DEMO), port, auth="keys", quotas='{"spent": {"images_per_day": 16}}', max_studies="2")
+        launched.wait_until(launched.ready)
+
+        def key_for(scopes: str, tenant: str = "ward-3", launched: Launched = launched) -> tuple[str, str]:
+            body = {"tenant": tenant, "name": "visitor", "scopes": scopes.split()}
+            headers = {"Authorization": f"Bearer {admin[0]}"}
+            answer = launched.client.post("/v1/admin/keys", json=body, headers=headers).json()
+            return answer["id"], answer["key"]
+
+        with browsing(f"http://127.0.0.1:{port}") as browser:
+            for scopes, names in MINIMAL_SCOPES.items():
+                page = signed_in(browser, key_for(scopes)[1])
+                assert page.locator(".ds-nav a").all_inner_texts() == names, scopes
+                for name in names:
+                    loaded(page, name)
+                    assert page.locator(".ds-problem").all_inner_texts() == [], (scopes, name)
+                page.context.close()
+            check_used_up_quota(
+                signed_in(browser, key_for("images edits datasets:read datasets:write models:read", "spent")[1])
+            )
+            key_id, secret = key_for("images models:read")
+            check_revoked_key(signed_in(browser, secret), launched, key_id, admin[0])
+            assert (browser.foreign, browser.errors) == ([], [])
+        break
+
+
+def check_used_up_quota(page: Any) -> None:
+    """Use all 16 images of a tenant; then each page says so before anything can be pressed."""
+    press(page, "Generate")
+    shows(page, "16 images of")
+    for name, buttons in {
+        "Generate": ["Generate"],
+        "Explore": ["Make strip", "Draw map", "Make film"],
+        "Datasets": ["Create dataset"],
+    }.items():
+        loaded(page, name)
+        shows(page, "No generated images left today.")
+        for button in buttons:
+            assert page.get_by_role("button", name=button, exact=True).is_disabled(), button
+        assert violations(page) == []
+
+
+def check_revoked_key(page: Any, launched: Launched, key_id: str, admin: str) -> None:
+    """Revoke the key of a page that is open: it says what to do, and loads as the sign-in."""
+    page.wait_for_load_state("networkidle")
+    headers = {"Authorization": f"Bearer {admin}"}
+    assert launched.client.delete(f"/v1/admin/keys/{key_id}", headers=headers).is_success
+    press(page, "Generate")
+    shows(page, "Sign out and sign in with a key that is valid.")
+    assert page.locator(".ds-problem h2").inner_text()
+    press(page, "Sign out")
+    page.get_by_label("API key or access token").wait_for()
