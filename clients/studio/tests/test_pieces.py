@@ -510,9 +510,9 @@ def test_model_shows_its_provenance_and_which_numbers_have_no_interval() -> None
     )
     shown = models.summary(model)
     assert "<script" not in shown and "4,543 images: 3,969 benign" in shown and f'title="{"9" * 64}"' in shown
-    assert "dermis 0.1.0" in shown and "2.8 hours" in shown and "Changes during the training (1)" in shown
-    assert "<td>0.0025</td><td>0.001</td>" in shown
+    assert "dermis 0.1.0" in shown and "2.8 hours" in shown
     numbers = models.measured(model)
+    assert "Changes during the training (1)" in numbers and "<td>0.0025</td><td>0.001</td>" in numbers
     assert "<td>23.3 [21.9, 25.1]</td>" in numbers
     assert f"<td>0.445 {models._NO_INTERVAL}</td>" in numbers
     assert "not stated" in models.summary(model.model_copy(update={"provenance": None}))

@@ -80,7 +80,7 @@ def summary(model: Model) -> str:
         rows.append(("Classifier", f"{escape(classifier.architecture or '')} {markup.short_digest(classifier.digest)}"))
     rows += _provenance(model.provenance)
     credit = f'<h3>Attribution</h3><p class="ds-muted">{escape(model.attribution)}</p>' if model.attribution else ""
-    return f"<h2>{escape(model.name)}</h2>{markup.facts(rows)}{_changes(model.provenance)}{credit}"
+    return f"<h2>{escape(model.name)}</h2>{markup.facts(rows)}{credit}"
 
 
 def _provenance(provenance: ModelProvenance | None) -> list[tuple[str, str]]:
@@ -170,14 +170,15 @@ def measured(model: Model) -> str:
     if thresholds:
         columns = ("Threshold", "Sensitivity [95 %]", "Specificity [95 %]", "Balanced accuracy [95 %]")
         parts.append(markup.table(columns, thresholds, "Classifier, on held-out images of other patients"))
+    changes = _changes(model.provenance)
     if not parts:
-        return markup.empty_state("Not measured", "The model has no numbers. Its card may say more.")
+        return markup.empty_state("Not measured", "The model has no numbers. Its card may say more.") + changes
     note = (
         '<p class="ds-muted">FD is the Fréchet distance of features: lower is better, and the reference shows what real images '
         "score. Numbers of different feature spaces cannot be compared. Where it says <i>no interval</i>, none was computed, "
         "so small differences of such numbers may be chance.</p>"
     )
-    return f'<div class="ds-panel">{"".join(parts)}{note}</div>'
+    return f'<div class="ds-panel">{"".join(parts)}{note}{changes}</div>'
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
