@@ -14,7 +14,7 @@ from dermis_studio import markup
 from dermis_studio.scales import threshold_name
 from dermis_studio.studio import PRIVATE, Studio, chosen_model, heading, html, shows_problems
 
-_NO_INTERVAL = '<small class="ds-muted">no interval</small>'
+_NO_INTERVAL = '<small class="ds-muted ds-none">no interval</small>'
 _PICTURES = (
     "Pictures of the card are files of the bundle, which the service does not send. The page Generate makes samples."
 )
