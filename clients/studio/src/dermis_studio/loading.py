@@ -59,7 +59,7 @@ def fill_for_model(
         return [nothing, *updates(chosen, visitor, {})]
 
     loaded = blocks.load(load, None, [problem, model, *fields], **PRIVATE)
-    model.input(choose, model, [result, *fields], **PRIVATE)
+    model.input(choose, model, [result, *fields], trigger_mode="always_last", **PRIVATE)
     return loaded
 
 
