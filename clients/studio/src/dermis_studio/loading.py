@@ -89,7 +89,7 @@ def fill_for_model(
         return [nothing, left.note, *updates(Offer(chosen, visitor, left, {}))]
 
     loaded = blocks.load(load, None, [problem, model, note, *fields], **PRIVATE)
-    model.input(choose, model, [result, note, *fields], **PRIVATE)
+    model.input(choose, model, [result, note, *fields], trigger_mode="always_last", **PRIVATE)
     return loaded
 
 

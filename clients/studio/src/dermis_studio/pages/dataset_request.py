@@ -244,6 +244,7 @@ class RequestFields:
             strength_fields,
             [self._directions, self._former, *self._strengths],
             [self._former, self._layer_fields, *self._strengths],
+            trigger_mode="always_last",
             **PRIVATE,
         )
         named.then(handler, self.inputs, list(outputs), **PRIVATE)

@@ -48,7 +48,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         "Datasets", "Images with labels, metadata, report and manifest, generated in the background from one request."
     )
     with gr.Row(elem_classes=["ds-work", "ds-wide"]):
-        with gr.Column(elem_classes=["ds-panel", "ds-side"]):
+        with gr.Column(elem_classes=["ds-panel", "ds-side", "ds-long"]):
             html("<h2>New dataset</h2>")
             readonly = html(visible=False)
             with gr.Column(elem_classes=["ds-fields"]) as builder:
@@ -171,7 +171,9 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     loaded = blocks.load(load, None, [readonly, builder, fields.model, *fields.outputs, create], **PRIVATE)
     loaded.then(reckon, fields.inputs, reckoned, **PRIVATE)
     following = blocks.load(reopen, None, [current, table], concurrency_limit=None, **PRIVATE)
-    chosen = fields.model.input(choose_model, fields.model, [estimate, *fields.outputs], **PRIVATE)
+    chosen = fields.model.input(
+        choose_model, fields.model, [estimate, *fields.outputs], trigger_mode="always_last", **PRIVATE
+    )
     chosen.then(reckon, fields.inputs, reckoned, **PRIVATE)
     fields.on_change(reckon, reckoned)
     stops(create.click, following)

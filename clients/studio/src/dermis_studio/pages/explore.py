@@ -355,11 +355,15 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         show_edit, everything, [after, about, here], **edits
     )
     model.input(
-        choose_model, model, [before, class_name, chosen_names, *sliders, across, upwards, end_class], **PRIVATE
+        choose_model,
+        model,
+        [before, class_name, chosen_names, *sliders, across, upwards, end_class],
+        trigger_mode="always_last",
+        **PRIVATE,
     ).then(show_start, start_fields, [before, after], **PRIVATE).then(
         show_edit, everything, [after, about, here], **edits
     )
-    chosen_names.input(name_sliders, [chosen_names], sliders, **PRIVATE).then(
+    chosen_names.input(name_sliders, [chosen_names], sliders, trigger_mode="always_last", **PRIVATE).then(
         show_edit, everything, [after, about, here], **edits
     )
     gr.on(
@@ -377,7 +381,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     studio.displays.run_until_stopped(
         [draw.click], draw_map, [*everything, across, upwards, extent], [area], (draw, stop_map), stopped, "map"
     )
-    area.select(go_to, [chosen_names, *sliders], [chosen_names, *sliders], **PRIVATE).then(
+    area.select(go_to, [chosen_names, *sliders], [chosen_names, *sliders], trigger_mode="always_last", **PRIVATE).then(
         show_edit, everything, [after, about, here], **edits
     )
     ends = [*start_fields, end_class, end_seed, end_index, frames]

@@ -175,7 +175,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             yield problem_of(error)
 
     blocks.load(load, None, [status, model, class_name, count, used_up, start], **PRIVATE)
-    model.input(choose_model, model, [status, class_name], **PRIVATE)
+    model.input(choose_model, model, [status, class_name], trigger_mode="always_last", **PRIVATE)
     new_seed.click(lambda: secrets.randbelow(10**6), None, seed, **PRIVATE)
     inputs = [model, class_name, count, seed, truncation, noise]
     events, stopped = [start.click, seed.submit], '<p class="ds-muted" role="status">Stopped.</p>'

@@ -46,7 +46,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         return summary(whole), measured(whole), text_of(whole)
 
     blocks.load(load, None, [short, numbers, card, model], **PRIVATE)
-    model.input(choose, model, [short, numbers, card], **PRIVATE)
+    model.input(choose, model, [short, numbers, card], trigger_mode="always_last", **PRIVATE)
 
 
 def text_of(model: Model) -> str:

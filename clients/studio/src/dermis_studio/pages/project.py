@@ -153,7 +153,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
 
     blocks.load(load, None, [result, model, class_name, used_up, start], **PRIVATE)
     reopened = blocks.load(reopen, None, result, concurrency_limit=None, **PRIVATE)
-    model.input(choose_model, model, [result, class_name], **PRIVATE)
+    model.input(choose_model, model, [result, class_name], trigger_mode="always_last", **PRIVATE)
     inputs = [file, model, class_name, schedule, video]
     stops(start.click, reopened)
     running = start.click(run, inputs, result, concurrency_limit=None, **PRIVATE)
