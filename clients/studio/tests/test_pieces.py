@@ -567,3 +567,9 @@ def test_chosen_projection_is_added_to_those_that_are_named() -> None:
     assert embedding_map.with_projection(chosen({"id": ID}), ID) == ID
     for bad in ({"id": "<b>"}, {}, None):
         assert embedding_map.with_projection(chosen(bad), None) == ""
+
+
+def test_link_to_a_file_does_not_leave_the_page() -> None:
+    """Gradio closes the connection of a page that the browser begins to leave, also if a file is saved instead."""
+    link = markup.file_link("files/a.zip", "a.zip", kind="ds-button")
+    assert link == '<a class="ds-button" href="files/a.zip" target="_blank" rel="noopener">a.zip</a>'

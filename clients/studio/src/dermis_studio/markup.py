@@ -20,6 +20,21 @@ def data_url(content: bytes, media_type: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
+def file_link(href: str, words: str, *, kind: str = "") -> str:
+    """Return a link to a file of the service, which the browser saves.
+
+    It opens a tab, which closes at once, or shows why there is no file. In the page's own tab it would end the page's connection:
+    Gradio closes it as soon as a browser begins to leave the page, also for a file.
+
+    Args:
+        href: Address of the file.
+        words: Text of the link; HTML.
+        kind: Class of the look.
+    """
+    look = f' class="{kind}"' if kind else ""
+    return f'<a{look} href="{href}" target="_blank" rel="noopener">{words}</a>'
+
+
 def attribute(value: Any) -> str:
     """Return a value as JSON that can be the text of an attribute."""
     return escape(json.dumps(value, separators=(",", ":")), quote=True)

@@ -165,7 +165,7 @@ async def results(client: AsyncDermisClient, dataset: AsyncDataset) -> str:
             f'rel="noopener">Open the report</a>'
         )
     if "manifest.json" in names:
-        links += f'<a class="ds-button" href="{at}/manifest.json">Manifest</a>'
+        links += markup.file_link(f"{at}/manifest.json", "Manifest", kind="ds-button")
     scorecard = _scorecard(report) if isinstance(report, DatasetReport) else ""
     return f'<div class="ds-actions">{links}</div>{preview}{scorecard}{_files(files, at)}'
 
@@ -173,7 +173,7 @@ async def results(client: AsyncDermisClient, dataset: AsyncDataset) -> str:
 def _files(files: Sequence[DatasetFile], at: str) -> str:
     rows = [
         (
-            f'<a href="{at}/{escape(file.name)}">{escape(file.name)}</a>',
+            markup.file_link(f"{at}/{escape(file.name)}", escape(file.name)),
             markup.size(file.bytes),
             markup.short_digest(file.sha256),
         )

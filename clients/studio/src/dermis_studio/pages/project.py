@@ -286,7 +286,7 @@ async def described(
     visitor = await studio.visitor(request)
     starts = links(f"projection={projection.id}", offered(visitor, projection=True), "explore")
     files = "".join(
-        f'<a class="ds-button" href="{at}/{escape(names[kind])}">{words}</a>'
+        markup.file_link(f"{at}/{escape(names[kind])}", words, kind="ds-button")
         for kind, words in (("latents", "Save latent"), ("image", "Save image"), ("video", "Save film"))
         if kind in names
     )

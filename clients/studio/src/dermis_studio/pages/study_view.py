@@ -218,9 +218,9 @@ def _results(study: Study, results: StudyResults) -> str:
         "Each reader",
     )
     p_value = "" if results.p_value is None else f" Test against chance: p = {results.p_value:.2g}."
-    exports = (
-        f'<a class="ds-button" href="study-answers/{study.id}.csv">Answers as CSV</a>'
-        f'<a class="ds-button" href="study-answers/{study.id}.json">Answers as JSON</a>'
+    exports = "".join(
+        markup.file_link(f"study-answers/{study.id}.{kind}", f"Answers as {kind.upper()}", kind="ds-button")
+        for kind in ("csv", "json")
     )
     return (
         f"<h3>Results so far</h3>{interval_plot(intervals)}"
