@@ -23,8 +23,8 @@ def data_url(content: bytes, media_type: str) -> str:
 def file_link(href: str, words: str, *, kind: str = "") -> str:
     """Return a link to a file of the service, which the browser saves.
 
-    It opens a tab, which closes at once, or shows why there is no file. In the page's own tab it would end the connection of the
-    page: Gradio closes it as soon as a browser begins to leave the page, also for a file.
+    It opens a tab, which closes at once, or shows why there is no file. In the own tab of the page it would end its connection:
+    Gradio closes it as soon as a browser begins to leave the page, also for a file.
 
     Args:
         href: Address of the file.
