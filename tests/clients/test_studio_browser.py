@@ -36,6 +36,7 @@ from studio_browser import (
     shows,
     unfold,
     violations,
+    violations_in_both_themes,
 )
 
 OPTIMISATION_SECONDS = 600.0  # for the hundreds of steps of a projection on a busy machine
@@ -304,6 +305,13 @@ def answer(reader: Any, position: int, *keys: str) -> None:
         reader.keyboard.press(key)
 
 
+def fits(reader: Any, width: int, height: int) -> None:
+    """Check the page of a reader on a screen of this size: a phone upright or on its side, or a tablet."""
+    reader.set_viewport_size({"width": width, "height": height})
+    assert reader.evaluate("document.documentElement.scrollWidth") <= width
+    assert violations(reader) == []
+
+
 @pytest.mark.full
 def test_reader_study_from_its_creation_to_its_results(browser: Browser) -> None:
     page = browser.open("studies")
@@ -324,9 +332,11 @@ def test_reader_study_from_its_creation_to_its_results(browser: Browser) -> None
     assert violations(reader) == []
     reader.get_by_role("button", name="Begin").press("Enter")
     answer(reader, 1, "g", "4", "Enter")
+    fits(reader, 390, 844)
     answer(reader, 2, "r", "2", "Enter")
+    fits(reader, 844, 390)
     answer(reader, 3, "g")
-    assert violations(reader) == []
+    fits(reader, 820, 1180)
     reader.reload()
     reader.get_by_role("button", name="Continue with image 3").press("Enter")
     answer(reader, 3)
@@ -357,9 +367,11 @@ def test_reader_study_from_its_creation_to_its_results(browser: Browser) -> None
     shows(page, "No more answers are taken")
     reader.reload()
     shows(reader, "The study is closed")
+    assert violations(reader) == []
     delete_study(page)
     reader.reload()
     shows(reader, "This link does not work")
+    assert violations(reader) == []
 
 
 @pytest.mark.full
@@ -408,6 +420,7 @@ def test_a_refused_number_names_its_field(browser: Browser) -> None:
     field.evaluate("e => { e.value = '-3'; e.dispatchEvent(new Event('input', { bubbles: true })); }")
     press(page, "Make film")
     shows(page, "Its seed: value -3 is less than")
+    assert violations(page) == []
 
 
 @pytest.mark.full
@@ -416,6 +429,7 @@ def test_page_fits_a_tablet(browser: Browser, name: str) -> None:
     page = browser.open(PAGES[name].path, width=820, height=1180)
     page.wait_for_load_state("networkidle")
     assert page.evaluate("document.documentElement.scrollWidth") <= 820
+    assert violations_in_both_themes(page) == []
 
 
 @pytest.mark.full
@@ -427,10 +441,18 @@ def test_pages_work_after_a_restart_of_the_service(
         page.wait_for_load_state("networkidle")
     demo.process.terminate()
     demo.process.wait(WAIT_SECONDS)
-    buttons = {"generate": "Generate", "authenticity": "Check", "classify": "Classify", "datasets": "Create dataset"}
+    buttons = {
+        "generate": "Generate",
+        "explore": "Make strip",
+        "authenticity": "Check",
+        "classify": "Classify",
+        "datasets": "Create dataset",
+        "map": "Draw map",
+    }
     for name, button in buttons.items():
         press(pages[name], button)
         shows(pages[name], "Connection to the server was lost")
+    assert violations(pages["classify"]) == []
     service = start(str(DEMO), port)
     service.wait_until(service.ready)
     for name, page in pages.items():
@@ -441,6 +463,65 @@ def test_pages_work_after_a_restart_of_the_service(
         if name == "models":
             page.reload()
         (project_and_cancel if name == "project" else PAGES[name].use)(page)
+
+
+@pytest.mark.full
+def test_work_in_progress_continues_after_a_restart_of_the_service(
+    browser: Browser, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    for launch in launching(tmp_path_factory.mktemp("interrupted")):
+        interrupt(launch, browser)
+        break
+
+
+def interrupt(launch: Callable[..., Launched], browser: Browser) -> None:
+    """Stop the service during a dataset, a projection and a reader's answer, and start it again."""
+    port = free_port()
+    service = launch(str(DEMO), port)
+    service.wait_until(service.ready)
+    there = Browser(browser.browser, f"http://127.0.0.1:{port}")
+    study = there.open("studies")
+    create_study(study, 4)
+    study.get_by_label("Real images: benign").set_input_files([picture(160), picture(200)])
+    shows(study, "2 of 2 images are uploaded")
+    press(study, "Choose the images and open the study")
+    study.get_by_label("Name or code").fill("Reader A")
+    press(study, "Create link")
+    link = study.locator(".ds-code code").inner_text()
+    study.locator(".ds-state", has_text="Open").first.wait_for()
+    reader = there.page()
+    reader.goto(link)
+    reader.get_by_role("button", name="Begin").press("Enter")
+    answer(reader, 1, "g", "4")
+    dataset, projection = there.open("datasets"), there.open("project")
+    projection.locator("input[type=file]").set_input_files(picture())
+    projection.get_by_alt_text("The chosen image").wait_for()
+    press(projection, "Project")
+    shows(projection, " steps")
+    dataset.wait_for_load_state("networkidle")
+    for field in dataset.get_by_label("Images of").all():
+        if field.is_visible():
+            field.fill("200")
+    press(dataset, "Create dataset")
+    dataset.get_by_role("button", name="Cancel", exact=True).wait_for()
+    service.process.terminate()
+    service.process.wait(WAIT_SECONDS)
+    reader.keyboard.press("Enter")
+    shows(reader, "does not respond")
+    assert violations(reader) == []
+    shows(dataset, "Connection to the server was lost")
+    again = launch(str(DEMO), port)
+    again.wait_until(again.ready)
+    answer(reader, 2)
+    reader.keyboard.press("Backspace")
+    answer(reader, 1)
+    assert reader.get_by_label("Generated").is_checked()
+    for page in (dataset, projection):
+        page.bring_to_front()
+        page.get_by_text("Connection to the server was lost").wait_for(state="detached")
+    projection.get_by_text(" steps").or_(projection.get_by_text("Reconstruction.")).first.wait_for()
+    dataset.get_by_role("link", name="Open the report").first.wait_for(timeout=1000 * OPTIMISATION_SECONDS)
+    assert (there.foreign, there.errors) == ([], [])
 
 
 @pytest.mark.full

@@ -49,7 +49,7 @@ def fill_for_model(
         visitor = await studio.visitor(request)
         async with studio.client(request) as client:
             update, chosen = await chosen_model(client, request)
-        return [gr.skip(), update, *updates(chosen, visitor, query_of(request))]
+        return [nothing if problem is result else "", update, *updates(chosen, visitor, query_of(request))]
 
     @shows_problems(len(fields) + 1)
     async def choose(name: str, request: gr.Request) -> Any:

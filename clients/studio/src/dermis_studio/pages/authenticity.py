@@ -36,7 +36,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             start = gr.Button("Check", variant="primary", interactive=False)
             stop = gr.Button("Stop", variant="stop", visible=False)
         with gr.Column():
-            result = html(NOTHING)
+            result = html(markup.progress("Loading the models", None))
 
     def updates(chosen: Model, visitor: Visitor, query: dict[str, str]) -> list[Any]:
         button = gr.update(interactive=chosen.authenticity is not None)

@@ -48,7 +48,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             start = gr.Button("Classify", variant="primary", interactive=False)
             stop = gr.Button("Stop", variant="stop", visible=False)
         with gr.Column():
-            result = html(NOTHING)
+            result = html(markup.progress("Loading the models", None))
 
     def updates(chosen: Model, visitor: Visitor, query: dict[str, str]) -> list[Any]:
         return [*source.updates(chosen, query, _KEPT, samples=visitor.may("images")), *_of_model(chosen)]

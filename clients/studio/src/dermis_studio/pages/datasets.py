@@ -85,24 +85,31 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             chosen = await find_model(client, name)
         return [gr.skip(), *fields.updates(chosen, None, other=True)]
 
-    @shows_problems(3)
-    async def reckon(request: gr.Request, *values: Any) -> Any:
-        visitor = await studio.visitor(request)
-        if not visitor.may("datasets:write"):
-            return "", "", gr.skip()
-        async with studio.client(request) as client:
-            chosen = await find_model(client, fields.named(values)["model"])
-            body = fields.request(chosen, values)
-            expected, usage = await asyncio.gather(
-                view.estimate(client, chosen, body, visitor), client.usage.retrieve()
-            )
-        address, then = studio.shown_address(request), 'result.wait(progress=True).download("lesions")'
-        code = markup.code_block(
-            "curl", snippets.curl(address, "/v1/datasets", body, with_key=visitor.key is not None)
-        ) + markup.code_block("Python", snippets.python(address, "datasets.create", body, then))
-        signing = gr.skip() if expected.signs is None else gr.update(visible=expected.signs)
-        shown = f'<details class="ds-more"><summary>Copy as code</summary>{code}</details>'
-        return expected.words + view.quotas(usage), shown, signing
+    @studio.displays.newest(3, "estimate")
+    async def reckon(request: gr.Request, *values: Any) -> AsyncIterator[Any]:
+        try:
+            visitor = await studio.visitor(request)
+            if not visitor.may("datasets:write"):
+                yield "", "", gr.skip()
+                return
+            async with studio.client(request) as client:
+                chosen = await find_model(client, fields.named(values)["model"])
+                body = fields.request(chosen, values)
+                address, then = studio.shown_address(request), 'result.wait(progress=True).download("lesions")'
+                code = markup.code_block(
+                    "curl", snippets.curl(address, "/v1/datasets", body, with_key=visitor.key is not None)
+                ) + markup.code_block("Python", snippets.python(address, "datasets.create", body, then))
+                shown = f'<details class="ds-more"><summary>Copy as code</summary>{code}</details>'
+                if visitor.may("images") and not view.is_measured(chosen, body):
+                    text = f"Measuring size and time on {view.PROBE_IMAGES} images"
+                    yield markup.progress(text, None), shown, gr.skip()
+                expected, usage = await asyncio.gather(
+                    view.estimate(client, chosen, body, visitor), client.usage.retrieve()
+                )
+            signing = gr.skip() if expected.signs is None else gr.update(visible=expected.signs)
+            yield expected.words + view.quotas(usage), shown, signing
+        except Exception as error:
+            yield problem_of(error), gr.skip(), gr.skip()
 
     @studio.displays.newest(2)
     async def start(request: gr.Request, *values: Any) -> AsyncIterator[Any]:

@@ -82,7 +82,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             start = gr.Button("Generate", variant="primary", interactive=False)
             stop = gr.Button("Stop", variant="stop", visible=False)
         with gr.Column():
-            status = html()
+            status = html(markup.progress("Loading the models", None))
             grid = html(NOTHING, js_on_load=_ON_LOAD)
         with gr.Column(elem_classes=["ds-panel", "ds-detail"]):
             detail = html(NOT_CHOSEN, js_on_load=_NEIGHBOURS_ON_LOAD)

@@ -80,6 +80,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             )
             video = gr.Checkbox(label="Film of the optimisation", value=True)
             start = gr.Button("Project", variant="primary", interactive=False)
+            status = html(markup.progress("Loading the models", None))
         with gr.Column():
             result = html(NOTHING, js_on_load=_ON_LOAD)
 
@@ -87,9 +88,9 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         try:
             async with studio.client(request) as client:
                 update, chosen = await chosen_model(client, request)
-            return gr.skip(), update, class_update(chosen), gr.update(interactive=True)
+            return gr.skip(), "", update, class_update(chosen), gr.update(interactive=True)
         except Exception as error:
-            return problem_of(error), gr.skip(), gr.skip(), gr.skip()
+            return problem_of(error), "", gr.skip(), gr.skip(), gr.skip()
 
     @shows_problems(2)
     async def choose_model(name: str, request: gr.Request) -> Any:
@@ -142,7 +143,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         except Exception as error:
             yield problem_of(error), gr.skip()
 
-    blocks.load(load, None, [result, model, class_name, start], **PRIVATE)
+    blocks.load(load, None, [result, status, model, class_name, start], **PRIVATE)
     reopened = blocks.load(reopen, None, result, concurrency_limit=None, **PRIVATE)
     model.input(choose_model, model, [result, class_name], trigger_mode="always_last", **PRIVATE)
     inputs = [file, model, class_name, schedule, video]
