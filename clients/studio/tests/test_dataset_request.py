@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import shutil
+import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +19,8 @@ from dermis_client.resources.datasets import Datasets
 from dermis_studio.access import Visitor
 from dermis_studio.pages import dataset_request as page
 from dermis_studio.pages import dataset_view as view
+from dermis_studio.samples import SampleRef
+from dermis_studio.studio import AddressField, address_script
 
 from dermis.dataset.request import DatasetRequest
 
@@ -251,3 +255,30 @@ def test_estimate_measures_again_for_options_that_change_the_size() -> None:
         {"model": "", "image_format": "png", "noise_mode": "none"},
         {"model": "", "image_format": "png", "provenance": {"c2pa": False}},
     ]
+
+
+def filled(query: str, values: list[Any], *fields: AddressField) -> list[Any]:
+    """Run the script that fills fields from an address, with Node.js in the place of a browser."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("Node.js is not installed")
+    script = address_script(fields)
+    program = f"globalThis.window = {{ location: {{ search: {json.dumps(query)} }} }};\n"
+    program += f"console.log(JSON.stringify(({script})(...{json.dumps(values)})));"
+    done = subprocess.run([node, "-e", program], capture_output=True, text=True, check=True)
+    return list(json.loads(done.stdout))
+
+
+def test_dataset_begins_with_the_options_of_the_sample_that_the_address_names() -> None:
+    with gr.Blocks():
+        fields = page.RequestFields()
+    named = [
+        AddressField("seed", fields.seed),
+        AddressField("truncation", fields.truncation),
+        AddressField("noise", fields.noise),
+    ]
+    sample = SampleRef("demo", "benign", 7, 12, 0.0, "const")
+    assert filled(f"?{sample.query}", [1, 1.0, "random"], *named) == [7, 0, "const"]
+    for bad in ("?seed=x&truncation=9&noise=loud", "?seed=-1&truncation=-1", "?truncation=1e9&noise=", ""):
+        assert filled(bad, [1, 0.75, "none"], *named) == [1, 0.75, "none"]
+    assert filled("?projection=pr_1", ["sample"], AddressField("projection", fields.noise, "given")) == ["given"]

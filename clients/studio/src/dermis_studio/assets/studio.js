@@ -55,6 +55,12 @@
     }
   });
 
+  // Signing out forgets what `projections.js` keeps.
+  document.addEventListener("submit", (event) => {
+    if (!event.target.action.endsWith("/sign-out")) return;
+    try { localStorage.removeItem("dermis-projections"); } catch { /* storage is off */ }
+  });
+
   // Without access to the clipboard, the text is selected so that the keyboard copies it.
   const select = (copy, done) => {
     const range = document.createRange();
@@ -117,6 +123,46 @@
   document.addEventListener("beforeinput", (event) => {
     const field = event.target instanceof HTMLInputElement && event.target.type === "number" ? event.target : null;
     if (field && field.min !== "" && Number(field.min) >= 0 && (event.data || "").includes("-")) event.preventDefault();
+  });
+
+  // Films: the images of a strip one after the other, there and back. They move only after "Play film" was pressed.
+  const showFrame = (film, number) => {
+    const images = film.closest("[data-ds-series]").querySelectorAll(".ds-strip img");
+    const place = Math.min(Math.max(0, number), images.length - 1);
+    const slider = film.querySelector("[data-ds-frame]"), picture = film.querySelector("img");
+    if (picture.src !== images[place].src) picture.src = images[place].src;
+    slider.value = place + 1;
+    slider.nextElementSibling.textContent = `${place + 1} of ${images.length}`;
+    slider.setAttribute("aria-valuetext", images[place].alt);
+    return images.length;
+  };
+  const setPlaying = (button, playing) => {
+    button.setAttribute("aria-pressed", String(playing));
+    button.textContent = playing ? "Pause film" : "Play film";
+  };
+  const play = (film, button) => {
+    let step = 1;
+    const timer = setInterval(() => {
+      if (!film.isConnected || button.getAttribute("aria-pressed") !== "true") { clearInterval(timer); return; }
+      const place = Number(film.querySelector("[data-ds-frame]").value) - 1;
+      const count = Number(film.querySelector("[data-ds-frame]").max);
+      if (place + step < 0 || place + step >= count) step = -step;
+      showFrame(film, place + step);
+    }, Number(film.dataset.dsFilm));
+  };
+  document.addEventListener("click", (event) => {
+    const button = event.target instanceof Element ? event.target.closest("[data-ds-play]") : null;
+    if (!button) return;
+    const playing = button.getAttribute("aria-pressed") !== "true";
+    setPlaying(button, playing);
+    if (playing) play(button.closest("[data-ds-film]"), button);
+  });
+  document.addEventListener("input", (event) => {
+    const slider = event.target instanceof Element ? event.target.closest("[data-ds-frame]") : null;
+    if (!slider) return;
+    const film = slider.closest("[data-ds-film]");
+    setPlaying(film.querySelector("[data-ds-play]"), false);
+    showFrame(film, Number(slider.value) - 1);
   });
 
   document.addEventListener("input", (event) => {

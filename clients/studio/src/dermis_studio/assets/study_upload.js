@@ -41,14 +41,15 @@
     }
   };
 
-  // What is wrong, with the names of the files that the service does not take.
+  // What is wrong, with the names of the files that the service does not take, and what the problem document says of it.
   const problemOf = async (answer, batch) => {
     const document = await answer.json().catch(() => ({}));
     const names = (document.errors || []).map((item) => {
       const place = /^files\[(\d+)\]$/.exec(item.field);
       return place ? `${batch[Number(place[1])].name} ${item.message}` : "";
     }).filter(Boolean);
-    return names.join("; ") || document.detail || document.title || "The service refused the images";
+    const problem = names.join("; ") || document.detail || document.title || "The service refused the images";
+    return { problem, title: document.title || "", status: answer.status, wait: Number(answer.headers.get("Retry-After")) || null };
   };
 
   const waitOf = (answer) => {
@@ -57,7 +58,7 @@
   };
 
   // Send files to an address. `tell(done, words)` is called with the number of those that have arrived.
-  // Returns that number and what is wrong, which is empty if nothing is.
+  // Returns that number and what is wrong, which is empty if nothing is; if the service says it, with its title and status.
   window.dermisUpload = async (address, files, signal, tell) => {
     let done = 0, bytes = FIRST_BYTES, refusals = 0, lost = 0;
     while (done < files.length && !signal.aborted) {
@@ -82,11 +83,11 @@
       } else if (answer.status === 429 || answer.status === 503) {
         const wait = waitOf(answer);
         refusals += 1;
-        if (wait > LONGEST_WAIT || refusals >= MOST_REFUSALS) return { done, problem: await problemOf(answer, batch) };
+        if (wait > LONGEST_WAIT || refusals >= MOST_REFUSALS) return { done, ...(await problemOf(answer, batch)) };
         tell(done, `The service is busy. The upload continues in ${Math.ceil(wait)} s.`);
         await pause(wait, signal);
       } else if (!answer.ok) {
-        return { done, problem: await problemOf(answer, batch) };
+        return { done, ...(await problemOf(answer, batch)) };
       } else {
         done += batch.length;
         refusals = lost = 0;

@@ -63,6 +63,8 @@ class RequestFields:
         outputs: The components that `updates` changes.
         model: The field of the model.
         seed: The field of the seed.
+        truncation: The field of the truncation.
+        noise: The field of the noise.
         signing: The field of signed manifests, which is shown where the service can sign.
     """
 
@@ -77,6 +79,7 @@ class RequestFields:
         self.seed = gr.Number(label="Seed", value=0, precision=0, minimum=0)
         files = self._build_files()
         generation = self._build_generation()
+        self.truncation, self.noise = generation["truncation_psi"], generation["noise_mode"]
         edits = self._build_edits()
         checks = self._build_checks()
         more = self._build_more()

@@ -107,10 +107,7 @@ def described(dataset: DatasetRecord, writes: bool, about: str = "") -> str:
             text += f", {markup.duration(done.eta_seconds)} left"
         lines = markup.progress(text, done.fraction if dataset.state == "running" else None)
     elif dataset.error is not None:
-        lines = (
-            f'<div class="ds-problem" role="alert"><h2>{escape(dataset.error.title)}</h2><p>{escape(dataset.error.detail)}</p>'
-            '<p class="ds-remedy">Correct the cause, then create the dataset again.</p></div>'
-        )
+        lines = markup.failure(dataset.error, "dataset", "create the dataset")
     buttons = ""
     if writes and not dataset.finished and dataset.state != "cancelling":
         buttons = _button("cancel", dataset.id, "Cancel", "Stop this dataset? Its files are removed.")
@@ -168,7 +165,7 @@ async def results(client: AsyncDermisClient, dataset: AsyncDataset) -> str:
             f'rel="noopener">Open the report</a>'
         )
     if "manifest.json" in names:
-        links += f'<a class="ds-button" href="{at}/manifest.json" download>Manifest</a>'
+        links += f'<a class="ds-button" href="{at}/manifest.json">Manifest</a>'
     scorecard = _scorecard(report) if isinstance(report, DatasetReport) else ""
     return f'<div class="ds-actions">{links}</div>{preview}{scorecard}{_files(files, at)}'
 
@@ -176,7 +173,7 @@ async def results(client: AsyncDermisClient, dataset: AsyncDataset) -> str:
 def _files(files: Sequence[DatasetFile], at: str) -> str:
     rows = [
         (
-            f'<a href="{at}/{escape(file.name)}" download>{escape(file.name)}</a>',
+            f'<a href="{at}/{escape(file.name)}">{escape(file.name)}</a>',
             markup.size(file.bytes),
             markup.short_digest(file.sha256),
         )

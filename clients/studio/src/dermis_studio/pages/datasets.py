@@ -9,7 +9,8 @@ from typing import Any
 import gradio as gr
 from dermis_client import AsyncDermisClient
 
-from dermis_studio import markup, snippets
+from dermis_studio import markup, quotas, snippets
+from dermis_studio.access import Needs
 from dermis_studio.displays import stops
 from dermis_studio.pages import dataset_view as view
 from dermis_studio.pages.dataset_request import RequestFields
@@ -28,6 +29,8 @@ from dermis_studio.studio import (
 )
 
 NOTHING = markup.empty_state("No dataset selected", "Create a dataset, or open one of the list below.")
+CREATES: Needs = (("datasets:write",), ("models:read",))
+USES = (quotas.IMAGES, quotas.JOBS, quotas.STORED)
 _ON_LOAD = """
 element.addEventListener('click', (event) => {
   const button = event.target.closest('[data-act]');
@@ -59,24 +62,23 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
 
     async def load(request: gr.Request) -> Any:
         try:
-            visitor = await studio.visitor(request)
+            lacking = (await studio.visitor(request)).lacks(CREATES)
+            if lacking:
+                scopes = " and ".join(f"<code>{name}</code>" for (name,) in lacking)
+                note = f"<p>Your key cannot create datasets: that needs the scope {scopes}.</p>"
+                unchanged = [gr.skip()] * (len(fields.outputs) + 2)
+                return [gr.update(value=note, visible=True), gr.update(visible=False), *unchanged]
             async with studio.client(request) as client:
-                update, chosen = await chosen_model(client, request)
+                (update, chosen), left = await asyncio.gather(chosen_model(client, request), quotas.left(client, *USES))
             query = query_of(request)
         except Exception as error:
             return [gr.update(value=problem_of(error), visible=True)] + [gr.skip()] * (len(fields.outputs) + 3)
-        writes = visitor.may("datasets:write")
-        note = (
-            ""
-            if writes
-            else "<p>Your key cannot create datasets: that needs the scope <code>datasets:write</code>.</p>"
-        )
         return [
-            gr.update(value=note, visible=not writes),
-            gr.update(visible=writes),
+            gr.update(value="", visible=False),
+            gr.update(visible=True),
             update,
             *fields.updates(chosen, query.get("class_name"), other=False),
-            gr.update(interactive=True),
+            gr.update(interactive=not left.blocks(*USES)),
         ]
 
     @shows_problems(len(fields.outputs) + 1)
@@ -85,31 +87,36 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             chosen = await find_model(client, name)
         return [gr.skip(), *fields.updates(chosen, None, other=True)]
 
-    @studio.displays.newest(3, "estimate")
+    @studio.displays.newest(4, "estimate")
     async def reckon(request: gr.Request, *values: Any) -> AsyncIterator[Any]:
+        free = gr.update(interactive=True)
         try:
             visitor = await studio.visitor(request)
-            if not visitor.may("datasets:write"):
-                yield "", "", gr.skip()
+            if visitor.lacks(CREATES):
+                yield "", "", gr.skip(), gr.skip()
                 return
             async with studio.client(request) as client:
-                chosen = await find_model(client, fields.named(values)["model"])
+                chosen, usage = await asyncio.gather(
+                    find_model(client, fields.named(values)["model"]), client.usage.retrieve()
+                )
                 body = fields.request(chosen, values)
+                left = quotas.left_of(usage, *USES, asked={quotas.IMAGES: sum(body["classes"].values())})
+                if left.blocks(*USES):
+                    yield left.note, gr.skip(), gr.skip(), gr.update(interactive=False)
+                    return
                 address, then = studio.shown_address(request), 'result.wait(progress=True).download("lesions")'
                 code = markup.code_block(
                     "curl", snippets.curl(address, "/v1/datasets", body, with_key=visitor.key is not None)
                 ) + markup.code_block("Python", snippets.python(address, "datasets.create", body, then))
                 shown = f'<details class="ds-more"><summary>Copy as code</summary>{code}</details>'
                 if visitor.may("images") and not view.is_measured(chosen, body):
-                    text = f"Measuring size and time on {view.PROBE_IMAGES} images"
-                    yield markup.progress(text, None), shown, gr.skip()
-                expected, usage = await asyncio.gather(
-                    view.estimate(client, chosen, body, visitor), client.usage.retrieve()
-                )
+                    measuring = markup.progress(f"Measuring size and time on {view.PROBE_IMAGES} images", None)
+                    yield left.note + measuring, shown, gr.skip(), free
+                expected = await view.estimate(client, chosen, body, visitor)
             signing = gr.skip() if expected.signs is None else gr.update(visible=expected.signs)
-            yield expected.words + view.quotas(usage), shown, signing
+            yield left.note + expected.words + view.quotas(usage), shown, signing, free
         except Exception as error:
-            yield problem_of(error), gr.skip(), gr.skip()
+            yield problem_of(error), gr.skip(), gr.skip(), free
 
     @studio.displays.newest(2)
     async def start(request: gr.Request, *values: Any) -> AsyncIterator[Any]:
@@ -160,8 +167,13 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         except Exception as error:
             yield problem_of(error), "" if datasets is None else gr.skip()
 
-    fill_from_address(blocks, AddressField("seed", fields.seed))
-    reckoned = [estimate, code, fields.signing]
+    fill_from_address(
+        blocks,
+        AddressField("seed", fields.seed),
+        AddressField("truncation", fields.truncation),
+        AddressField("noise", fields.noise),
+    )
+    reckoned = [estimate, code, fields.signing, create]
     loaded = blocks.load(load, None, [readonly, builder, fields.model, *fields.outputs, create], **PRIVATE)
     loaded.then(reckon, fields.inputs, reckoned, **PRIVATE)
     following = blocks.load(reopen, None, [current, table], concurrency_limit=None, **PRIVATE)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from html import escape
 from typing import Any
 
 import gradio as gr
 from dermis_client import AsyncDermisClient, NewInvitation, Study
 
-from dermis_studio import markup
+from dermis_studio import markup, quotas
 from dermis_studio.displays import stops
 from dermis_studio.pages import study_view as view
 from dermis_studio.studio import PRIVATE, Studio, chosen_model, heading, html, problem_of, query_of
 
 POLL_SECONDS = 1.0
+USES = (quotas.IMAGES, quotas.UPLOADS, quotas.STORED)
 UPLOADS, FOLDER = "uploads", "folder"
 # Buttons and the form of an invitation become events of the page. Images go to the studio in small requests, which pass them on
 # with the key of the visitor, so that hundreds of them are never in one message.
@@ -57,7 +57,7 @@ element.addEventListener('change', async (event) => {
   bar.hidden = cancel.hidden = true;
   input.focus();
   tell(`${result.done} of ${total} images are uploaded`);
-  trigger('select', { act: 'uploaded', id, done: result.done, total, problem: result.problem });
+  trigger('select', { act: 'uploaded', id, total, ...result });
 });
 let made = '';
 watch('value', () => {
@@ -106,6 +106,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                     buttons=[],
                 )
                 seed = gr.Textbox(label="Seed", info="Empty: a random one. Keep it secret from readers.", max_length=19)
+            used_up = html()
             create = gr.Button("Create study", variant="primary")
         with gr.Column(elem_classes=["ds-section"]):
             current = html(view.NOTHING, js_on_load=_ON_LOAD)
@@ -113,10 +114,12 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
 
     async def load(request: gr.Request) -> Any:
         try:
+            reads_models = (await studio.visitor(request)).may("models:read")  # without it, the default model is used
             async with studio.client(request) as client:
-                (update, _), studies = await asyncio.gather(chosen_model(client, request), client.studies.list())
+                studies, left = await asyncio.gather(client.studies.list(), quotas.left(client, *USES))
+                update = (await chosen_model(client, request))[0] if reads_models else gr.skip()
         except Exception as error:
-            return problem_of(error), "", gr.skip(), gr.skip(), gr.skip()
+            return problem_of(error), "", *[gr.skip()] * 4
         most = studies.max_images or 200
         return (
             gr.skip(),
@@ -124,6 +127,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             update,
             gr.update(visible=studies.folder_of_real_images),
             gr.update(value=min(200, most), maximum=most),
+            left.note,
         )
 
     @studio.displays.newest(2)
@@ -199,7 +203,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             except Exception:
                 yield problem, gr.skip()
 
-    blocks.load(load, None, [current, table, model, source, count], **PRIVATE)
+    blocks.load(load, None, [current, table, model, source, count, used_up], **PRIVATE)
     following = blocks.load(reopen, None, [current, table], concurrency_limit=None, **PRIVATE)
     fields = [name, model, count, source, equal, truncation, seed]
     stops(create.click, following)
@@ -224,26 +228,34 @@ async def carried_out(
         return markup.success("The study is closed. No more answers are taken."), None
     elif name == "invite":
         label = str(message.get("label", "")).strip()
-        days = float(message.get("days") or 30)
+        days = 30 if message.get("days") is None else float(message["days"])
         return "", await client.studies.invite(study_id, label, expires_in_days=days)
     elif name == "revoke":
         invitation = await client.studies.revoke(study_id, str(message.get("name")))
         return markup.success(f"The link of {invitation.label} does not work any more."), None
     elif name == "uploaded":
-        done, total, problem = message.get("done"), message.get("total"), str(message.get("problem") or "")
-        if problem:
-            return _upload_problem(problem, done, total), None
+        done, total = message.get("done"), message.get("total")
+        if message.get("problem"):
+            return _upload_problem(message), None
         stopped = "" if done == total else " The upload was stopped."
         return markup.success(f"{done} of {total} images are uploaded.{stopped}"), None
     return "", None
 
 
-def _upload_problem(problem: str, done: Any, total: Any) -> str:
-    return (
-        f'<div class="ds-problem" role="alert"><h2>Not all images were uploaded</h2><p>{escape(problem)}</p>'
-        f'<p class="ds-remedy">{escape(str(done))} of {escape(str(total))} are uploaded. Choose the files again without those '
-        "that are named here; images that are there already are not added twice.</p></div>"
-    )
+def _upload_problem(message: Mapping[str, Any]) -> str:
+    """Return why an upload ended, from what `study_upload.js` says of it."""
+    status = message.get("status")
+    if not isinstance(status, int):  # the service did not answer, or not in time
+        what = "Choose the files again."
+    elif status == 422:
+        what = "Choose the files again without those that are named here."
+    else:
+        wait = message.get("wait")
+        what = f"{markup.remedy(status, wait if isinstance(wait, int | float) else None)} Then choose the files again."
+    arrived = f"{message.get('done')} of {message.get('total')} are uploaded"
+    what += f" {arrived}; images that are there already are not added twice."
+    title = str(message.get("title") or "Not all images were uploaded")
+    return markup.described_problem(title, str(message.get("problem")), what)
 
 
 async def followed(

@@ -81,10 +81,8 @@ def described(
     )
     progress = ""
     if study.state == "failed":
-        progress = (
-            f'<div class="ds-problem" role="alert"><h2>The images cannot be made</h2><p>{escape(study.error or "")}</p>'
-            '<p class="ds-remedy">Correct the cause, then create the study again.</p></div>'
-        )
+        title = "The images of the study cannot be made"
+        progress = markup.failure_in_words(study.error or "", title, "study", "create the study")
     elif study.state == "preparing":
         text = f"{study.prepared:,} of {study.images:,} images are ready"
         progress = markup.progress(text, study.prepared / max(1, study.images))
@@ -221,8 +219,8 @@ def _results(study: Study, results: StudyResults) -> str:
     )
     p_value = "" if results.p_value is None else f" Test against chance: p = {results.p_value:.2g}."
     exports = (
-        f'<a class="ds-button" href="study-answers/{study.id}.csv" download>Answers as CSV</a>'
-        f'<a class="ds-button" href="study-answers/{study.id}.json" download>Answers as JSON</a>'
+        f'<a class="ds-button" href="study-answers/{study.id}.csv">Answers as CSV</a>'
+        f'<a class="ds-button" href="study-answers/{study.id}.json">Answers as JSON</a>'
     )
     return (
         f"<h3>Results so far</h3>{interval_plot(intervals)}"
