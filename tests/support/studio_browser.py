@@ -154,9 +154,9 @@ def delete_study(page: Any) -> None:
     shows(page, "are deleted")
 
 
-def answer(reader: Any, position: int, *keys: str) -> None:
+def answer(reader: Any, position: int, *keys: str, total: int = 4) -> None:
     """Answer an image of a study with the keyboard."""
-    shows(reader, f"Image {position} of 4")
+    shows(reader, f"Image {position} of {total}")
     reader.locator("#image:not([hidden])").wait_for()
     for key in keys:
         reader.keyboard.press(key)
