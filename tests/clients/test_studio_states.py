@@ -148,6 +148,22 @@ def test_dataset_in_progress_and_cancelled(demo: Launched, browser: Browser) -> 
     assert violations(page) == []
 
 
+def test_report_of_a_dataset(browser: Browser) -> None:
+    page = browser.open("datasets")
+    loaded(page)
+    for field in page.get_by_label("Images of").all():
+        if field.is_visible():
+            field.fill("4")
+    press(page, "Create dataset")
+    report = page.get_by_role("link", name="Open the report").first
+    report.wait_for()
+    page.goto(f"{browser.address}/studio/{report.get_attribute('href')}")
+    page.locator("h1").wait_for()
+    assert violations(page) == []
+    page.emulate_media(color_scheme="dark")
+    assert violations(page) == []
+
+
 def test_all_options_of_a_dataset_are_accessible(browser: Browser) -> None:
     page = browser.open("datasets", width=820, height=1180)
     loaded(page)

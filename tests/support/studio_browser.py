@@ -152,3 +152,11 @@ def delete_study(page: Any) -> None:
     page.once("dialog", lambda dialog: dialog.accept())
     press(page, "Delete")
     shows(page, "are deleted")
+
+
+def answer(reader: Any, position: int, *keys: str, total: int = 4) -> None:
+    """Answer an image of a study with the keyboard."""
+    shows(reader, f"Image {position} of {total}")
+    reader.locator("#image:not([hidden])").wait_for()
+    for key in keys:
+        reader.keyboard.press(key)

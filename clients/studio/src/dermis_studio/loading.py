@@ -79,7 +79,8 @@ def fill_for_model(
         visitor = await studio.visitor(request)
         async with studio.client(request) as client:
             (update, chosen), left = await asyncio.gather(chosen_model(client, request), quotas.left(client, *uses))
-        return [gr.skip(), update, left.note, *updates(Offer(chosen, visitor, left, query_of(request)))]
+        loaded_result = nothing if problem is result else ""
+        return [loaded_result, update, left.note, *updates(Offer(chosen, visitor, left, query_of(request)))]
 
     @shows_problems(len(fields) + 2)
     async def choose(name: str, request: gr.Request) -> Any:

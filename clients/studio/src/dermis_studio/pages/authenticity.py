@@ -38,7 +38,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             start = gr.Button("Check", variant="primary", interactive=False)
             stop = gr.Button("Stop", variant="stop", visible=False)
         with gr.Column():
-            result = html(NOTHING)
+            result = html(markup.progress("Loading the models", None))
 
     def updates(offer: Offer) -> list[Any]:
         samples, files, note = sources_of(offer)

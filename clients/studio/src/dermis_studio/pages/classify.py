@@ -50,7 +50,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             start = gr.Button("Classify", variant="primary", interactive=False)
             stop = gr.Button("Stop", variant="stop", visible=False)
         with gr.Column():
-            result = html(NOTHING)
+            result = html(markup.progress("Loading the models", None))
 
     def updates(offer: Offer) -> list[Any]:
         samples, files = offer.samples, not offer.left.blocks(quotas.UPLOADS)

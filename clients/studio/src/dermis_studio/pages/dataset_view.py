@@ -284,16 +284,27 @@ def estimated(
     return rows
 
 
-async def _measure(client: AsyncDermisClient, model: Model, body: dict[str, Any]) -> Measured:
-    """Generate a few images with the options on which the size depends most.
+def is_measured(model: Model, body: dict[str, Any]) -> bool:
+    """Whether the size and time of such images are known, so that an estimate generates none."""
+    return _measurement_of(model, body)[0] in _MEASURED
 
-    These are format, quality, noise and signing. Truncation and edits change it by a few percent only.
+
+def _measurement_of(model: Model, body: dict[str, Any]) -> tuple[tuple[str, str], dict[str, Any]]:
+    """Return the key and the options of the measurement for a dataset.
+
+    The options are those on which the size depends most: format, quality, noise and signing. Truncation and edits change it
+    by a few percent only.
     """
     options = {
         name: body[name] for name in ("image_format", "image_quality", "noise_mode", "provenance") if name in body
     }
     options.setdefault("image_format", "png")
-    key = (model.digest, json.dumps(options, sort_keys=True))
+    return (model.digest, json.dumps(options, sort_keys=True)), options
+
+
+async def _measure(client: AsyncDermisClient, model: Model, body: dict[str, Any]) -> Measured:
+    """Generate a few images, unless such images have been measured."""
+    key, options = _measurement_of(model, body)
     if key not in _MEASURED:
         started = time.perf_counter()
         result = await client.images.generate({next(iter(body["classes"])): PROBE_IMAGES}, model=model.name, **options)

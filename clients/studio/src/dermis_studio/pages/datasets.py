@@ -87,12 +87,14 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             chosen = await find_model(client, name)
         return [gr.skip(), *fields.updates(chosen, None, other=True)]
 
-    async def reckon(request: gr.Request, *values: Any) -> Any:
+    @studio.displays.newest(4, "estimate")
+    async def reckon(request: gr.Request, *values: Any) -> AsyncIterator[Any]:
         free = gr.update(interactive=True)
         try:
             visitor = await studio.visitor(request)
             if visitor.lacks(CREATES):
-                return "", "", gr.skip(), gr.skip()
+                yield "", "", gr.skip(), gr.skip()
+                return
             async with studio.client(request) as client:
                 chosen, usage = await asyncio.gather(
                     find_model(client, fields.named(values)["model"]), client.usage.retrieve()
@@ -100,17 +102,21 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 body = fields.request(chosen, values)
                 left = quotas.left_of(usage, *USES, asked={quotas.IMAGES: sum(body["classes"].values())})
                 if left.blocks(*USES):
-                    return left.note, gr.skip(), gr.skip(), gr.update(interactive=False)
+                    yield left.note, gr.skip(), gr.skip(), gr.update(interactive=False)
+                    return
+                address, then = studio.shown_address(request), 'result.wait(progress=True).download("lesions")'
+                code = markup.code_block(
+                    "curl", snippets.curl(address, "/v1/datasets", body, with_key=visitor.key is not None)
+                ) + markup.code_block("Python", snippets.python(address, "datasets.create", body, then))
+                shown = f'<details class="ds-more"><summary>Copy as code</summary>{code}</details>'
+                if visitor.may("images") and not view.is_measured(chosen, body):
+                    measuring = markup.progress(f"Measuring size and time on {view.PROBE_IMAGES} images", None)
+                    yield left.note + measuring, shown, gr.skip(), free
                 expected = await view.estimate(client, chosen, body, visitor)
+            signing = gr.skip() if expected.signs is None else gr.update(visible=expected.signs)
+            yield left.note + expected.words + view.quotas(usage), shown, signing, free
         except Exception as error:
-            return problem_of(error), gr.skip(), gr.skip(), free
-        address, then = studio.shown_address(request), 'result.wait(progress=True).download("lesions")'
-        code = markup.code_block(
-            "curl", snippets.curl(address, "/v1/datasets", body, with_key=visitor.key is not None)
-        ) + markup.code_block("Python", snippets.python(address, "datasets.create", body, then))
-        signing = gr.skip() if expected.signs is None else gr.update(visible=expected.signs)
-        shown = f'<details class="ds-more"><summary>Copy as code</summary>{code}</details>'
-        return left.note + expected.words + view.quotas(usage), shown, signing, free
+            yield problem_of(error), gr.skip(), gr.skip(), free
 
     @studio.displays.newest(2)
     async def start(request: gr.Request, *values: Any) -> AsyncIterator[Any]:

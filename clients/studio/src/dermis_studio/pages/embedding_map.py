@@ -75,7 +75,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             start = gr.Button("Draw map", variant="primary", interactive=False)
             stop = gr.Button("Stop", variant="stop", visible=False)
         with gr.Column(elem_classes=["ds-section"]):
-            status = html()
+            status = html(markup.progress("Loading the models", None))
             drawing = html(NOTHING)
 
     async def draw(

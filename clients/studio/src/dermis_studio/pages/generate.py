@@ -84,7 +84,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             start = gr.Button("Generate", variant="primary", interactive=False)
             stop = gr.Button("Stop", variant="stop", visible=False)
         with gr.Column():
-            status = html()
+            status = html(markup.progress("Loading the models", None))
             grid = html(NOTHING, js_on_load=_ON_LOAD)
             code = html()
         with gr.Column(elem_classes=["ds-panel", "ds-detail"]):

@@ -85,7 +85,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 label="Schedule", choices=[("Fast", "fast"), ("Official, slower", "official")], value="fast"
             )
             video = gr.Checkbox(label="Film of the optimisation", value=True)
-            used_up = html()
+            used_up = html(markup.progress("Loading the models", None))
             start = gr.Button("Project", variant="primary", interactive=False)
         with gr.Column():
             result = html(NOTHING, js_on_load=_ON_LOAD)
@@ -97,7 +97,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             usable = gr.update(interactive=not left.blocks(*USES))
             return gr.skip(), update, class_update(chosen), left.note, usable
         except Exception as error:
-            return problem_of(error), gr.skip(), gr.skip(), gr.skip(), gr.skip()
+            return problem_of(error), gr.skip(), gr.skip(), "", gr.skip()
 
     @shows_problems(2)
     async def choose_model(name: str, request: gr.Request) -> Any:

@@ -93,7 +93,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             equal = gr.Checkbox(
                 label="As many images of each class",
                 info="Otherwise in the proportions of the real images.",
-                value=False,
+                value=True,
             )
             with gr.Accordion("More", open=False):
                 truncation = gr.Slider(
