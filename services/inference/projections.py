@@ -112,7 +112,14 @@ def project_images(
 
     frame_every = max(1, steps // _VIDEO_FRAMES) if task.video else None
     previews = None if on_previews is None else _Previews(steps, partial(encode, origin=origin), on_previews)
-    projected = projector.project(targets, task.schedule, on_step=on_step, on_state=previews, frame_every=frame_every)
+    projected = projector.project(
+        targets,
+        task.schedule,
+        on_step=on_step,
+        on_state=previews,
+        frame_every=frame_every,
+        at_once=len(targets),  # a step of one image alone takes less than half of the time of a step of eight
+    )
     for number, result in projected:
         video = None
         if result.frames is not None:

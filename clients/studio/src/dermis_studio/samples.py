@@ -66,10 +66,10 @@ class SampleRef:
             return cls(
                 model=str(values.get("model") or ""),
                 class_name=str(values["class_name"]),
-                seed=int(values.get("seed") or 0),
-                index=int(values.get("index") or 0),
-                truncation=float(values.get("truncation") or 1.0),
-                noise=_NOISE_MODES[str(values.get("noise") or "random")],
+                seed=int(_or_default(values.get("seed"), 0)),
+                index=int(_or_default(values.get("index"), 0)),
+                truncation=float(_or_default(values.get("truncation"), 1.0)),
+                noise=_NOISE_MODES[str(_or_default(values.get("noise"), "random"))],
             )
         except (TypeError, ValueError, KeyError):
             raise ValueError(
@@ -91,6 +91,11 @@ class SampleRef:
     def words(self) -> str:
         """The sample in words."""
         return f"{self.class_name}, seed {self.seed}, index {self.index}"
+
+
+def _or_default(value: Any, default: Any) -> Any:
+    """Return a value, or the default if there is none. 0 is a value."""
+    return default if value is None or value == "" else value
 
 
 def options(model: str | None, truncation: float, noise: NoiseMode) -> dict[str, Any]:

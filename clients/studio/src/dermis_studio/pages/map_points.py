@@ -17,6 +17,10 @@ from dermis_studio.samples import SampleRef, words_of
 
 THUMBNAIL_PIXELS = 64
 _COLUMNS = 20  # of the sheet of thumbnails
+_PICTURES = (
+    f"The pictures are reduced to {THUMBNAIL_PIXELS} px (Lanczos) and are JPEG files of quality 92, so pixels differ slightly; "
+    "other pages show the exact image."
+)
 GENERATED, PROJECTED, OWN = "generated", "projected", "your image"
 NOT_KNOWN, NOT_COMPARED = "not known", "not compared"
 
@@ -67,7 +71,7 @@ def element(known: EmbeddingMap, points: Sequence[Point], chosen: int | None = N
     """
     return (
         f'<ds-embedding-map data-map="{markup.attribute(data(known, points, chosen))}"></ds-embedding-map>'
-        f'<p class="ds-muted">{training_words(known)}</p>'
+        f'<p class="ds-muted">{training_words(known)} {_PICTURES}</p>'
     )
 
 
