@@ -126,6 +126,10 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
             "edits": [{"direction": "sefa-1", "strength": -1, "layers": [0, 2]}], **SIGNED,
         },
     ),
+    "images.generate_pixels": (
+        ({"benign": 1},),
+        {**GENERATION, "truncation_cutoff": 2, "noise_mode": "none", "edits": {"sefa-1": 1}},
+    ),
     "classifications.create": ((png(9),), {"model": "demo", "threshold": 0.25}),
     "authenticity.check": ((png(9),), {"model": "demo"}),
     "authenticity.check_generated": (({"benign": 1},), {**GENERATION, "edits": {"sefa-1": 1}}),
