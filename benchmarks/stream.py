@@ -5,8 +5,8 @@ alternate between the generator alone in this process, with the backend of the s
 difference is the work of the service and of the client besides generating: transfer, HTTP and tensors. The best round of each
 counts, so that short activity of other programs does not distort it.
 
-During a stream torch uses one thread, as it does in workers of a DataLoader and with OMP_NUM_THREADS=1. Further threads would join
-the images of a batch and wait actively for more work, on the cores of the generator: `--torch-threads` measures it.
+During a stream torch uses one thread, as it does in workers of a DataLoader and with OMP_NUM_THREADS=1. Further threads would
+join the images of a batch and wait actively for more work, on the cores of the generator: `--torch-threads` measures it.
 """
 
 from __future__ import annotations
