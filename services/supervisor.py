@@ -45,9 +45,9 @@ _OPEN_FILES = 65_536
 _STEADY_SECONDS = 60.0  # a process that has run for so long is restarted without a pause
 _LONGEST_PAUSE_SECONDS = 30.0
 _WAKE_SECONDS = 1.0
-# The gateway runs every shard in a thread of its own. By default the C library gives threads up to eight heaps a core, which
-# keep the memory of images that threads have freed.
-_GATEWAY_ENVIRONMENT = {"MALLOC_ARENA_MAX": "2"}
+# The gateway runs every shard in a thread of its own. By default the C library gives threads up to eight heaps a core, and
+# Arrow's allocator one to each thread that writes Parquet. Both keep the memory of images that threads have freed.
+_GATEWAY_ENVIRONMENT = {"MALLOC_ARENA_MAX": "2", "ARROW_DEFAULT_MEMORY_POOL": "system"}
 
 
 def worker_counts(settings: Settings) -> Mapping[str, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,10 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.parent_watchdog import exit_with_parent
+
+_MODEL_NICENESS = 5
+"""Where processors are scarce the gateway gets three times as much of them as a process with models, so that lists, refusals
+and probes do not wait for images."""
 
 
 def main() -> None:
@@ -43,6 +48,8 @@ def main() -> None:
         uvicorn.protocols.http.auto.AutoHTTPProtocol = BoundedProtocol
         options = uvicorn_options(settings)
         uvicorn.Config = functools.partial(uvicorn.Config, **options)  # type: ignore[assignment, misc]
+    else:
+        os.nice(_MODEL_NICENESS)
     service.main()
 
 

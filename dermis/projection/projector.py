@@ -132,6 +132,7 @@ class ImageProjector:
         on_step: Callable[[Sequence[tuple[int, int]]], None] | None = None,
         on_state: Callable[[ProjectionState], None] | None = None,
         frame_every: int | None = None,
+        at_once: int | None = None,
     ) -> Iterator[tuple[int, Projection]]:
         """Project images.
 
@@ -142,6 +143,8 @@ class ImageProjector:
                 from it ends the work.
             on_state: Called after every step with the current images.
             frame_every: Number of steps between two images in `frames` of a projection; None for no frames.
+            at_once: Images that are projected at once if there are fewer than `batch_size`: each step computes as many. It
+                changes only speed and the last bits of results; None for `batch_size`.
 
         Yields:
             Position in `targets` and projection of each image, in the order in which they finish.
@@ -152,7 +155,7 @@ class ImageProjector:
         if schedule.start == "encoder" and self._encode is None:
             raise RequestError("start", "there is no encoder for this bundle; start from the mean, or train an encoder")
         waiting = enumerate(targets)
-        slots = _Slots(self, schedule, frame_every)
+        slots = _Slots(self, schedule, frame_every, min(at_once or self.batch_size, self.batch_size))
         while slots.fill(waiting):
             slots.step()
             if on_step is not None:
@@ -179,10 +182,10 @@ class ImageProjector:
 class _Slots:
     """The images that are being projected. The first dimension of every tensor is the batch; empty slots are computed too."""
 
-    def __init__(self, projector: ImageProjector, schedule: Schedule, frame_every: int | None) -> None:
+    def __init__(self, projector: ImageProjector, schedule: Schedule, frame_every: int | None, count: int) -> None:
         self._p, self._schedule, self._frame_every = projector, schedule, frame_every
         self._config = projector._generator.config
-        count, device = projector.batch_size, projector._device
+        device = projector._device
         self._numbers: list[int | None] = [None] * count
         self._keys = [0] * count
         self._steps, self._step_counts = [0] * count, [0] * count

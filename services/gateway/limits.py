@@ -22,6 +22,9 @@ _RATE_HALF_LIFE_SECONDS = 30.0
 _RATE_CALLS = 20  # the first calls say little about the rate: a generator is slow until it has warmed up
 _RATE_SECONDS = 5.0
 _RATE_IMAGES = 16
+_BURST = 2.0
+"""Time without a pause after which waiting calls are no burst any more, in times the limit of the wait."""
+_STANDING_SHARE = 0.2  # of the limit of the wait, for what waits longer than a burst
 
 
 class Limiter:
@@ -102,7 +105,7 @@ class WaitLimiter:
         self._images: Counter[str] = Counter()  # waiting, by tenant; only those that have some
         self._calls = 0
         self._completed = self._busy = 0.0
-        self._changed = clock()
+        self._changed = self._waiting_since = clock()
 
     @property
     def _waiting(self) -> int:
@@ -115,6 +118,12 @@ class WaitLimiter:
             return None
         return self._completed / self._busy
 
+    @property
+    def limit(self) -> float:
+        """Seconds that a call may wait at this moment."""
+        standing = self._waiting and self._clock() - self._waiting_since > _BURST * self._limit
+        return _STANDING_SHARE * self._limit if standing else self._limit
+
     @contextmanager
     def hold(self, tenant: str, images: int) -> Iterator[None]:
         """Count a call of a tenant for this number of images for the time of a `with` block.
@@ -123,17 +132,19 @@ class WaitLimiter:
             ProblemError: It would wait longer than the limit.
         """
         self._advance()
-        rate, own = self.rate, self._images[tenant]
+        rate, own, limit = self.rate, self._images[tenant], self.limit
         if own and rate is not None:
             wait = self._waiting / rate if rate > 0 else math.inf
-            if wait > self._limit:
-                retry_after = min(30, max(1, math.ceil(min(wait, 60.0) - self._limit)))
+            if wait > limit:
+                retry_after = min(30, max(1, math.ceil(min(wait, 60.0) - limit)))
                 raise ProblemError(
                     "overloaded",
                     f"{self._waiting} images were requested before ({own} by this tenant), which is more than "
-                    f"{self._limit:g} seconds of waiting",
+                    f"{limit:g} seconds of waiting",
                     headers={"Retry-After": str(retry_after)},
                 )
+        if not self._waiting:
+            self._waiting_since = self._changed
         self._images[tenant] += images
         completed = False
         try:
@@ -151,7 +162,7 @@ class WaitLimiter:
     def _is_measured(self) -> bool:
         """Whether so many images are waiting that the rate is that of full batches, or that calls could soon be refused."""
         rate = self.rate
-        return self._waiting >= (_RATE_IMAGES if rate is None else min(_RATE_IMAGES, rate * self._limit / 2))
+        return self._waiting >= (_RATE_IMAGES if rate is None else min(_RATE_IMAGES, rate * self.limit / 2))
 
     def _advance(self) -> None:
         """Count the time since the last change if it is measured, and let earlier time weigh less."""

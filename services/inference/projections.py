@@ -112,12 +112,19 @@ def project_images(
 
     frame_every = max(1, steps // _VIDEO_FRAMES) if task.video else None
     previews = None if on_previews is None else _Previews(steps, partial(encode, origin=origin), on_previews)
-    projected = projector.project(targets, task.schedule, on_step=on_step, on_state=previews, frame_every=frame_every)
+    projected = projector.project(
+        targets,
+        task.schedule,
+        on_step=on_step,
+        on_state=previews,
+        frame_every=frame_every,
+        at_once=len(targets),  # a step of one image alone takes less than half of the time of a step of eight
+    )
     for number, result in projected:
         video = None
         if result.frames is not None:
             last_frames = np.repeat(result.frames[-1:], _REPEATED_LAST_FRAMES, axis=0)
-            video = encode_video(np.concatenate([result.frames, last_frames]), "gif")
+            video = encode_video(np.concatenate([result.frames, last_frames]), "gif", origin=origin)
         provenance = {"bundle": projector.bundle.digest}
         files[number] = ProjectionFiles(to_bytes(result, provenance), encode(result.image, origin=origin), video)
     return [files[number] for number in range(len(targets))]

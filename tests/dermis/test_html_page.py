@@ -50,6 +50,30 @@ def test_pages_and_studio_have_the_same_colours() -> None:
             assert len(own) > 8 and own == {name: shared[{"bar": "well"}.get(name, name)] for name in own}
 
 
+def test_pages_of_readers_differ_from_the_studio_in_their_grey_surroundings_only() -> None:
+    def colours(path: str) -> dict[str, str]:
+        text = (ROOT / path).read_text(encoding="utf-8")
+        scheme = re.search(r":root[^{]*\{([^}]*)\}", text)
+        assert scheme is not None
+        own = dict(re.findall(r"--([a-z-]+):\s*(#[0-9a-f]+)", scheme[1]))
+        assert set(re.findall(r"var\(--([a-z-]+)\)", text)) <= own.keys() | {"size"}
+        return own
+
+    studio = (ROOT / "clients/studio/src/dermis_studio/assets/studio.css").read_text(encoding="utf-8")
+    light = dict(re.findall(r"--ds-([a-z-]+):\s*(#[0-9a-f]+)", studio.partition("}")[0]))
+    reader, survey = colours("services/gateway/reader_page/reader.css"), colours("training/evaluation/survey_page.html")
+    for own in (reader, survey):
+        shared = {name: value for name, value in own.items() if not name.startswith("grey-")}
+        assert len(shared) >= 4 and shared == {name: light[name] for name in shared}
+    greys = {name: value for name, value in survey.items() if name.startswith("grey-")}
+    assert len(greys) == 3 and greys.items() <= reader.items()
+    assert all(max(channels(grey)) - min(channels(grey)) <= 20 for grey in greys.values())  # hardly any hue
+
+
+def channels(colour: str) -> tuple[int, ...]:
+    return tuple(bytes.fromhex(colour.removeprefix("#")))
+
+
 @pytest.mark.full
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium to open the page with")
 def test_tables_are_sorted_and_images_enlarged_in_a_browser(tmp_path: Path) -> None:

@@ -129,18 +129,20 @@ def test_a_process_that_dies_is_started_again(settings: Settings, programs: Path
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("chosen", "expected"), [(None, {None, "2"}), ("7", {"7"})])
-def test_gateway_has_few_heaps_unless_the_operator_chose_a_number(
-    chosen: str | None, expected: set[str | None], settings: Settings, programs: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name, value", [("MALLOC_ARENA_MAX", "2"), ("ARROW_DEFAULT_MEMORY_POOL", "system")])
+@pytest.mark.parametrize("chosen", [None, "chosen"])
+def test_gateway_has_few_heaps_unless_the_operator_chose_others(
+    name: str, value: str, chosen: str | None, settings: Settings, programs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    monkeypatch.delenv(name, raising=False)
     if chosen is not None:
-        monkeypatch.setenv("MALLOC_ARENA_MAX", chosen)
+        monkeypatch.setenv(name, chosen)
     programs.write_text(
-        "import os, time; heaps = os.environ.get('MALLOC_ARENA_MAX')\n"
+        f"import os, time; heaps = os.environ.get({name!r})\n"
         f"open({str(programs.parent)!r} + f'/heaps-{{os.getpid()}}', 'w').write(repr(heaps)); note(); time.sleep(600)"
     )
     run_until(settings, programs, lambda: len(pids(programs)) == 3)
+    expected = {None, value} if chosen is None else {chosen}
     assert {ast.literal_eval(file.read_text()) for file in programs.parent.glob("heaps-*")} == expected
 
 

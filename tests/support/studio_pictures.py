@@ -9,13 +9,9 @@ from typing import Any
 
 from PIL import Image
 
-from studio_browser import Browser, browsing
+from studio_browser import Browser, answer, browsing, create_study, picture, press
 
 SAMPLE = "class_name=malignant&seed=0&index=9"
-
-
-def press(page: Any, name: str) -> None:
-    page.get_by_role("button", name=name, exact=True).click()
 
 
 def generate(browser: Browser) -> Any:
@@ -44,11 +40,11 @@ def authenticity(browser: Browser) -> Any:
 
 
 def classify(browser: Browser) -> Any:
-    page = browser.open("classify")
-    page.get_by_label("Index").fill("9")
+    page = browser.open(f"classify?{SAMPLE}")
+    page.get_by_text("Counted as").wait_for()
     page.get_by_label("XRAI").check()
     press(page, "Classify")
-    page.get_by_text("Counted as").wait_for()
+    page.get_by_alt_text("Heat map").first.wait_for()
     return page
 
 
@@ -62,10 +58,35 @@ def datasets(browser: Browser) -> Any:
     return page
 
 
+def studies(browser: Browser) -> Any:
+    """The page of the one who made a study, after two readers have answered."""
+    page = browser.open("studies")
+    create_study(page, 20)
+    page.get_by_label("Real images: benign").set_input_files([picture(120 + 4 * place) for place in range(10)])
+    page.get_by_text("10 of 10 images are uploaded").first.wait_for()
+    press(page, "Choose the images and open the study")
+    page.locator(".ds-state", has_text="Open").first.wait_for()
+    for name, keys in (("Reader 1", "grgrr"), ("Reader 2", "ggrgr")):
+        page.get_by_label("Name or code").fill(name)
+        press(page, "Create link")
+        page.get_by_text(f"The link for {name} is below").wait_for()
+        reader = browser.page()
+        reader.goto(page.locator(".ds-code code").first.inner_text())
+        reader.get_by_role("button", name="Begin").press("Enter")
+        for position in range(1, 21):
+            answer(reader, position, keys[position % 5], str(1 + position % 5), "Enter", total=20)
+        reader.get_by_text("You have answered all").wait_for()
+        reader.context.close()
+    press(page, "Refresh")
+    page.get_by_text("Results so far").wait_for()
+    page.get_by_text("Results so far").scroll_into_view_if_needed()
+    return page
+
+
 def main() -> None:
     address, folder = sys.argv[1].rstrip("/"), Path(sys.argv[2])
     with browsing(address) as browser:
-        for show in (generate, explore, authenticity, classify, datasets):
+        for show in (generate, explore, authenticity, classify, datasets, studies):
             if len(sys.argv) > 3 and show.__name__ not in sys.argv[3:]:
                 continue
             page = show(browser)

@@ -24,7 +24,6 @@ from dermis_client import (
     DermisClient,
     InvalidRequestError,
     errors,
-    resources,
 )
 from dermis_client._cli_text import format_report
 from dermis_client.resources import dataset_flows
@@ -71,15 +70,16 @@ def test_async_client_creates_downloads_and_deletes_dataset(gateway: FakeGateway
     assert dermis_client.verify(tmp_path)
 
 
-RESOURCES = [
-    "datasets", "images", "classifications", "authenticity", "embeddings", "edits", "projections", "models", "webhooks",
-]  # fmt: skip
+_CLIENTS = (DermisClient("http://localhost"), AsyncDermisClient("http://localhost"))
+TWINS = [
+    (dermis_client.Dataset, dermis_client.AsyncDataset),
+    (DermisClient, AsyncDermisClient),
+    *((type(ours), type(getattr(_CLIENTS[1], name))) for name, ours in vars(_CLIENTS[0]).items() if name[0] != "_"),
+]
 
 
-@pytest.mark.parametrize("name", ["Dataset", "DermisClient", *(name.capitalize() for name in RESOURCES)])
-def test_both_clients_have_the_same_methods_and_arguments(name: str) -> None:
-    module = dermis_client if hasattr(dermis_client, f"Async{name}") else getattr(resources, name.lower())
-    sync, twin = getattr(module, name), getattr(module, f"Async{name}")
+@pytest.mark.parametrize(("sync", "twin"), TWINS, ids=lambda kind: kind.__name__)
+def test_both_clients_have_the_same_methods_and_arguments(sync: type, twin: type) -> None:
     methods = {n for n, m in vars(sync).items() if inspect.isfunction(m) and not n.startswith("_")}
     assert methods == {n for n, m in vars(twin).items() if inspect.isfunction(m) and not n.startswith("_")}
     for method in methods | {"__init__"}:

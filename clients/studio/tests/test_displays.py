@@ -52,7 +52,7 @@ def test_displays_of_pages_beyond_the_limit_end() -> None:
     assert not first() and second()
 
 
-@pytest.mark.parametrize("path", ["", "classify", "datasets", "explore", "map", "project", "studies"])
+@pytest.mark.parametrize("path", ["", "authenticity", "classify", "datasets", "explore", "map", "project", "studies"])
 def test_page_stops_what_runs_before_it_sends_an_event(path: str) -> None:
     """Gradio sends a listener once the one before it has ended, and ignores an event whose listener still runs."""
     service = Service("http://127.0.0.1:9")
@@ -92,5 +92,30 @@ def test_button_that_stops_a_handler_is_shown_while_it_runs() -> None:
         assert await anext(stopped) == (1, hidden, visible)
         displays.begin(request("one"), "map")
         assert [values async for values in stopped] == [(gr.skip(),) * 3]  # the buttons are those of what stopped it
+
+    asyncio.run(check())
+
+
+def test_what_has_no_button_of_its_own_is_stopped_and_begun_again_while_it_runs() -> None:
+    displays = Displays()
+
+    async def counting(request: gr.Request) -> AsyncIterator[Any]:
+        for number in range(2):
+            yield number
+
+    with gr.Blocks() as blocks:
+        stop, grid, result = gr.Button(), gr.HTML(), gr.HTML()
+        shown = displays.run_until_stopped(
+            [grid.select], counting, [], [result], (None, stop), "Stopped", trigger_mode="multiple"
+        )
+    assert [each.trigger_mode for each in blocks.fns.values() if each.targets[0][1] == "select"] == ["multiple"]
+
+    async def check() -> None:
+        ran = [values async for values in shown(request("one"))]
+        assert ran == [
+            (0, gr.update(visible=True)),
+            (1, gr.update(visible=True)),
+            (gr.skip(), gr.update(visible=False)),
+        ]
 
     asyncio.run(check())

@@ -6,20 +6,36 @@ import base64
 import html
 import io
 import json
+import re
 import shlex
+import shutil
+import subprocess
+import zipfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from html.parser import HTMLParser
+from importlib.resources import files
 from typing import Any
 
 import gradio as gr
 import pytest
-from dermis_client import APIConnectionError, DermisError, Embedding, EmbeddingMap, Model, Study, StudyResults
+from dermis_client import (
+    APIConnectionError,
+    DermisError,
+    EditedImage,
+    Embedding,
+    EmbeddingMap,
+    HeatMap,
+    Model,
+    Study,
+    StudyResults,
+)
 from dermis_client.errors import RateLimitError, ServerError, UnprocessableEntityError
 from dermis_client.models import Problem
 from dermis_client.studies import NewInvitation, StudyImages
 from dermis_studio import markup, scales, snippets, sources
-from dermis_studio.pages import map_points, study_view
-from dermis_studio.samples import SampleRef, words_of
+from dermis_studio.app import _name_numbers, number_refused
+from dermis_studio.pages import classify, embedding_map, map_points, models, strips, studies, study_view
+from dermis_studio.samples import SampleRef, enlarged, words_of
 from dermis_studio.sources import SourceFields
 from PIL import Image
 
@@ -50,6 +66,72 @@ def test_problem_of_a_page_itself_says_what_to_do() -> None:
     assert "<p>no image is chosen</p>" in shown
     assert '<p class="ds-remedy">Choose one first.</p>' in shown
     assert '<p class="ds-remedy">Change' in markup.problem(DermisError("too large"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "words"),
+    [
+        ("internal", 500, "Tell the operator the id of the dataset: the log of the service has the reason."),
+        ("storage-full", 507, "Delete what is not needed, and ask the operator to free space."),
+        ("no-classifier", 422, "Change the values that are named here."),
+        ("model-unavailable", 503, "Ask the operator whether the model is served again."),
+    ],
+)
+def test_failed_job_shows_its_title_and_what_to_do_about_its_kind(kind: str, status: int, words: str) -> None:
+    found = Problem.model_validate(
+        {
+            "type": f"urn:dermis:problem:{kind}",
+            "title": "The <title>",
+            "status": status,
+            "detail": EVIL,
+            "errors": [{"field": "privacy.gate", "message": "too strict"}],
+        }
+    )
+    shown = markup.failure(found, "dataset", "create the dataset")
+    assert "<h2>The &lt;title&gt;</h2>" in shown and "<script" not in shown
+    assert "<code>privacy.gate</code> too strict" in shown
+    assert f'<p class="ds-remedy">{words} Then create the dataset again.</p>' in shown
+    assert "The service gave no reason" in markup.failure(None, "dataset", "create the dataset")
+
+
+@pytest.mark.parametrize(
+    ("message", "detail", "remedy"),
+    [
+        ("the folder is empty; put images into it", "the folder is empty", "Put images into it."),
+        ("internal error; see the log", "internal error", "Tell the operator the id of the study"),
+        ("no space", "no space", "Correct what is named here."),
+    ],
+)
+def test_failed_study_shows_what_to_do(message: str, detail: str, remedy: str) -> None:
+    shown = study_view.described(studied(state="failed", error=message))
+    assert "<h2>The images of the study cannot be made</h2>" in shown and f"<p>{detail}</p>" in shown
+    assert f'class="ds-remedy">{remedy}' in shown and "Then create the study again." in shown
+
+
+def test_upload_that_ended_shows_the_title_of_the_problem_and_what_to_do() -> None:
+    ended = {"done": 1, "total": 3, "problem": "a quota", "title": "A quota of the tenant is used up", "status": 429}
+    shown = studies._upload_problem(ended | {"wait": 40000})
+    assert "<h2>A quota of the tenant is used up</h2>" in shown
+    assert "Try again in 11.1 h" in shown and "1 of 3 are uploaded" in shown
+    late = studies._upload_problem({"done": 0, "total": 3, "problem": "a.png did not arrive in time"})
+    assert "<h2>Not all images were uploaded</h2>" in late and "Choose the files again." in late
+    assert "without those that are named" in studies._upload_problem(ended | {"status": 422})
+
+
+@pytest.mark.parametrize(
+    ("least", "greatest", "words"), [(0, None, "Enter 0 or more."), (0.5, 4, "Enter 0.5 to 4."), (None, 3, "at most 3")]
+)
+def test_refused_number_says_which_are_allowed(least: Any, greatest: Any, words: str) -> None:
+    refused = number_refused("<b>Seed", -3.0, least, greatest)
+    assert refused.message.startswith("&lt;b&gt;Seed: -3 is not allowed.") and words in refused.message
+    assert refused.title == "This number is not allowed"
+
+
+def test_numbers_and_sliders_name_their_field() -> None:
+    _name_numbers()
+    for kind in (gr.Number, gr.Slider):
+        with pytest.raises(gr.Error, match="Strength: 9 is not allowed. Enter 1 to 5."):
+            kind(label="Strength", minimum=1, maximum=5, value=2).preprocess(9)
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -180,6 +262,18 @@ def test_snippets_are_programs_with_the_same_request() -> None:
 
     exec(program.replace("from dermis_client import DermisClient", ""), {"DermisClient": Client})
     assert calls == [body]
+
+
+@pytest.mark.parametrize("number", [0, 0.0, "0"])
+def test_truncation_of_0_is_not_the_default(number: Any) -> None:
+    """The messages of a page have numbers, its address has texts."""
+    named = {"class_name": "a", "seed": 3, "index": 5}
+    sample = SampleRef.parse({**named, "truncation": number})
+    assert sample is not None and sample.truncation == 0.0
+    assert sample.body["truncation_psi"] == 0.0
+    for missing in ({}, {"truncation": None}, {"truncation": ""}):
+        default = SampleRef.parse({**named, **missing})
+        assert default is not None and default.truncation == 1.0
 
 
 def test_sample_survives_its_address_and_bad_addresses_are_refused() -> None:
@@ -341,9 +435,168 @@ def test_thumbnails_are_in_the_order_of_the_points() -> None:
         assert isinstance(pixel, tuple) and pixel[channel] > 200 and sum(pixel) < 400, (column, row)
 
 
+def generated(index: int) -> EditedImage:
+    """An image of the service with the part of its XMP that sheets look at."""
+    xmp = b'<a Iptc4xmpExt:DigitalSourceType="http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"/>'
+    content = encoded(Image.new("RGB", (8, 8), (index, 0, 0)), "WEBP", xmp=xmp, lossless=True)
+    row = {"sample": 0, "strength": index, "media_type": "image/webp", "sha256": "0" * 64}
+    return EditedImage.model_validate(row | {"b64": base64.b64encode(content).decode()})
+
+
+def test_pictures_that_can_be_saved_say_that_they_are_synthetic() -> None:
+    term = b"digitalsourcetype/trainedAlgorithmicMedia"
+    images = [generated(index) for index in range(3)]
+    links = re.findall(r'download="([^"]+)" href="data:[^,]+,([^"]+)"', strips.drawn(images, "age"))
+    saved = {name: base64.b64decode(data) for name, data in links}
+    with Image.open(io.BytesIO(saved["age.png"])) as strip:
+        assert strip.size == (28, 8) and term in strip.info["xmp"] and strip.getpixel((20, 0)) == (2, 0, 0)
+    assert term in saved["age.webp"]
+    shown = enlarged(images[0].content, "image/webp", "an image", "")
+    pictures = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', shown)]
+    assert pictures and all(term in data for data in pictures)
+    own = map_points.thumbnail(Image.new("RGB", (64, 64), "red"))
+    for others, expected in (([], term), ([own], b"digitalsourcetype/compositeSynthetic")):
+        sheet = map_points._sheet([map_points.thumbnail(images[0].image), *others])
+        assert sheet is not None and expected in base64.b64decode(sheet.partition(",")[2])
+    plain = map_points._sheet([own])
+    assert plain is not None and b"digitalsourcetype" not in base64.b64decode(plain.partition(",")[2])
+
+
 def test_chart_of_distances_ends_at_the_last_step() -> None:
     chart = scales.distance_chart([(1, 4.0), (50, 2.0), (100, 1.0)], 200)
     points = chart.partition('points="')[2].partition('"')[0].split()
     assert points == ["41.6,8.0", "120.0,48.0", "200.0,68.0"]  # 40 to 360 px for 200 steps, 8 to 88 px for 4 to 0
     assert "Distance after 100 of 200 steps: 1.000; at the beginning 4.000." in chart
     assert scales.distance_chart([], 200) == ""
+
+
+def edited(colour: tuple[int, int, int], strength: float) -> EditedImage:
+    """An edited image with a gradient of more colours than a GIF has."""
+    picture = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+    picture = Image.blend(picture, Image.effect_noise((64, 64), 90).convert("RGB"), 0.5)
+    content = encoded(Image.blend(picture, Image.new("RGB", (64, 64), colour), 0.4), "PNG")
+    sent = {"sample": 0, "strength": strength, "media_type": "image/png", "sha256": "0" * 64}
+    return EditedImage.model_validate(sent | {"b64": base64.b64encode(content)})
+
+
+def test_film_and_zip_have_the_colours_of_the_images() -> None:
+    images = [edited((200, 150 + 20 * place, 120), place - 1.0) for place in range(3)]
+    shown = strips.drawn(images, 'a "b"/<c>')
+    assert "<c>" not in shown and shown.count('<figure><img class="ds-pixels"') == 3
+    hrefs = re.findall(r'download="([^"]+)" href="data:([\w/]+);base64,([^"]+)"', shown)
+    saved = {kind: base64.b64decode(content) for _, kind, content in hrefs}
+    assert [name for name, *_ in hrefs] == ["a-b-c-.png", "a-b-c-.webp", "a-b-c-.zip"]
+    film = Image.open(io.BytesIO(saved["image/webp"]))
+    assert film.n_frames == 4  # there, and back to the first one
+    for frame, image in enumerate([*images, images[1]]):
+        film.seek(frame)
+        assert film.convert("RGB").tobytes() == image.image.tobytes()
+    with zipfile.ZipFile(io.BytesIO(saved["application/zip"])) as files:
+        assert files.namelist() == ["00_0000_-1.00.png", "01_0000_+0.00.png", "02_0000_+1.00.png"]
+        assert [files.read(name) for name in files.namelist()] == [image.content for image in images]
+    assert "enlarged 6 times (nearest)" in shown and 'aria-pressed="false">Play film' in shown
+
+
+def test_heat_map_is_shown_smooth_pixel_by_pixel_and_at_its_own_size() -> None:
+    own = edited((200, 150, 120), 0.0).content
+    colours = Image.effect_noise((32, 32), 90).convert("RGB")
+    sent = {"method": "xrai", "scale": 0.5, "sha256": "0" * 64, "b64": base64.b64encode(encoded(colours, "PNG"))}
+    picture = sources.Picture(own, "image/png", SampleRef("demo", "benign", 1, 2))
+    shown = classify.overlay(picture, HeatMap.model_validate(sent), "malignant")
+    views = re.findall(r'data-ds-view="(\w+)" style="width:(\d+)px;height:\d+px"( hidden)?>(.*?)</div>', shown)
+    sizes = {name: (int(side), bool(hidden)) for name, side, hidden, _ in views}
+    assert sizes == {"smooth": (384, False), "pixels": (384, True), "input": (32, True)}
+    images = {name: re.findall(r"base64,([^\"]+)", inner) for name, *_, inner in views}
+    opened = {name: [Image.open(io.BytesIO(base64.b64decode(each))) for each in pair] for name, pair in images.items()}
+    assert opened["pixels"][0].tobytes() == Image.open(io.BytesIO(own)).tobytes()
+    assert opened["pixels"][1].tobytes() == opened["input"][1].tobytes() == colours.tobytes()
+    assert [each.size for each in opened["input"]] == [(32, 32)] * 2
+    assert all('class="ds-pixels"' in inner for name, *_, inner in views if name != "smooth")
+
+
+def test_model_shows_its_provenance_and_which_numbers_have_no_interval() -> None:
+    change = {"kimg": 41.2, "before": {"learning_rate": 0.0025}, "after": {"learning_rate": 0.001}}
+    dataset = {"name": EVIL, "images": 4543, "classes": {"benign": 3969}, "sha256": "9" * 64}
+    model = Model.model_validate(
+        {
+            "name": "demo",
+            "digest": "d" * 64,
+            "provenance": {
+                "code_version": "0.1.0",
+                "dataset": dataset,
+                "training": {"changes": [change], "hours": 2.8},
+            },
+            "metrics": {
+                "spaces": {
+                    "lite0": {
+                        "comparisons": {"generated_holdout": {"fd": 23.3, "fd_interval": [21.9, 25.1], "recall": 0.445}}
+                    }
+                }
+            },
+        }
+    )
+    shown = models.summary(model)
+    assert "<script" not in shown and "4,543 images: 3,969 benign" in shown and f'title="{"9" * 64}"' in shown
+    assert "dermis 0.1.0" in shown and "2.8 hours" in shown
+    numbers = models.measured(model)
+    assert "Changes during the training (1)" in numbers and "<td>0.0025</td><td>0.001</td>" in numbers
+    assert "<td>23.3 [21.9, 25.1]</td>" in numbers
+    assert f"<td>0.445 {models._NO_INTERVAL}</td>" in numbers
+    assert "not stated" in models.summary(model.model_copy(update={"provenance": None}))
+
+
+ID = "pr_" + "0" * 32
+OTHER_ID = "pr_" + "1" * 32
+
+
+def in_browser(script: str, kept: str = "[]") -> Any:
+    """Run an expression after `projections.js`, with Node.js in the place of a browser of the tenant ward-3."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("Node.js is not installed")
+    own = files("dermis_studio").joinpath("assets", "projections.js").read_text()
+    program = f"""
+    let kept = {kept!r}, tenant = 'ward-3';
+    globalThis.window = globalThis;
+    globalThis.localStorage = {{ getItem: () => kept, setItem: (name, text) => {{ kept = text; }} }};
+    globalThis.document = {{ querySelector: () => ({{ textContent: tenant }}) }};
+    {own}
+    console.log(JSON.stringify({script}));"""
+    return json.loads(subprocess.run([node, "-e", program], capture_output=True, text=True, check=True).stdout)
+
+
+def test_projections_of_this_browser_are_kept_until_they_expire_or_are_deleted() -> None:
+    script = f"""(() => {{
+      const own = dermisProjections, ids = () => own.list().map(({{ id }}) => id);
+      own.remember('{ID}', '2026-11-29T10:00:00Z', '2999-01-01T00:00:00Z');
+      own.remember('{OTHER_ID}', '2026-11-29T11:00:00Z', '2999-01-01T00:00:00Z');
+      own.remember('{ID}', '2026-11-29T10:00:00Z', '2999-01-01T00:00:00Z');
+      const both = ids();
+      own.remember('pr_{"2" * 32}', '2020-01-01T00:00:00Z', '2020-01-02T00:00:00Z');
+      const unexpired = ids();
+      tenant = 'ward-4';
+      const others = ids();
+      tenant = 'ward-3';
+      own.forget('{OTHER_ID}');
+      return [both, unexpired, others, ids()];
+    }})()"""
+    both = [OTHER_ID, ID]
+    assert in_browser(script) == [both, both, [], [ID]]
+    for broken in ("nothing", '{"a": 1}', '[{"id": "<b>", "until": 1e15}]'):
+        assert in_browser("dermisProjections.list()", broken) == []
+
+
+def test_chosen_projection_is_added_to_those_that_are_named() -> None:
+    def chosen(value: Any) -> gr.EventData:
+        return gr.EventData(None, value)
+
+    assert embedding_map.with_projection(chosen({"id": ID}), f" {OTHER_ID},") == f"{OTHER_ID} {ID}"
+    assert embedding_map.with_projection(chosen({"id": ID}), ID) == ID
+    for bad in ({"id": "<b>"}, {}, None):
+        assert embedding_map.with_projection(chosen(bad), None) == ""
+
+
+def test_link_to_a_file_does_not_leave_the_page() -> None:
+    """Gradio closes the connection of a page that the browser begins to leave, also if a file is saved instead."""
+    link = markup.file_link("files/a.zip", "a.zip", kind="ds-button")
+    assert link == '<a class="ds-button" href="files/a.zip" target="_blank" rel="noopener">a.zip</a>'

@@ -20,7 +20,11 @@ DOCUMENT = (
     '<html><head><meta property="og:url" content="https://gradio.app/" /><link rel="manifest" href="/manifest.json" /></head>'
     '<body><gradio-app control_page_title="true"></gradio-app></body></html>'
 )
-SCOPES = {"right": ["images", "datasets:read"], "other": ["models:read"]}
+SCOPES: dict[str, list[str] | None] = {
+    "right": ["images", "datasets:read", "models:read"],
+    "other": ["models:read"],
+    "none": [],
+}
 SCOPES |= {f"study-{number}": ["studies"] for number in range(4)}
 EVENT = {"fn_index": 0, "data": ["a", 1], "session_hash": "a"}
 DATASET = f"ds_{'0' * 32}"
@@ -69,15 +73,20 @@ def make_world(*, open_service: bool = False, check_origin: bool = False) -> Wor
             return httpx.Response(
                 307, headers={"Location": "http://storage.test/report.html?signature=1"}, stream=httpx.ByteStream(b"")
             )
+        if request.url.path.endswith("/files/gone.zip"):
+            body = {"type": "urn:dermis:problem:not-found", "title": "Not found", "detail": "it <b>expired</b>"}
+            return httpx.Response(404, json=body)
+        if request.url.path.endswith("/files/broken.zip"):
+            return httpx.Response(503, text="<h1>proxy</h1>", headers={"Retry-After": "9"})
         if request.url.path.endswith("/files/images.zip"):
             headers = {"ETag": '"1"', "Set-Cookie": "a=b"}
             return httpx.Response(200 if key == "right" else 401, stream=httpx.ByteStream(b"zip"), headers=headers)
         if request.url.path.endswith(f"{STUDY}/images"):
             busy = request.url.query == b"class=busy"
             return httpx.Response(503 if busy else 200, json={"added": 1}, headers={"Retry-After": "7"} if busy else {})
-        if key not in SCOPES and not (open_service and not key):
+        if SCOPES.get(key) is None and not (open_service and not key):
             return httpx.Response(401, json={"title": "no", "status": 401})
-        scopes = SCOPES.get(key, list({scope for scopes in SCOPES.values() for scope in scopes}))
+        scopes = SCOPES.get(key, list({scope for scopes in SCOPES.values() for scope in scopes or ()}))
         return httpx.Response(200, json={"tenant": "ward-3", "scopes": scopes, "quotas": []})
 
     service = Service("http://service.test", allow_plain_http=True)
@@ -196,6 +205,17 @@ def test_pages_that_the_scopes_do_not_allow_are_not_offered(world: World) -> Non
     assert world.to_gradio == []
 
 
+def test_visitor_is_led_to_the_first_page_that_the_key_allows(world: World) -> None:
+    sign_in(world, "other")
+    led = world.client.get("/studio/")
+    assert (led.status_code, led.headers["location"]) == (303, "/studio/models")
+    sign_in(world, "none")
+    refused = world.client.get("/studio/")
+    assert refused.status_code == 403
+    assert "<code>images</code>, and <code>models:read</code>" in refused.text
+    assert "choose another page" not in refused.text
+
+
 def test_large_bodies_are_refused(world: World) -> None:
     sign_in(world)
     answer = world.client.post("/studio/gradio_api/queue/join", content=b"x" * (MAX_BODY_BYTES + 1))
@@ -292,6 +312,31 @@ def test_files_are_fetched_with_the_key_of_the_visitor_alone(world: World, monke
     assert "cookie" not in asked.headers
     for bad in (f"{DATASET}/..%2f..%2fkeys", f"{DATASET}/", "ds_x/images.zip"):
         assert world.client.get(f"/studio/files/{bad}").status_code == 404
+
+
+def test_file_that_cannot_be_sent_is_explained_on_a_page(world: World) -> None:
+    sign_in(world)
+    browser = {"Accept": "text/html,*/*"}
+    gone = world.client.get(f"/studio/files/{DATASET}/gone.zip", headers=browser)
+    assert (gone.status_code, gone.headers["cache-control"]) == (404, "no-store")
+    assert "<h1>Not found</h1>" in gone.text and "it &lt;b&gt;expired&lt;/b&gt;" in gone.text
+    assert 'class="ds-remedy">It may have been deleted, have expired' in gone.text and "ds-header" in gone.text
+    broken = world.client.get(f"/studio/files/{DATASET}/broken.zip", headers=browser)
+    assert (broken.status_code, broken.headers["retry-after"]) == (503, "9")
+    assert "<h1>proxy" not in broken.text and "Try again in 9 s" in broken.text
+    script = world.client.get(f"/studio/files/{DATASET}/gone.zip").json()
+    assert (script["title"], script["detail"].startswith("it <b>expired</b> It may")) == ("Not found", True)
+
+
+def test_key_that_was_revoked_leads_to_the_sign_in(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    sign_in(world)
+    assert world.client.post("/studio/gradio_api/queue/join", json=EVENT).status_code == 200
+    monkeypatch.setitem(SCOPES, "right", None)  # the service does not accept it any more
+    world.site._visitors._known.clear()  # the time has passed for which the studio knows a visitor
+    ended = world.client.post("/studio/gradio_api/queue/join", json=EVENT)
+    assert ended.status_code == 401 and "Sign in again" in ended.json()["detail"]
+    assert 'name="key"' in world.client.get("/studio/datasets").text
+    assert len(world.to_gradio) == 1
 
 
 def test_files_at_signed_addresses_of_the_storage(world: World) -> None:

@@ -13,6 +13,7 @@ from dermis.bundle.index import IndexDescription
 from dermis.dataset.privacy import SHOWN
 from dermis.dataset.request import classes_of
 from services.gateway.schemas.common import ResponseBody
+from services.gateway.schemas.provenance import ModelProvenance, provenance_of
 
 
 class ModelClassifier(ResponseBody):
@@ -59,6 +60,7 @@ class Model(ResponseBody):
     licence: str | None
     attribution: str | None
     kimg: float | None
+    provenance: ModelProvenance
     metrics: dict[str, Any]
     classifier: ModelClassifier | None = Field(description="Null if the bundle has none.")
     authenticity: ModelAuthenticity | None = Field(description="Null if the bundle has no index.")
@@ -108,6 +110,7 @@ def _model_fields(bundle: Bundle, default: bool, uploads: bool) -> dict[str, Any
         "licence": _text(bundle.provenance, "licence"),
         "attribution": _text(bundle.provenance, "attribution"),
         "kimg": _number(bundle.provenance, "kimg"),
+        "provenance": provenance_of(bundle.provenance),
         "metrics": dict(bundle.metrics),
         "classifier": None if bundle.classifier is None else _classifier_of(bundle.classifier),
         "authenticity": None if bundle.authenticity is None else _authenticity_of(bundle.authenticity, uploads),

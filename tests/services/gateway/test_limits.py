@@ -141,6 +141,30 @@ def test_images_of_one_tenant_do_not_lock_out_another() -> None:
         pass
 
 
+def test_calls_wait_less_where_the_queue_does_not_empty() -> None:
+    now = 0.0
+    limiter = WaitLimiter(5.0, clock=lambda: now)
+    for _ in range(40):  # 20 images/s
+        with limiter.hold("a", 16):
+            now += 0.8
+    with ExitStack() as calls:
+        burst = calls.enter_context(ExitStack())
+        for _ in range(6):  # 96 images are less than five seconds
+            burst.enter_context(limiter.hold("a", 16))
+        calls.enter_context(limiter.hold("a", 4))
+        now += 4.8
+        burst.close()
+        calls.enter_context(limiter.hold("a", 16))  # one second
+        now += 5.3
+        with pytest.raises(
+            ProblemError, match="20 images were requested before .20 by this tenant., .* than 1 seconds"
+        ):
+            limiter.hold("a", 1).__enter__()
+        calls.enter_context(limiter.hold("b", 64))  # has no other
+    with limiter.hold("a", 16), limiter.hold("a", 16), limiter.hold("a", 16):
+        pass
+
+
 def test_wait_is_limited_for_each_model() -> None:
     limits = GatewayLimits.of(Settings(_env_file=None))
     assert limits.image_wait("x") is limits.image_wait("x") is not limits.image_wait("y")

@@ -13,6 +13,7 @@ Example:
 
 from dermis_client._client import AsyncDermisClient, DermisClient
 from dermis_client._downloads import Download, DownloadProgress
+from dermis_client._raw import RawResponse
 from dermis_client._version import __version__
 from dermis_client.embeddings import Cube, Embedding, EmbeddingMap, EmbeddingsResult, TrainingImages
 from dermis_client.errors import (
@@ -64,8 +65,13 @@ from dermis_client.models import (
     HeatMap,
     Manifest,
     Model,
+    ModelChange,
     ModelClassifier,
+    ModelPrivacy,
+    ModelProvenance,
     ModelRef,
+    ModelTraining,
+    ModelTrainingSet,
     NewWebhook,
     Problem,
     Progress,
@@ -74,6 +80,7 @@ from dermis_client.models import (
     Webhook,
     WebhookMessage,
 )
+from dermis_client.params import ClassifierParams, EditParams, PrivacyParams, ProvenanceParams, SweepParams
 from dermis_client.pixels import PixelSample, PixelsResult
 from dermis_client.report import (
     DatasetReport,
@@ -111,6 +118,7 @@ __all__ = [
     "BadRequestError",
     "Classification",
     "ClassificationsResult",
+    "ClassifierParams",
     "ConflictError",
     "Cube",
     "Dataset",
@@ -127,6 +135,7 @@ __all__ = [
     "Download",
     "DownloadError",
     "DownloadProgress",
+    "EditParams",
     "EditedImage",
     "EditsResult",
     "Embedding",
@@ -142,8 +151,13 @@ __all__ = [
     "Invitation",
     "Manifest",
     "Model",
+    "ModelChange",
     "ModelClassifier",
+    "ModelPrivacy",
+    "ModelProvenance",
     "ModelRef",
+    "ModelTraining",
+    "ModelTrainingSet",
     "NewInvitation",
     "NewWebhook",
     "NotFoundError",
@@ -151,14 +165,17 @@ __all__ = [
     "PixelSample",
     "PixelsResult",
     "PreviewDistance",
+    "PrivacyParams",
     "Problem",
     "Progress",
     "ProjectedImage",
     "Projection",
     "ProjectionFailed",
     "ProjectionPreview",
+    "ProvenanceParams",
     "QuotaUsage",
     "RateLimitError",
+    "RawResponse",
     "ReaderAgreement",
     "ReaderResults",
     "ReportAudit",
@@ -176,6 +193,7 @@ __all__ = [
     "StudyRate",
     "StudyRates",
     "StudyResults",
+    "SweepParams",
     "TooLargeError",
     "TrainingImages",
     "UnprocessableEntityError",

@@ -94,6 +94,57 @@ class ModelClassifier(ResponseRecord):
     metrics: dict[str, Any] = {}
 
 
+class ModelTrainingSet(ResponseRecord):
+    """The images that a generator was trained with.
+
+    Attributes:
+        name: Name of the training set.
+        images: Number of images.
+        classes: Number of images of each class.
+        sha256: SHA-256 of the ids, classes and files of the images; None if it is not stated.
+    """
+
+    name: str | None = None
+    images: Count | None = None
+    classes: dict[str, Count] = {}
+    sha256: str | None = None
+
+
+class ModelChange(ResponseRecord):
+    """Options that were changed during a training. kimg: thousands of images that had been shown before."""
+
+    kimg: float
+    before: dict[str, Any] = {}
+    after: dict[str, Any] = {}
+
+
+class ModelTraining(ResponseRecord):
+    """How a generator was trained. hours: its time; batch: images of one step; changes: options that were changed meanwhile."""
+
+    hardware: str | None = None
+    hours: float | None = None
+    seed: Count | None = None
+    batch: Count | None = None
+    changes: list[ModelChange] = []
+
+
+class ModelPrivacy(ResponseRecord):
+    """The differential privacy of a training. epsilon: None if nothing is guaranteed; unit: such as "patient"."""
+
+    epsilon: float | None = None
+    delta: float | None = None
+    unit: str | None = None
+
+
+class ModelProvenance(ResponseRecord):
+    """Where a model comes from. code_version: the dermis that wrote the bundle; None: the bundle does not state it."""
+
+    code_version: str | None = None
+    dataset: ModelTrainingSet | None = None
+    training: ModelTraining | None = None
+    privacy: ModelPrivacy | None = None
+
+
 class Model(ModelRef):
     """A generator that the service offers. card: Markdown, only from `models.retrieve(name)`."""
 
@@ -106,6 +157,7 @@ class Model(ModelRef):
     licence: str | None = None
     attribution: str | None = None
     kimg: float | None = None
+    provenance: ModelProvenance | None = None  # None from an older service
     metrics: dict[str, Any] = {}
     classifier: ModelClassifier | None = None
     authenticity: dict[str, Any] | None = None  # its index of training images; "uploads": whether uploads are compared

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 from pydantic import Field
 
+from dermis_client._synthetic_image import SyntheticImage
 from dermis_client._untrusted import load_json, one_line
 from dermis_client.errors import DermisError, IntegrityError
 from dermis_client.images import MAX_PIXELS, ImagesResult
@@ -75,16 +76,15 @@ class PixelsResult:
         return np.frombuffer(self.content, np.uint8).reshape(len(self.data), self.height, self.width, 3)
 
     def image(self, position: int) -> Image.Image:
-        """Return an image in RGB. `info["xmp"]` says that it is synthetic.
+        """Return an image in RGB. What is saved of it says in XMP that it is synthetic.
 
         Raises:
             IndexError: There is no such image.
         """
         size = self.width * self.height * 3
         start = range(len(self.data))[position] * size
-        result = Image.frombytes("RGB", (self.width, self.height), self.content[start : start + size])
-        result.info["xmp"] = self.xmp
-        return result
+        pixels = Image.frombytes("RGB", (self.width, self.height), self.content[start : start + size])
+        return SyntheticImage.of(pixels, self.xmp)
 
 
 def read_pixels(content: bytes) -> PixelsResult:

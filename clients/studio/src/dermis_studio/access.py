@@ -22,6 +22,10 @@ _REFUSED_SECONDS = 5.0
 _MAX_KNOWN = 1000
 
 
+# Groups of scopes: of each group a visitor needs one.
+Needs = tuple[tuple[str, ...], ...]
+
+
 @dataclass(frozen=True)
 class Visitor:
     """Someone who may use the studio.
@@ -39,6 +43,10 @@ class Visitor:
     def may(self, *any_of: str) -> bool:
         """Whether the key has one of these scopes. Without knowledge of scopes the service decides at each call."""
         return self.scopes is None or not any_of or not self.scopes.isdisjoint(any_of)
+
+    def lacks(self, needs: Needs) -> Needs:
+        """Return the groups of scopes of which the key has none."""
+        return tuple(group for group in needs if not self.may(*group))
 
 
 class Visitors:

@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import warnings
+from html import escape
 from typing import Any
 
 # Before Gradio is imported: no reports of use, no questions for newer versions.
@@ -135,24 +136,39 @@ def _as_sent(payload: Any) -> Any:
 
 
 def _name_numbers() -> None:
-    """Let Gradio name the field when it refuses a number.
+    """Let Gradio name the field when it refuses a number, and say which numbers it takes.
 
-    It makes copies of a component for the sessions of the pages, so this changes the class and not the components.
+    It makes copies of a component for the sessions of the pages, so this changes the classes and not the components.
     """
-    refuse = gr.Number.preprocess
-    if getattr(refuse, "names_field", False):
-        return
+    for kind in (gr.Number, gr.Slider):
+        if not getattr(kind.preprocess, "names_field", False):
+            _name_numbers_of(kind)
+
+
+def _name_numbers_of(kind: Any) -> None:
+    refuse = kind.preprocess
 
     @functools.wraps(refuse)
-    def preprocess(self: gr.Number, payload: Any) -> Any:
+    def preprocess(self: Any, payload: Any) -> Any:
         try:
             return refuse(self, payload)
-        except gr.Error as error:
-            message = str(error.message)
-            raise gr.Error(f"{self.label}: {message[:1].lower()}{message[1:]}", print_exception=False) from None
+        except gr.Error:
+            raise number_refused(self.label, payload, self.minimum, self.maximum) from None
 
     setattr(preprocess, "names_field", True)  # noqa: B010
-    setattr(gr.Number, "preprocess", preprocess)  # noqa: B010
+    setattr(kind, "preprocess", preprocess)  # noqa: B010
+
+
+def number_refused(label: str, value: float, least: float | None, greatest: float | None) -> gr.Error:
+    """Return the message that a number is not allowed, with those that are."""
+    if least is None:
+        allowed = f"at most {greatest:,g}"
+    elif greatest is None:
+        allowed = f"{least:,g} or more"
+    else:
+        allowed = f"{least:,g} to {greatest:,g}"
+    message = f"{escape(label)}: {value:,g} is not allowed. Enter {allowed}."  # Gradio shows it as HTML
+    return gr.Error(message, title="This number is not allowed", print_exception=False)
 
 
 def _mount(app: FastAPI, blocks: gr.Blocks, prefix: str) -> None:

@@ -10,7 +10,7 @@ import functools
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import gradio as gr
 
@@ -54,9 +54,11 @@ class Displays:
         handler: Handler,
         inputs: Sequence[Any],
         outputs: Sequence[Any],
-        buttons: tuple[gr.Button, gr.Button],
+        buttons: tuple[gr.Button | None, gr.Button],
         stopped: Any,
         place: str = "",
+        *,
+        trigger_mode: Literal["once", "multiple"] = "once",
     ) -> Handler:
         """Let events run a handler until it ends or a button stops it.
 
@@ -65,15 +67,19 @@ class Displays:
             handler: The handler, which yields values of `outputs`.
             inputs: Its inputs.
             outputs: Its outputs.
-            buttons: A button that is shown while the handler does not run, and the one that stops it, shown while it runs.
+            buttons: A button that is shown while the handler does not run, if there is one, and the button that stops it, shown
+                while it runs.
             stopped: The values of `outputs` once it has been stopped.
             place: Where on the page, if it has several displays at a time.
+            trigger_mode: Whether an event that arrives while the handler runs is ignored, or takes its place.
 
         Returns:
             The handler with updates of the buttons after its values.
         """
-        running = (gr.update(visible=False), gr.update(visible=True))
-        ended = (gr.update(visible=True), gr.update(visible=False))
+        start, stop_button = buttons
+        shown_buttons = [button for button in buttons if button is not None]
+        running = tuple(gr.update(visible=button is stop_button) for button in shown_buttons)
+        ended = tuple(gr.update(visible=button is start) for button in shown_buttons)
 
         @functools.wraps(handler)
         async def run(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
@@ -86,16 +92,16 @@ class Displays:
             self.begin(request, place)
             return *(stopped if isinstance(stopped, tuple) else (stopped,)), *ended
 
-        shown_here: Handler = self.newest(len(outputs) + 2, place)(run)
+        shown_here: Handler = self.newest(len(outputs) + len(shown_buttons), place)(run)
         listener: Mapping[str, Any] = {
             "api_visibility": "private",
             "show_progress": "hidden",
             "concurrency_limit": None,
         }
-        everything = [*outputs, *buttons]
-        started = gr.on(list(events), shown_here, list(inputs), everything, **listener)
-        stops(buttons[1].click, started)
-        buttons[1].click(stop, None, everything, **listener)
+        everything = [*outputs, *shown_buttons]
+        started = gr.on(list(events), shown_here, list(inputs), everything, trigger_mode=trigger_mode, **listener)
+        stops(stop_button.click, started)
+        stop_button.click(stop, None, everything, **listener)
         return shown_here
 
     def newest(self, outputs: int = 1, place: str = "") -> Callable[[Handler], Handler]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import httpx
+from dermis_client.models import Problem
 from starlette.background import BackgroundTask
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
+from dermis_studio import markup
 from dermis_studio.access import Visitor
 from dermis_studio.service import Service
 
@@ -36,8 +40,30 @@ _ANSWERED = (
 )
 
 
-async def answer(service: Service, visitor: Visitor, path: str, request: Request) -> Response | None:
-    """Return a file of the service, as it is sent; None if the path is not one of a file.
+MAX_PROBLEM_BYTES = 64 << 10
+
+
+@dataclass(frozen=True)
+class FileProblem:
+    """Why a file cannot be sent, for a page or for a script.
+
+    Attributes:
+        status: Status of the answer.
+        title: Title of the problem.
+        detail: What is wrong.
+        remedy: What to do.
+        headers: Headers of the service that the answer keeps.
+    """
+
+    status: int
+    title: str
+    detail: str
+    remedy: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+async def answer(service: Service, visitor: Visitor, path: str, request: Request) -> Response | FileProblem | None:
+    """Return a file of the service, as it is sent, or why there is none; None if the path is not one of a file.
 
     Args:
         service: The service.
@@ -62,20 +88,45 @@ async def answer(service: Service, visitor: Visitor, path: str, request: Request
             signed = http.build_request(request.method, response.headers["location"])
             response = await http.send(signed, stream=True, follow_redirects=False)
     except httpx.HTTPError as error:
-        return HTMLResponse(f"The service does not respond ({type(error).__name__}); try again.", 503)
+        detail = f"No file was sent ({type(error).__name__})."
+        return FileProblem(503, "The service does not respond", detail, markup.remedy(503))
+    if response.is_error:
+        return await _problem_of(response)
     kept = {name: value for name in _ANSWERED if (value := response.headers.get(name)) is not None}
     # What a dataset contains is shown as the service sends it, and never as a page of the studio.
     kept.setdefault("content-security-policy", "default-src 'none'; sandbox")
     # The service forbids to keep answers with the truth and images of patients; a signed address ends.
-    no_store = (
-        response.is_error or "location" in kept or "no-store" in response.headers.get("cache-control", "").lower()
-    )
+    no_store = "location" in kept or "no-store" in response.headers.get("cache-control", "").lower()
     return StreamingResponse(
         response.aiter_raw(),
         response.status_code,
         {**kept, "Cache-Control": "no-store" if no_store else "private, no-cache"},
         background=BackgroundTask(response.aclose),
     )
+
+
+async def _problem_of(response: httpx.Response) -> FileProblem:
+    """What an answer says of the error; it is not trusted to be a problem document."""
+    content = bytearray()
+    try:
+        async for piece in response.aiter_bytes():
+            content += piece
+            if len(content) > MAX_PROBLEM_BYTES:
+                break
+    except httpx.HTTPError:
+        content.clear()
+    finally:
+        await response.aclose()
+    try:
+        found = Problem.model_validate_json(bytes(content))
+    except ValueError:
+        found = Problem()
+    wait = response.headers.get("retry-after")
+    seconds = float(wait) if wait is not None and wait.isascii() and wait.isdigit() else None
+    detail = found.detail or f"It answered with status {response.status_code}."
+    headers = {name: value for name in ("retry-after", "content-range") if (value := response.headers.get(name))}
+    title = found.title or "The service did not send the file"
+    return FileProblem(response.status_code, title, detail, markup.remedy(response.status_code, seconds), headers)
 
 
 MAX_BYTES = 64 << 20

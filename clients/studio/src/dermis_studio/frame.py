@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 
 from dermis_studio._version import __version__
-from dermis_studio.access import Visitor
+from dermis_studio.access import Needs, Visitor
 
 
 @dataclass(frozen=True)
@@ -17,25 +17,37 @@ class Page:
     Attributes:
         path: Its path below the prefix; "" for the first page.
         name: Its name in the navigation.
-        scopes: Scopes of which a visitor needs one.
+        needs: Scopes without which it can do nothing.
     """
 
     path: str
     name: str
-    scopes: tuple[str, ...]
+    needs: Needs
 
 
+_MODELS = ("models:read",)  # for the names of classes, and what the model can do
 PAGES = (
-    Page("", "Generate", ("images",)),
-    Page("explore", "Explore", ("edits",)),
-    Page("project", "Project", ("projections",)),
-    Page("authenticity", "Authenticity", ("authenticity:generated", "authenticity:uploads")),
-    Page("classify", "Classify", ("classify",)),
-    Page("datasets", "Datasets", ("datasets:read",)),
-    Page("map", "Map", ("authenticity:generated",)),
-    Page("studies", "Reader study", ("studies",)),
-    Page("models", "Models", ("models:read",)),
+    Page("", "Generate", (("images",), _MODELS)),
+    Page("explore", "Explore", (("edits",), _MODELS)),
+    Page("project", "Project", (("projections",), _MODELS)),
+    Page(
+        "authenticity",
+        "Authenticity",
+        # A generated image is compared and shown, an uploaded one is compared.
+        (("authenticity:generated", "authenticity:uploads"), ("images", "authenticity:uploads"), _MODELS),
+    ),
+    Page("classify", "Classify", (("classify",), _MODELS)),
+    Page("datasets", "Datasets", (("datasets:read",),)),
+    Page("map", "Map", (("authenticity:generated",), _MODELS)),
+    Page("studies", "Reader study", (("studies",),)),
+    Page("models", "Models", (_MODELS,)),
 )
+
+
+def first_page(visitor: Visitor) -> Page | None:
+    """Return the first page that a visitor may use; None if there is none."""
+    return next((page for page in PAGES if not visitor.lacks(page.needs)), None)
+
 
 # Before the first paint: the chosen theme. Gradio asks the browser for the theme of the system, so the answer is changed.
 _THEME_SCRIPT = """
@@ -57,7 +69,12 @@ _THEME_SCRIPT = """
 """
 
 
-_SCRIPTS = {"map": ("embedding_map.js",)}  # of single pages, by their paths
+_SCRIPTS = {  # of single pages, by their paths
+    "explore": ("projections.js",),
+    "project": ("projections.js",),
+    "map": ("embedding_map.js", "projections.js"),
+    "studies": ("study_upload.js",),
+}
 
 
 def _head(prefix: str, title: str, page: Page | None = None) -> str:
@@ -79,7 +96,7 @@ def _header(prefix: str, current: Page | None, visitor: Visitor | None) -> str:
     links = ""
     if visitor is not None:
         for page in PAGES:
-            if visitor.may(*page.scopes):
+            if not visitor.lacks(page.needs):
                 here = ' aria-current="page"' if page == current else ""
                 links += f'<a href="{prefix}/{page.path}"{here}>{page.name}</a>'
     account = ""
@@ -170,24 +187,28 @@ it, and the studio uses it only for what you do here.</p></section>""",
 
 
 def forbidden_page(prefix: str, page: Page, visitor: Visitor) -> str:
-    """The page that says which scope a key lacks."""
-    scopes = " or ".join(f"<code>{escape(scope)}</code>" for scope in page.scopes)
+    """The page that says which scopes a key lacks."""
+    groups = [" or ".join(f"<code>{escape(scope)}</code>" for scope in group) for group in visitor.lacks(page.needs)]
+    word = "scope" if len(groups) == 1 else "scopes"
+    other = ", or choose another page" if first_page(visitor) is not None else ""
     return _document(
         prefix,
         page.name,
         f"""<section class="ds-card"><h1>{page.name} is not available with this key</h1>
-<p>It needs the scope {scopes}, which your key does not have. Ask the operator for a key with this scope, or choose another
-page.</p></section>""",
+<p>It needs the {word} {", and ".join(groups)}, which your key does not have. Ask the operator for a key with {
+            "this scope" if len(groups) == 1 else "these scopes"
+        }{other}.</p></section>""",
         page,
         visitor,
     )
 
 
-def error_page(prefix: str, title: str, detail: str) -> str:
+def error_page(prefix: str, title: str, detail: str, what_to_do: str = "") -> str:
     """A page with an error and what to do."""
+    remedy = f'<p class="ds-remedy">{escape(what_to_do)}</p>' if what_to_do else ""
     return _document(
         prefix,
         title,
-        f"""<section class="ds-card"><h1>{escape(title)}</h1><p role="alert">{escape(detail)}</p>
+        f"""<section class="ds-card"><h1>{escape(title)}</h1><p role="alert">{escape(detail)}</p>{remedy}
 <p><a class="ds-button" href="">Try again</a> <a href="{prefix}/">First page</a></p></section>""",
     )

@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 from dermis_client import Model
 
+from dermis_studio import quotas
 from dermis_studio.access import Visitor
 from dermis_studio.displays import Handler
+from dermis_studio.quotas import Left
 from dermis_studio.samples import find_model
 from dermis_studio.studio import PRIVATE, Studio, chosen_model, query_of, shows_problems
 
-Updates = Callable[[Model, Visitor, dict[str, str]], Sequence[Any]]
+
+@dataclass(frozen=True)
+class Offer:
+    """What a page can offer.
+
+    Attributes:
+        model: The model.
+        visitor: Who sees the page.
+        left: What is left of the quotas that the page uses.
+        query: The query of the address; empty when the visitor has chosen another model.
+    """
+
+    model: Model
+    visitor: Visitor
+    left: Left
+    query: Mapping[str, str]
+
+    @property
+    def samples(self) -> bool:
+        """Whether the visitor may generate images."""
+        return self.visitor.may("images") and not self.left.blocks(quotas.IMAGES)
+
+
+Updates = Callable[[Offer], Sequence[Any]]
 
 
 def fill_for_model(
@@ -23,6 +50,8 @@ def fill_for_model(
     fields: Sequence[Any],
     updates: Updates,
     *,
+    uses: Sequence[str],
+    note: Any,
     problem: Any,
     result: Any,
     nothing: str,
@@ -34,8 +63,9 @@ def fill_for_model(
         blocks: The page.
         model: The choice of the model.
         fields: The fields that depend on the model.
-        updates: Returns updates of `fields` from the model, the visitor, and the query of the address; the query is empty when
-            the visitor has chosen another model.
+        updates: Returns updates of `fields`.
+        uses: Names of the quotas that the page uses.
+        note: Where it is explained which of them are used up.
         problem: Where an error is shown when the page is loaded.
         result: Where the result of the page is shown, and an error when another model is chosen.
         nothing: What `result` shows for another model.
@@ -44,22 +74,23 @@ def fill_for_model(
         The loading of the page, for what comes after it.
     """
 
-    @shows_problems(len(fields) + 2)
+    @shows_problems(len(fields) + 3)
     async def load(request: gr.Request) -> Any:
         visitor = await studio.visitor(request)
         async with studio.client(request) as client:
-            update, chosen = await chosen_model(client, request)
-        return [gr.skip(), update, *updates(chosen, visitor, query_of(request))]
+            (update, chosen), left = await asyncio.gather(chosen_model(client, request), quotas.left(client, *uses))
+        loaded_result = nothing if problem is result else ""
+        return [loaded_result, update, left.note, *updates(Offer(chosen, visitor, left, query_of(request)))]
 
-    @shows_problems(len(fields) + 1)
+    @shows_problems(len(fields) + 2)
     async def choose(name: str, request: gr.Request) -> Any:
         visitor = await studio.visitor(request)
         async with studio.client(request) as client:
-            chosen = await find_model(client, name)
-        return [nothing, *updates(chosen, visitor, {})]
+            chosen, left = await asyncio.gather(find_model(client, name), quotas.left(client, *uses))
+        return [nothing, left.note, *updates(Offer(chosen, visitor, left, {}))]
 
-    loaded = blocks.load(load, None, [problem, model, *fields], **PRIVATE)
-    model.input(choose, model, [result, *fields], **PRIVATE)
+    loaded = blocks.load(load, None, [problem, model, note, *fields], **PRIVATE)
+    model.input(choose, model, [result, note, *fields], trigger_mode="always_last", **PRIVATE)
     return loaded
 
 

@@ -9,12 +9,30 @@ from html import escape
 from typing import Any
 
 from dermis_client import APIConnectionError, APIStatusError, DermisError
+from dermis_client.models import Problem
+
+_MEDIA_TYPES = frozenset({"image/png", "image/jpeg", "image/webp", "image/gif", "application/zip"})
 
 
 def data_url(content: bytes, media_type: str) -> str:
-    """Return an image as a URL that contains it."""
-    kind = media_type if media_type in {"image/png", "image/jpeg", "image/webp", "image/gif"} else "image/png"
+    """Return a file as a URL that contains it: an image, or a zip to be saved."""
+    kind = media_type if media_type in _MEDIA_TYPES else "image/png"
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def file_link(href: str, words: str, *, kind: str = "") -> str:
+    """Return a link to a file of the service, which the browser saves.
+
+    It opens a tab, which closes at once, or shows why there is no file. In the own tab of the page it would end its connection:
+    Gradio closes it as soon as a browser begins to leave the page, also for a file.
+
+    Args:
+        href: Address of the file.
+        words: Text of the link; HTML.
+        kind: Class of the look.
+    """
+    look = f' class="{kind}"' if kind else ""
+    return f'<a{look} href="{href}" target="_blank" rel="noopener">{words}</a>'
 
 
 def attribute(value: Any) -> str:
@@ -64,7 +82,8 @@ def success(text: str) -> str:
 _REMEDIES: Mapping[int, str] = {
     401: "Sign out and sign in with a key that is valid.",
     403: "Ask the operator of the service for a key with this scope, or to allow the operation.",
-    404: "It may have been deleted, or belong to another tenant. Choose another one.",
+    404: "It may have been deleted, have expired, or belong to another tenant. Choose another one.",
+    408: "Send fewer or smaller images, or use a faster connection.",
     409: "Wait until it is ready, then try again.",
     413: "Choose a smaller image.",
     415: "Choose a PNG, JPEG or WebP image.",
@@ -72,14 +91,37 @@ _REMEDIES: Mapping[int, str] = {
     501: "The operator of the service has to install the package that is named here.",
     507: "The operator of the service has to free space. Delete datasets that are not needed.",
 }
+_AGAIN = "Try again. If it happens again, tell the operator the request id."
 
 
-def _parts(message: str) -> tuple[str, str]:
-    """Return what is wrong and what to do: the parts of a message before and after its last semicolon."""
-    detail, _, remedy = message.rpartition("; ")
+def remedy(status: int, retry_after: float | None = None) -> str:
+    """Return what to do after an answer of the service with this status.
+
+    Args:
+        status: The status.
+        retry_after: Seconds after which to try again, if the service named them.
+    """
+    wait = f" in {duration(retry_after)}" if retry_after else " in a moment"
+    if status == 429:
+        return f"Try again{wait}, or ask for less."
+    if status == 503:
+        busy = "The service is busy." if retry_after else "The service is starting or busy."
+        less = ", or ask for fewer images" if retry_after else ""
+        return f"{busy} Try again{wait}{less}."
+    return _REMEDIES.get(status, _AGAIN)
+
+
+def _parts(message: str, otherwise: str = "Change the values of the page, then try again.") -> tuple[str, str]:
+    """Return what is wrong and what to do: the parts of a message before and after its last semicolon.
+
+    Args:
+        message: The message.
+        otherwise: What to do if the message does not say it.
+    """
+    detail, _, what = message.rpartition("; ")
     if not detail:
-        return message, "Change the values of the page, then try again."
-    return detail, f"{remedy[:1].upper()}{remedy[1:]}."
+        return message, otherwise
+    return detail, f"{what[:1].upper()}{what[1:]}."
 
 
 def problem(error: Exception) -> str:
@@ -91,34 +133,85 @@ def problem(error: Exception) -> str:
         title = error.problem.title or "The service refused this"
         detail = error.problem.detail or str(error)
         fields = [(item.field, item.message) for item in error.errors]
-        wait = f" in {error.retry_after:.0f} s" if error.retry_after else " in a moment"
-        if error.status_code == 429:
-            remedy = f"Try again{wait}, or ask for less."
-        elif error.status_code == 503 and error.retry_after:
-            remedy = f"The service is busy. Try again{wait}, or ask for fewer images."
-        elif error.status_code == 503:
-            remedy = f"The service is starting or busy. Try again{wait}."
-        else:
-            remedy = _REMEDIES.get(
-                error.status_code, "Try again. If it happens again, tell the operator the request id."
-            )
-        request_id = error.request_id
-    elif isinstance(error, APIConnectionError):
-        title, detail, fields = "The service does not respond", str(error), []
-        remedy, request_id = "It may be restarting. Try again in a moment.", None
-    elif isinstance(error, DermisError):
-        title, fields, request_id = "This cannot be done", [], None
-        detail, remedy = _parts(str(error))
-    else:
-        title, detail, fields = "The studio failed", type(error).__name__, []
-        remedy, request_id = "Load the page again. The log of the studio has the reason.", None
+        return described_problem(
+            title, detail, remedy(error.status_code, error.retry_after), fields=fields, request_id=error.request_id
+        )
+    if isinstance(error, APIConnectionError):
+        return described_problem(
+            "The service does not respond", str(error), "It may be restarting. Try again in a moment."
+        )
+    if isinstance(error, DermisError):
+        return described_problem("This cannot be done", *_parts(str(error)))
+    what = "Load the page again. The log of the studio has the reason."
+    return described_problem("The studio failed", type(error).__name__, what)
+
+
+def described_problem(
+    title: str, detail: str, what_to_do: str, *, fields: Sequence[tuple[str, str]] = (), request_id: str | None = None
+) -> str:
+    """Return a problem as HTML.
+
+    Args:
+        title: Its title.
+        detail: What is wrong.
+        what_to_do: What to do.
+        fields: Names and messages of the fields that are not valid.
+        request_id: Id of the request.
+    """
     items = "".join(f"<li><code>{escape(field)}</code> {escape(message)}</li>" for field, message in fields)
     listed = f"<ul>{items}</ul>" if items else ""
     number = f'<p class="ds-muted">Request id <code>{escape(request_id)}</code></p>' if request_id else ""
     return (
         f'<div class="ds-problem" role="alert"><h2>{escape(title)}</h2><p>{escape(detail)}</p>{listed}'
-        f'<p class="ds-remedy">{escape(remedy)}</p>{number}</div>'
+        f'<p class="ds-remedy">{escape(what_to_do)}</p>{number}</div>'
     )
+
+
+# What to do about a job that has failed, by the kind of its problem; others by the status. Then the job is begun again.
+_FAILURES: Mapping[str, str] = {
+    "internal": "Tell the operator the id of the {name}: the log of the service has the reason.",
+    "model-unavailable": "Ask the operator whether the model is served again.",
+    "overloaded": "Wait until the service is less busy.",
+    "quota-exceeded": "Wait until the quota is free again, or ask the operator for a larger one.",
+    "storage-full": "Delete what is not needed, and ask the operator to free space.",
+    "unknown-model": "Choose another model.",
+    "unusable-image": "Choose another image.",
+}
+_FAILED: Mapping[int, str] = {
+    422: "Change the values that are named here.",
+    501: "Ask the operator to install the package that is named here.",
+    507: "Delete what is not needed, and ask the operator to free space.",
+}
+
+
+def failure(found: Problem | None, name: str, begin: str) -> str:
+    """Return why a job has failed and what to do.
+
+    Args:
+        found: The problem that the service keeps of it.
+        name: What it is, such as "dataset".
+        begin: How to begin it again, such as "create the dataset".
+    """
+    found = found or Problem(type="urn:dermis:problem:internal", detail="The service gave no reason.")
+    first = _FAILURES.get(found.kind) or _FAILED.get(found.status or 0) or _FAILURES["internal"]
+    fields = [(item.field, item.message) for item in found.errors]
+    what = f"{first.format(name=name)} Then {begin} again."
+    return described_problem(found.title or f"The {name} failed", found.detail, what, fields=fields)
+
+
+def failure_in_words(message: str, title: str, name: str, begin: str) -> str:
+    """Return why something has failed of which the service keeps a message only.
+
+    Args:
+        message: The message: what is wrong and, after its last semicolon, what to do.
+        title: A title.
+        name: What it is, such as "study".
+        begin: How to begin it again.
+    """
+    detail, what = _parts(message, "Correct what is named here.")
+    if what == "See the log.":  # which the operator can read
+        what = _FAILURES["internal"].format(name=name)
+    return described_problem(title, detail or "The service gave no reason.", f"{what} Then {begin} again.")
 
 
 def code_block(label: str, text: str) -> str:

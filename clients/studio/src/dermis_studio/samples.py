@@ -18,6 +18,7 @@ from dermis_client import (
     GeneratedImage,
     Model,
 )
+from dermis_client.images import SyntheticImage
 from dermis_client.models import NoiseMode
 from PIL import Image
 
@@ -65,10 +66,10 @@ class SampleRef:
             return cls(
                 model=str(values.get("model") or ""),
                 class_name=str(values["class_name"]),
-                seed=int(values.get("seed") or 0),
-                index=int(values.get("index") or 0),
-                truncation=float(values.get("truncation") or 1.0),
-                noise=_NOISE_MODES[str(values.get("noise") or "random")],
+                seed=int(_or_default(values.get("seed"), 0)),
+                index=int(_or_default(values.get("index"), 0)),
+                truncation=float(_or_default(values.get("truncation"), 1.0)),
+                noise=_NOISE_MODES[str(_or_default(values.get("noise"), "random"))],
             )
         except (TypeError, ValueError, KeyError):
             raise ValueError(
@@ -90,6 +91,11 @@ class SampleRef:
     def words(self) -> str:
         """The sample in words."""
         return f"{self.class_name}, seed {self.seed}, index {self.index}"
+
+
+def _or_default(value: Any, default: Any) -> Any:
+    """Return a value, or the default if there is none. 0 is a value."""
+    return default if value is None or value == "" else value
 
 
 def options(model: str | None, truncation: float, noise: NoiseMode) -> dict[str, Any]:
@@ -154,7 +160,7 @@ def reduced(image: Image.Image, pixels: int) -> Image.Image:
 
 
 def png(image: Image.Image) -> bytes:
-    """Encode an image as PNG, fast rather than small: it is only shown."""
+    """Encode an image as PNG, fast rather than small. That of a generated image has its XMP."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
@@ -170,7 +176,7 @@ def enlarged(content: bytes, media_type: str, alt: str, caption: str, *, pixels:
         caption: Text below it; HTML.
         pixels: Length of the sides that it may have.
     """
-    image = Image.open(io.BytesIO(content)).convert("RGB")
+    image = SyntheticImage.of(Image.open(io.BytesIO(content)).convert("RGB"))
     factor = max(1, pixels // max(image.size))
     width, height = factor * image.width, factor * image.height
     original = markup.data_url(content, media_type)

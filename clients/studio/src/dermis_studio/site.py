@@ -46,6 +46,8 @@ _OWN = {
     "studio.css": "text/css",
     "studio.js": "text/javascript",
     "embedding_map.js": "text/javascript",
+    "projections.js": "text/javascript",
+    "study_upload.js": "text/javascript",
     "icon.svg": "image/svg+xml",
 }
 _IMMUTABLE = b"max-age=31536000, immutable"  # the names of these files contain their hashes
@@ -228,7 +230,10 @@ class StudioSite:
                 return _answer_with_error(request, 404, "Not found", "There is no such path.", self._prefix)
             return await self._event(request, path, visitor, receive, send)
         if page is not None:
-            if not visitor.may(*page.scopes):
+            if visitor.lacks(page.needs):
+                first = frame.first_page(visitor)
+                if page.path == "" and first is not None:  # where the address of the studio leads
+                    return RedirectResponse(f"{self._prefix}/{first.path}", 303, {"Cache-Control": "no-store"})
                 content = frame.forbidden_page(self._prefix, page, visitor)
                 return HTMLResponse(content, 403, {"Cache-Control": "no-store"})
             return await self._page(request, page, visitor)
@@ -248,6 +253,12 @@ class StudioSite:
                 return _refused(request, "The event is refused", error, self._prefix)
             return None
         download = await downloads.answer(self._service, visitor, path, request)
+        if isinstance(download, downloads.FileProblem):
+            problem = _answer_with_error(
+                request, download.status, download.title, download.detail, self._prefix, download.remedy
+            )
+            problem.headers.update(download.headers)
+            return problem
         if download is not None:
             return download
         return _answer_with_error(request, 404, "Not found", "The studio has no such page.", self._prefix)
@@ -360,12 +371,15 @@ def _refused(request: Request, title: str, error: RefusedError, prefix: str) -> 
     return response
 
 
-def _answer_with_error(request: Request, status: int, title: str, detail: str, prefix: str) -> Response:
+def _answer_with_error(
+    request: Request, status: int, title: str, detail: str, prefix: str, what_to_do: str = ""
+) -> Response:
     """An error as a page for browsers that open it, and as JSON for scripts."""
     if "text/html" in request.headers.get("accept", ""):
-        return HTMLResponse(frame.error_page(prefix, title, detail), status, {"Cache-Control": "no-store"})
+        content = frame.error_page(prefix, title, detail, what_to_do)
+        return HTMLResponse(content, status, {"Cache-Control": "no-store"})
     return Response(
-        json.dumps({"title": title, "status": status, "detail": detail}),
+        json.dumps({"title": title, "status": status, "detail": " ".join(filter(None, (detail, what_to_do)))}),
         status,
         {"Cache-Control": "no-store"},
         "application/problem+json",

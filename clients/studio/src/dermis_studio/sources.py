@@ -6,8 +6,9 @@ import base64
 import binascii
 import io
 import math
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -222,6 +223,28 @@ def _webp_pixels(content: bytes) -> int:
     return (int.from_bytes(content[26:28], "little") & 0x3FFF) * (int.from_bytes(content[28:30], "little") & 0x3FFF)
 
 
+_MADE_HERE_TEMPLATE = """<label class="ds-made-here" hidden>Projected in this browser
+<select><option value="">Choose one</option></select></label>"""
+_MADE_HERE_ON_LOAD = """
+const label = element.querySelector('label'), select = element.querySelector('select');
+for (const each of window.dermisProjections.list()) select.add(new Option(each.words, each.id));
+label.hidden = select.options.length < 2;
+select.addEventListener('change', () => { if (select.value) trigger('select', { id: select.value }); });
+"""
+_PROJECTION_ID = re.compile(r"pr_[0-9a-f]{32}")
+
+
+def made_here() -> gr.HTML:
+    """Return a choice of the projections that were made in this browser, hidden if there are none. Its event is `select`."""
+    return html("", html_template=_MADE_HERE_TEMPLATE, js_on_load=_MADE_HERE_ON_LOAD)
+
+
+def chosen_projection(event: gr.EventData) -> str:
+    """Return the id that was chosen in `made_here`; empty if it is none."""
+    chosen = str(event._data.get("id", "")) if isinstance(event._data, dict) else ""
+    return chosen if _PROJECTION_ID.fullmatch(chosen) else ""
+
+
 class SourceFields:
     """Fields with which a visitor chooses a sample or a file.
 
@@ -251,7 +274,7 @@ class SourceFields:
         )
 
     def updates(
-        self, model: Model, query: dict[str, str], note: str = "", *, samples: bool = True, files: bool = True
+        self, model: Model, query: Mapping[str, str], note: str = "", *, samples: bool = True, files: bool = True
     ) -> list[Any]:
         """Return updates of `outputs`. What the visitor has entered stays.
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 
-from dermis_studio.access import Visitor
+from dermis_studio.access import Needs, Visitor
+from dermis_studio.frame import PAGES
 
 
 @dataclass(frozen=True)
@@ -16,22 +17,28 @@ class Start:
     Attributes:
         path: Its path.
         name: Words of the link.
-        scope: Scope that a visitor needs for it.
-        projections: Whether it can also begin with a projection.
+        sample: Scopes that a visitor needs to begin with a sample, in addition to those of the page.
+        projection: The same for a projection; None if the page begins with no projection.
     """
 
     path: str
     name: str
-    scope: str
-    projections: bool = False
+    sample: Needs = ()
+    projection: Needs | None = None
+
+    def needs(self, *, projection: bool) -> Needs | None:
+        """The scopes that a visitor needs; None if the page cannot begin with such an image."""
+        more = self.projection if projection else self.sample
+        return None if more is None else (*_NEEDS[self.path], *more)
 
 
+_NEEDS = {page.path: page.needs for page in PAGES}
 STARTS = (
-    Start("explore", "Explore", "edits", projections=True),
-    Start("authenticity", "Authenticity", "authenticity:generated"),
-    Start("classify", "Classify", "classify"),
-    Start("map", "Map", "authenticity:generated", projections=True),
-    Start("datasets", "Dataset", "datasets:write"),
+    Start("explore", "Explore", projection=(("projections",),)),
+    Start("authenticity", "Authenticity", (("authenticity:generated",), ("images",))),
+    Start("classify", "Classify", (("images",),)),
+    Start("map", "Map", projection=(("projections",),)),
+    Start("datasets", "Dataset", (("datasets:write",), ("models:read",))),
 )
 
 
@@ -43,11 +50,8 @@ def offered(visitor: Visitor, *, projection: bool = False, other_than: str = "")
         projection: Whether the image is a projection, not a sample.
         other_than: Path of the page that has the links.
     """
-    return [
-        (start.path, start.name)
-        for start in STARTS
-        if start.path != other_than and (start.projections or not projection) and visitor.may(start.scope)
-    ]
+    offers = [(start, start.needs(projection=projection)) for start in STARTS if start.path != other_than]
+    return [(start.path, start.name) for start, needs in offers if needs is not None and not visitor.lacks(needs)]
 
 
 def links(query: str, pages: Iterable[tuple[str, str]], main: str = "") -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from html import escape
@@ -94,11 +94,14 @@ def html(value: str = "", **options: Any) -> gr.HTML:
 # Runs in the browser as soon as the page is there, so that it replaces nothing that a visitor has entered.
 _FROM_ADDRESS = """(...values) => {
   const query = new URLSearchParams(window.location.search);
-  return NAMES.map(([name, whole, only], place) => {
-    const text = query.get(name);
-    if (text === null) return values[place];
+  return NAMES.map(({ name, kind, only, choices, least, greatest }, place) => {
+    const text = query.get(name), kept = values[place];
+    if (text === null) return kept;
     if (only !== null) return only;
-    return whole ? (/^\\d+$/.test(text) ? Number(text) : values[place]) : text;
+    if (kind === 'choice') return choices.includes(text) ? text : kept;
+    if (kind === 'whole') return /^\\d+$/.test(text) ? Number(text) : kept;
+    if (kind === 'number') return /^\\d+(\\.\\d+)?$/.test(text) && text >= least && text <= greatest ? Number(text) : kept;
+    return text;
   });
 }"""
 
@@ -118,11 +121,27 @@ class AddressField:
     value: str | None = None
 
 
+def address_script(fields: Sequence[AddressField]) -> str:
+    """Return a function of the browser: from the values of fields to those that the address of the page gives them."""
+    return _FROM_ADDRESS.replace("NAMES", json.dumps([_rule_of(field) for field in fields]))
+
+
+def _rule_of(field: AddressField) -> dict[str, Any]:
+    """What the browser has to know to fill a field."""
+    component, rule = field.component, {"name": field.name, "kind": "text", "only": field.value}
+    if isinstance(component, gr.Number):
+        return rule | {"kind": "whole"}
+    if isinstance(component, gr.Slider):
+        return rule | {"kind": "number", "least": component.minimum, "greatest": component.maximum}
+    if isinstance(component, gr.Radio):
+        return rule | {"kind": "choice", "choices": [value for _, value in component.choices]}
+    return rule
+
+
 def fill_from_address(blocks: gr.Blocks, *fields: AddressField) -> None:
-    """Fill fields from the address of the page when it is loaded. A number that is not whole fills nothing."""
-    names = [[field.name, isinstance(field.component, gr.Number), field.value] for field in fields]
+    """Fill fields from the address of the page when it is loaded. What a field cannot have fills nothing."""
     components = [field.component for field in fields]
-    blocks.load(None, components, components, js=_FROM_ADDRESS.replace("NAMES", json.dumps(names)), **PRIVATE)
+    blocks.load(None, components, components, js=address_script(fields), **PRIVATE)
 
 
 def heading(title: str, text: str) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, SupportsIndex
 
 import httpx
 
 from dermis_client import _requests
 from dermis_client._flow import Flow, Request, call, compute, parse
+from dermis_client._raw import async_raw, raw
 from dermis_client._transport import AsyncTransport, SyncTransport
 from dermis_client._untrusted import one_line
 from dermis_client.errors import APIResponseError
 from dermis_client.images import ImagesResult
 from dermis_client.models import ImageFormat, NoiseMode
+from dermis_client.params import EditParams, ProvenanceParams
 from dermis_client.pixels import MEDIA_TYPE, PixelsResult, pixels_of, read_pixels
 
 # Flows
@@ -55,8 +58,18 @@ def _images(response: httpx.Response) -> ImagesResult:
     return result
 
 
+class RawImages:
+    """The methods of `Images` with the responses of the service; see `RawResponse`."""
+
+    def __init__(self, resource: Images) -> None:
+        self.generate = raw(resource.generate)
+        self.generate_pixels = raw(resource.generate_pixels)
+
+
 class Images:
     """Generate a few images: `client.images` of a DermisClient."""
+
+    with_raw_response = cached_property(RawImages)
 
     def __init__(self, transport: SyncTransport) -> None:
         self._transport, self._max_retries = transport, transport.settings.max_retries
@@ -73,8 +86,8 @@ class Images:
         noise_mode: NoiseMode | None = None,
         image_format: ImageFormat | None = None,
         image_quality: SupportsIndex | None = None,
-        edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None = None,
-        provenance: Mapping[str, Any] | None = None,
+        edits: Sequence[EditParams] | Mapping[str, float] | None = None,
+        provenance: ProvenanceParams | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> ImagesResult:
         """Generate a few images, class by class.
@@ -118,8 +131,8 @@ class Images:
             noise_mode=noise_mode,
             image_format=image_format,
             image_quality=image_quality,
-            edits=_requests.edit_options(edits),
-            provenance=None if provenance is None else dict(provenance),
+            edits=edits,
+            provenance=provenance,
         )
         return self._transport.run(generate(body, self._max_retries))
 
@@ -133,7 +146,7 @@ class Images:
         truncation_psi: float | None = None,
         truncation_cutoff: SupportsIndex | None = None,
         noise_mode: NoiseMode | None = None,
-        edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None = None,
+        edits: Sequence[EditParams] | Mapping[str, float] | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> PixelsResult:
         """Generate a few images as pixels: those of the PNG files of `generate`, without encoding and decoding them.
@@ -157,13 +170,23 @@ class Images:
             truncation_psi=truncation_psi,
             truncation_cutoff=truncation_cutoff,
             noise_mode=noise_mode,
-            edits=_requests.edit_options(edits),
+            edits=edits,
         )
         return self._transport.run(generate_pixels(body, self._max_retries))
 
 
+class AsyncRawImages:
+    """The methods of `AsyncImages` with the responses of the service; see `RawResponse`."""
+
+    def __init__(self, resource: AsyncImages) -> None:
+        self.generate = async_raw(resource.generate)
+        self.generate_pixels = async_raw(resource.generate_pixels)
+
+
 class AsyncImages:
     """Generate a few images: `client.images` of an AsyncDermisClient."""
+
+    with_raw_response = cached_property(AsyncRawImages)
 
     def __init__(self, transport: AsyncTransport) -> None:
         self._transport, self._max_retries = transport, transport.settings.max_retries
@@ -180,8 +203,8 @@ class AsyncImages:
         noise_mode: NoiseMode | None = None,
         image_format: ImageFormat | None = None,
         image_quality: SupportsIndex | None = None,
-        edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None = None,
-        provenance: Mapping[str, Any] | None = None,
+        edits: Sequence[EditParams] | Mapping[str, float] | None = None,
+        provenance: ProvenanceParams | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> ImagesResult:
         """Generate a few images; see `Images.generate` for arguments and errors."""
@@ -196,8 +219,8 @@ class AsyncImages:
             noise_mode=noise_mode,
             image_format=image_format,
             image_quality=image_quality,
-            edits=_requests.edit_options(edits),
-            provenance=None if provenance is None else dict(provenance),
+            edits=edits,
+            provenance=provenance,
         )
         return await self._transport.run(generate(body, self._max_retries))
 
@@ -211,7 +234,7 @@ class AsyncImages:
         truncation_psi: float | None = None,
         truncation_cutoff: SupportsIndex | None = None,
         noise_mode: NoiseMode | None = None,
-        edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None = None,
+        edits: Sequence[EditParams] | Mapping[str, float] | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> PixelsResult:
         """Generate a few images as pixels; see `Images.generate_pixels` for arguments and errors."""
@@ -224,6 +247,6 @@ class AsyncImages:
             truncation_psi=truncation_psi,
             truncation_cutoff=truncation_cutoff,
             noise_mode=noise_mode,
-            edits=_requests.edit_options(edits),
+            edits=edits,
         )
         return await self._transport.run(generate_pixels(body, self._max_retries))

@@ -1,4 +1,4 @@
-// What several pages need in the browser: theme, copying, tiles with arrow keys, dialogs, opacity of heat maps.
+// What several pages need in the browser: theme, copying, tiles with arrow keys, the focus, opacity of heat maps.
 (() => {
   "use strict";
   const root = document.documentElement;
@@ -55,6 +55,12 @@
     }
   });
 
+  // Signing out forgets what `projections.js` keeps.
+  document.addEventListener("submit", (event) => {
+    if (!event.target.action.endsWith("/sign-out")) return;
+    try { localStorage.removeItem("dermis-projections"); } catch { /* storage is off */ }
+  });
+
   // Without access to the clipboard, the text is selected so that the keyboard copies it.
   const select = (copy, done) => {
     const range = document.createRange();
@@ -75,10 +81,88 @@
     if (tiles[next]) { tiles[next].focus(); event.preventDefault(); }
   });
 
+  // Gradio replaces what a page shows, and hides the button that was pressed. The focus goes to what took its place, so that
+  // nobody who uses the keyboard has to search for it.
+  const shownNow = (element) => element.getClientRects().length > 0;
+  const nameOf = (element) => {
+    const named = [...element.attributes].filter(({ name }) => /^(?:data-|id$|name$|href$)/.test(name) && !name.startsWith("data-testid"));
+    const parts = named.map(({ name, value }) => `${name}=${value}`);
+    return [element.tagName, ...(parts.length ? parts : [element.getAttribute("aria-label") || element.textContent.trim()])].join("\n");
+  };
+  let focused = null;
+  document.addEventListener("focusin", ({ target }) => {
+    if (!target.closest("gradio-app")) { focused = null; return; }
+    const around = [];
+    for (let parent = target.parentElement; parent; parent = parent.parentElement) around.push(parent);
+    focused = { target, around, name: nameOf(target), command: target.matches("button.primary, button.secondary, button.stop") };
+  });
+  document.addEventListener("pointerdown", (event) => {
+    if (!event.target.closest("a, button, input, select, textarea, summary, label, [tabindex]")) focused = null;
+  });
+  const restoreFocus = () => {
+    if (!focused || (document.activeElement && document.activeElement !== document.body)) return;
+    if (focused.target.isConnected && shownNow(focused.target) && !focused.target.disabled) return;
+    const near = focused.around.filter((parent) => parent.isConnected && shownNow(parent));
+    for (const parent of near) {
+      if (parent.matches("gradio-app")) break;
+      const candidates = [...parent.querySelectorAll("a, button, input, select, textarea, summary, [tabindex]")];
+      const usable = candidates.filter((other) => shownNow(other) && !other.disabled);
+      const found = usable.find((other) => nameOf(other) === focused.name)
+        || (focused.command && usable.find((other) => other.matches("button.primary, button.stop")));
+      if (found) { found.focus({ preventScroll: true }); return; }
+    }
+  };
+  new MutationObserver(() => requestAnimationFrame(restoreFocus)).observe(document.body,
+    { childList: true, subtree: true, attributes: true, attributeFilter: ["class", "hidden", "disabled"] });
+  // The key that started something, held down, does not stop it.
+  document.addEventListener("keydown", (event) => {
+    if (event.repeat && event.key === "Enter" && event.target instanceof HTMLButtonElement) event.preventDefault();
+  });
+
   // Gradio would refuse a negative number without the name of its field, so a field without negative numbers takes no minus.
   document.addEventListener("beforeinput", (event) => {
     const field = event.target instanceof HTMLInputElement && event.target.type === "number" ? event.target : null;
     if (field && field.min !== "" && Number(field.min) >= 0 && (event.data || "").includes("-")) event.preventDefault();
+  });
+
+  // Films: the images of a strip one after the other, there and back. They move only after "Play film" was pressed.
+  const showFrame = (film, number) => {
+    const images = film.closest("[data-ds-series]").querySelectorAll(".ds-strip img");
+    const place = Math.min(Math.max(0, number), images.length - 1);
+    const slider = film.querySelector("[data-ds-frame]"), picture = film.querySelector("img");
+    if (picture.src !== images[place].src) picture.src = images[place].src;
+    slider.value = place + 1;
+    slider.nextElementSibling.textContent = `${place + 1} of ${images.length}`;
+    slider.setAttribute("aria-valuetext", images[place].alt);
+    return images.length;
+  };
+  const setPlaying = (button, playing) => {
+    button.setAttribute("aria-pressed", String(playing));
+    button.textContent = playing ? "Pause film" : "Play film";
+  };
+  const play = (film, button) => {
+    let step = 1;
+    const timer = setInterval(() => {
+      if (!film.isConnected || button.getAttribute("aria-pressed") !== "true") { clearInterval(timer); return; }
+      const place = Number(film.querySelector("[data-ds-frame]").value) - 1;
+      const count = Number(film.querySelector("[data-ds-frame]").max);
+      if (place + step < 0 || place + step >= count) step = -step;
+      showFrame(film, place + step);
+    }, Number(film.dataset.dsFilm));
+  };
+  document.addEventListener("click", (event) => {
+    const button = event.target instanceof Element ? event.target.closest("[data-ds-play]") : null;
+    if (!button) return;
+    const playing = button.getAttribute("aria-pressed") !== "true";
+    setPlaying(button, playing);
+    if (playing) play(button.closest("[data-ds-film]"), button);
+  });
+  document.addEventListener("input", (event) => {
+    const slider = event.target instanceof Element ? event.target.closest("[data-ds-frame]") : null;
+    if (!slider) return;
+    const film = slider.closest("[data-ds-film]");
+    setPlaying(film.querySelector("[data-ds-play]"), false);
+    showFrame(film, Number(slider.value) - 1);
   });
 
   document.addEventListener("input", (event) => {

@@ -10,16 +10,17 @@ from typing import Any
 import gradio as gr
 from dermis_client import AuthenticityResult, Model
 
-from dermis_studio import markup
-from dermis_studio.access import Visitor
-from dermis_studio.loading import fill_for_model, run_if_named
+from dermis_studio import markup, quotas
+from dermis_studio.loading import Offer, fill_for_model, run_if_named
 from dermis_studio.samples import check, distance, find_model
 from dermis_studio.sources import Picture, SourceFields, picture
-from dermis_studio.studio import PRIVATE, Studio, heading, html, problem_of, query_of
+from dermis_studio.studio import Studio, heading, html, problem_of, query_of
 
 NOTHING = markup.empty_state(
     "No image checked yet", "Choose a sample or an image, then press Check. No training image is shown here."
 )
+
+USES = (quotas.COMPARISONS, quotas.COMPARISONS_NOW, quotas.IMAGES, quotas.UPLOADS)
 
 
 def build(studio: Studio, blocks: gr.Blocks) -> None:
@@ -33,13 +34,17 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         with gr.Column(elem_classes=["ds-panel", "ds-side"]):
             model = gr.Dropdown(label="Model", choices=[], visible=False)
             source = SourceFields()
+            used_up = html()
             start = gr.Button("Check", variant="primary", interactive=False)
+            stop = gr.Button("Stop", variant="stop", visible=False)
         with gr.Column():
-            result = html(NOTHING)
+            result = html(markup.progress("Loading the models", None))
 
-    def updates(chosen: Model, visitor: Visitor, query: dict[str, str]) -> list[Any]:
-        button = gr.update(interactive=chosen.authenticity is not None)
-        return [*source_updates(source, chosen, visitor, query), button]
+    def updates(offer: Offer) -> list[Any]:
+        samples, files, note = sources_of(offer)
+        shown = source.updates(offer.model, offer.query, note, samples=samples, files=files)
+        usable = (samples or files) and not offer.left.blocks(quotas.COMPARISONS, quotas.COMPARISONS_NOW)
+        return [*shown, gr.update(interactive=usable)]
 
     async def run(request: gr.Request, name: str, *values: Any) -> AsyncIterator[Any]:
         yield markup.progress("Comparing the image with the training images", None)
@@ -56,28 +61,29 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             yield problem_of(error)
 
     inputs, fields = [model, *source.inputs], [*source.outputs, start]
+    stopped = markup.empty_state("Stopped", "Press Check to start again.")
+    shown = studio.displays.run_until_stopped([start.click], run, inputs, [result], (start, stop), stopped)
     source.fill_from_address(blocks)
-    loaded = fill_for_model(studio, blocks, model, fields, updates, problem=result, result=result, nothing=NOTHING)
-    run_if_named(loaded, run, inputs, [result])
-    start.click(run, inputs, result, concurrency_limit=None, **PRIVATE)
+    loaded = fill_for_model(
+        studio, blocks, model, fields, updates, uses=USES, note=used_up, problem=result, result=result, nothing=NOTHING
+    )
+    run_if_named(loaded, shown, inputs, [result, start, stop])
 
 
-def source_updates(source: SourceFields, model: Model, visitor: Visitor, query: dict[str, str]) -> list[Any]:
-    """Return updates of the fields: what the model and the key allow."""
-    index = model.authenticity
+def sources_of(offer: Offer) -> tuple[bool, bool, str]:
+    """Return whether a visitor may compare samples and files, and what the page says about it as HTML."""
+    index, visitor = offer.model.authenticity, offer.visitor
     if index is None:
-        return source.updates(model, query, "<p>This model has no index of its training images.</p>", files=False)
-    uploads = bool(index.get("uploads")) and visitor.may("authenticity:uploads")
-    if uploads:
-        note = "<p class='ds-muted'>Your image is compared in memory, and not kept.</p>"
-    elif not index.get("uploads"):
-        note = (
-            "<p class='ds-muted'>This service compares no images of its users: the answer could show "
-            "who is in the training set.</p>"
-        )
-    else:
-        note = "<p class='ds-muted'>Images of your own need the scope <code>authenticity:uploads</code>.</p>"
-    return source.updates(model, query, note, samples=visitor.may("authenticity:generated"), files=uploads)
+        return False, False, "<p>This model has no index of its training images.</p>"
+    samples = offer.samples and visitor.may("authenticity:generated")
+    if not index.get("uploads"):
+        note = "This service compares no images of its users: the answer could show who is in the training set."
+        return samples, False, f"<p class='ds-muted'>{note}</p>"
+    if not visitor.may("authenticity:uploads"):
+        note = "Images of your own need the scope <code>authenticity:uploads</code>."
+        return samples, False, f"<p class='ds-muted'>{note}</p>"
+    files = not offer.left.blocks(quotas.UPLOADS)
+    return samples, files, "<p class='ds-muted'>Your image is compared in memory, and not kept.</p>" * files
 
 
 def described(image: Picture, model: Model, result: AuthenticityResult) -> str:

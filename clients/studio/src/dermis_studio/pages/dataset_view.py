@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from html import escape
 from typing import Any
@@ -19,10 +21,10 @@ from dermis_client import (
     ReportNumber,
     Usage,
 )
-from dermis_client.models import ImageFormat
 
 from dermis_studio import markup
 from dermis_studio.access import Visitor
+from dermis_studio.pages.dataset_request import SHARD_SIZE
 
 SHOWN = 25  # datasets in the list
 PROBE_IMAGES = 8  # images of the measurement of size and speed
@@ -37,9 +39,7 @@ _STATES = {
 }
 _MARKS = {"ds-wait": "○", "ds-run": "◐", "ds-good": "●", "ds-bad": "✕"}
 _LAYOUTS = {"imagefolder": "folder", "webdataset": "WebDataset", "parquet": "Parquet"}
-_MEASURED: dict[
-    tuple[str, str, int], tuple[float, float]
-] = {}  # digest, format, quality -> bytes and seconds of an image
+_MEASURED: dict[tuple[str, str], Measured] = {}  # digest of the model, options
 _MAX_MEASURED = 200
 
 
@@ -107,10 +107,7 @@ def described(dataset: DatasetRecord, writes: bool, about: str = "") -> str:
             text += f", {markup.duration(done.eta_seconds)} left"
         lines = markup.progress(text, done.fraction if dataset.state == "running" else None)
     elif dataset.error is not None:
-        lines = (
-            f'<div class="ds-problem" role="alert"><h2>{escape(dataset.error.title)}</h2><p>{escape(dataset.error.detail)}</p>'
-            '<p class="ds-remedy">Correct the cause, then create the dataset again.</p></div>'
-        )
+        lines = markup.failure(dataset.error, "dataset", "create the dataset")
     buttons = ""
     if writes and not dataset.finished and dataset.state != "cancelling":
         buttons = _button("cancel", dataset.id, "Cancel", "Stop this dataset? Its files are removed.")
@@ -168,7 +165,7 @@ async def results(client: AsyncDermisClient, dataset: AsyncDataset) -> str:
             f'rel="noopener">Open the report</a>'
         )
     if "manifest.json" in names:
-        links += f'<a class="ds-button" href="{at}/manifest.json" download>Manifest</a>'
+        links += markup.file_link(f"{at}/manifest.json", "Manifest", kind="ds-button")
     scorecard = _scorecard(report) if isinstance(report, DatasetReport) else ""
     return f'<div class="ds-actions">{links}</div>{preview}{scorecard}{_files(files, at)}'
 
@@ -176,7 +173,7 @@ async def results(client: AsyncDermisClient, dataset: AsyncDataset) -> str:
 def _files(files: Sequence[DatasetFile], at: str) -> str:
     rows = [
         (
-            f'<a href="{at}/{escape(file.name)}" download>{escape(file.name)}</a>',
+            markup.file_link(f"{at}/{escape(file.name)}", escape(file.name)),
             markup.size(file.bytes),
             markup.short_digest(file.sha256),
         )
@@ -207,51 +204,115 @@ def _number(number: ReportNumber) -> str:
     return shown if number.reference is None else f"{shown} ({markup.number(number.reference)})"
 
 
-async def estimate(client: AsyncDermisClient, model: Model, body: dict[str, Any], visitor: Visitor) -> str:
-    """Return the expected size and time of a dataset, from a few images in the same format and from former datasets."""
-    total = sum(body["classes"].values())
-    image_format, quality = body.get("image_format", "png"), int(body.get("image_quality", 95))
-    per_image = per_second = None
-    if visitor.may("images"):
-        size, seconds = await _measure(client, model, next(iter(body["classes"])), image_format, quality)
-        per_image, per_second = size, 1 / seconds
-    source = f"measured on {PROBE_IMAGES} images"
+@dataclass(frozen=True)
+class Estimate:
+    """What to expect of a dataset.
+
+    Attributes:
+        words: Its size and time; HTML.
+        signs: Whether the service signs images; None if this is not known.
+    """
+
+    words: str
+    signs: bool | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What generating a few images has shown.
+
+    Attributes:
+        size: Bytes of an image.
+        seconds: Seconds of an image.
+        signed: Whether the images are signed.
+    """
+
+    size: float
+    seconds: float
+    signed: bool
+
+
+async def estimate(client: AsyncDermisClient, model: Model, body: dict[str, Any], visitor: Visitor) -> Estimate:
+    """Return the expected size and time of a dataset, from a few images of the same kind and from former datasets."""
+    measured = await _measure(client, model, body) if visitor.may("images") else None
     former = [
         dataset.progress.images_per_second
         async for dataset in client.datasets.list(state="succeeded", limit=10, page_size=10)
         if dataset.model is not None and dataset.model.digest == model.digest and dataset.progress.samples_done >= 20
     ]
-    if former and former[0]:
-        per_second, source = former[0], "the rate of your last dataset of this model"
-    rows = [("Images", f"{total:,} of {model.resolution} px")]
-    rows.append(("Size", "not known" if per_image is None else f"about {markup.size(total * per_image)}"))
-    if per_second is None:
+    rows = estimated(model, body, measured, next(iter(former), None))
+    signs = None if measured is None or "provenance" in body else measured.signed
+    return Estimate("<h3>Estimate</h3>" + markup.facts([(name, escape(value)) for name, value in rows]), signs)
+
+
+def estimated(
+    model: Model, body: dict[str, Any], measured: Measured | None, former: float | None
+) -> list[tuple[str, str]]:
+    """Return names and values of what to expect of a dataset.
+
+    Args:
+        model: The model.
+        body: The request.
+        measured: What a few images have shown; None if the visitor may not generate images.
+        former: Images per second of the last dataset of the model; None if there is none.
+    """
+    total = sum(body["classes"].values())
+    privacy, classifier = body.get("privacy", {}), body.get("classifier", {})
+    filters = not classifier.keys().isdisjoint({"keep", "min_probability", "max_probability"})
+    leaves_out = privacy.get("on_reject") == "drop" or (filters and classifier.get("tries", 1) == 1)
+    makes_again = privacy.get("on_reject") == "resample" or classifier.get("tries", 1) > 1
+    most = "up to " if leaves_out else ""
+    rows = [("Images", f"{most}{total:,} of {model.resolution} px")]
+    rows.append(
+        ("Size", "not known" if measured is None else f"{most or 'about '}{markup.size(total * measured.size)}")
+    )
+    source = "the rate of your last dataset of this model"
+    if not former and measured is not None:
+        former, source = 1 / measured.seconds, f"measured on {PROBE_IMAGES} images"
+    if not former:
         rows.append(("Time", "not known before the first dataset"))
     else:
-        tries = " or more: rejected images are made again" if "privacy" in body or "classifier" in body else ""
+        again = " or more: rejected images are made again" if makes_again else ""
         rows.append(
-            (
-                "Time",
-                f"about {markup.duration(total / per_second)}{tries} ({markup.number(per_second, 2)} images/s, {source})",
-            )
+            ("Time", f"about {markup.duration(total / former)}{again} ({markup.number(former, 2)} images/s, {source})")
         )
-    return "<h3>Estimate</h3>" + markup.facts([(name, escape(value)) for name, value in rows])
+    shard_size = body.get("shard_size", SHARD_SIZE)
+    shards = -(-total // shard_size)
+    of_images = f"{shards:,} {'shard' if shards == 1 else 'shards'} of up to {min(shard_size, total):,} images"
+    zipped = body.get("format", "imagefolder") == "imagefolder"
+    rows.append(("Files", f"one zip, made in {of_images}" if zipped else f"{of_images}, a file each"))
+    return rows
 
 
-async def _measure(
-    client: AsyncDermisClient, model: Model, class_name: str, image_format: ImageFormat, quality: int
-) -> tuple[float, float]:
-    """Bytes and seconds of one image."""
-    key = (model.digest, image_format, quality if image_format != "png" else 0)
+def is_measured(model: Model, body: dict[str, Any]) -> bool:
+    """Whether the size and time of such images are known, so that an estimate generates none."""
+    return _measurement_of(model, body)[0] in _MEASURED
+
+
+def _measurement_of(model: Model, body: dict[str, Any]) -> tuple[tuple[str, str], dict[str, Any]]:
+    """Return the key and the options of the measurement for a dataset.
+
+    The options are those on which the size depends most: format, quality, noise and signing. Truncation and edits change it
+    by a few percent only.
+    """
+    options: dict[str, Any] = {
+        name: body[name] for name in ("image_format", "image_quality", "noise_mode", "provenance") if name in body
+    }
+    options.setdefault("image_format", "png")
+    return (model.digest, json.dumps(options, sort_keys=True)), options
+
+
+async def _measure(client: AsyncDermisClient, model: Model, body: dict[str, Any]) -> Measured:
+    """Generate a few images, unless such images have been measured."""
+    key, options = _measurement_of(model, body)
     if key not in _MEASURED:
         started = time.perf_counter()
-        result = await client.images.generate(
-            {class_name: PROBE_IMAGES}, model=model.name, image_format=image_format, image_quality=quality
-        )
+        result = await client.images.generate({next(iter(body["classes"])): PROBE_IMAGES}, model=model.name, **options)
         seconds = (time.perf_counter() - started) / PROBE_IMAGES
         if len(_MEASURED) >= _MAX_MEASURED:
             _MEASURED.clear()
-        _MEASURED[key] = (sum(len(image.content) for image in result) / len(result), seconds)
+        signed = any(image.canonical_sha256 is not None for image in result)
+        _MEASURED[key] = Measured(sum(len(image.content) for image in result) / len(result), seconds, signed)
     return _MEASURED[key]
 
 

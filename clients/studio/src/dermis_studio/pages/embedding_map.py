@@ -10,17 +10,19 @@ from typing import Any
 
 import gradio as gr
 from dermis_client import AsyncDermisClient, EmbeddingMap, Model
+from dermis_client.images import SyntheticImage
 from PIL import Image
 
-from dermis_studio import downloads, markup
+from dermis_studio import downloads, markup, quotas
 from dermis_studio.access import Visitor, key_of
-from dermis_studio.loading import fill_for_model
+from dermis_studio.loading import Offer, fill_for_model
 from dermis_studio.pages.generate import parts, shares
 from dermis_studio.pages.map_points import NOT_KNOWN, OWN, PROJECTED, Point, element, of_sample, thumbnail
 from dermis_studio.samples import SampleRef, find_model
-from dermis_studio.sources import content_of, drop, opened
+from dermis_studio.sources import chosen_projection, content_of, drop, made_here, opened
 from dermis_studio.starts import offered
 from dermis_studio.studio import (
+    PRIVATE,
     AddressField,
     Studio,
     cookies_of,
@@ -43,6 +45,7 @@ _UPLOADS_OFF = (
     '<p class="ds-muted">Images of your own: project one, then enter its id here. This service does not place uploaded images: '
     "it could show who is in the training set.</p>"
 )
+USES = (quotas.COMPARISONS, quotas.COMPARISONS_NOW, quotas.IMAGES)
 _SEPARATORS = re.compile(r"[\s,;]+")
 
 
@@ -62,16 +65,18 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 0.0, 1.5, value=1.0, step=0.05, label="Truncation", info="Lower: more typical, less varied.", buttons=[]
             )
             with gr.Column(elem_classes=["ds-fields"], visible=False) as of_projections:
+                here_made = made_here()
                 projections = gr.Textbox(
                     label="Projections", info="Their ids, which the page Project shows. Up to 8.", max_length=400
                 )
             with gr.Column(elem_classes=["ds-fields"], visible=False) as of_file:
                 file = drop()
             note = html()
+            used_up = html()
             start = gr.Button("Draw map", variant="primary", interactive=False)
             stop = gr.Button("Stop", variant="stop", visible=False)
         with gr.Column(elem_classes=["ds-section"]):
-            status = html()
+            status = html(markup.progress("Loading the models", None))
             drawing = html(NOTHING)
 
     async def draw(
@@ -108,18 +113,37 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         except Exception as error:
             yield problem_of(error), gr.skip()
 
+    here_made.select(with_projection, projections, projections, **PRIVATE)
     fill_from_address(blocks, AddressField("seed", seed), AddressField("projection", projections))
     fields = [of_projections, of_file, note, start]
-    fill_for_model(studio, blocks, model, fields, _allowed, problem=status, result=drawing, nothing=NOTHING)
+    fill_for_model(
+        studio,
+        blocks,
+        model,
+        fields,
+        _allowed,
+        uses=USES,
+        note=used_up,
+        problem=status,
+        result=drawing,
+        nothing=NOTHING,
+    )
     inputs = [model, count, seed, truncation, projections, file]
     words = '<p class="ds-muted" role="status">Stopped. The map has the images that had been placed.</p>'
     events = [start.click, seed.submit]
     studio.displays.run_until_stopped(events, draw, inputs, [status, drawing], (start, stop), (words, gr.skip()))
 
 
-def _allowed(model: Model, visitor: Visitor, query: dict[str, str]) -> list[Any]:
-    """Return updates of the fields that depend on the model: what it and the key allow."""
-    index = model.authenticity
+def with_projection(event: gr.EventData, named: str | None) -> str:
+    """Return the ids that are named, and the one that was chosen."""
+    ids = [each for each in _SEPARATORS.split(named or "") if each]
+    chosen = chosen_projection(event)
+    return " ".join(ids if not chosen or chosen in ids else [*ids, chosen])
+
+
+def _allowed(offer: Offer) -> list[Any]:
+    """Return updates of the fields that depend on the model: what it, the key and the quotas allow."""
+    index, visitor = offer.model.authenticity, offer.visitor
     uploads = index is not None and bool(index.get("uploads"))
     may_upload = uploads and visitor.may("authenticity:uploads")
     note = _NO_INDEX if index is None else "" if may_upload else "" if uploads else _UPLOADS_OFF
@@ -127,7 +151,7 @@ def _allowed(model: Model, visitor: Visitor, query: dict[str, str]) -> list[Any]
         gr.update(visible=index is not None and visitor.may("projections")),
         gr.update(visible=may_upload),
         note,
-        gr.update(interactive=index is not None),
+        gr.update(interactive=index is not None and not offer.left.blocks(*USES)),
     ]
 
 
@@ -214,4 +238,4 @@ async def _reconstruction(
     content = await downloads.projection_file(
         studio.service, key_of(cookies_of(request)), projection_id, path.rpartition("/")[2]
     )
-    return await asyncio.to_thread(lambda: thumbnail(Image.open(io.BytesIO(content))))
+    return await asyncio.to_thread(lambda: thumbnail(SyntheticImage.of(Image.open(io.BytesIO(content)).convert("RGB"))))

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import io
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import gradio as gr
-from dermis_client import AsyncDermisClient, Direction, EditedImage, Model
-from PIL import Image
+from dermis_client import AsyncDermisClient, Direction, EditedImage, EditParams, Model, SweepParams
 
-from dermis_studio import markup, snippets
-from dermis_studio.pages import latent_map
-from dermis_studio.samples import SampleRef, enlarged, find_model, options, png
+from dermis_studio import markup, quotas, snippets
+from dermis_studio.pages import latent_map, strips
+from dermis_studio.samples import SampleRef, enlarged, find_model, options
+from dermis_studio.sources import chosen_projection, made_here
 from dermis_studio.studio import (
     PRIVATE,
     AddressField,
@@ -93,6 +93,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                     seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, min_width=80)
                     index = gr.Number(label="Index", value=0, precision=0, minimum=0, min_width=80)
             with gr.Column(elem_classes=["ds-fields"], visible=False) as of_projection:
+                here_made = made_here()
                 projection = gr.Textbox(label="Id of the projection", info="The page Project shows it.", max_length=40)
             chosen_names = gr.Dropdown(
                 label="Directions", choices=[], multiselect=True, max_choices=SLIDERS, info=f"Up to {SLIDERS} at once."
@@ -108,6 +109,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             with gr.Row(visible=False) as ranged:
                 first = gr.Number(label="First layer", value=0, precision=0, minimum=0, min_width=80)
                 last = gr.Number(label="End (not included)", value=4, precision=0, minimum=1, min_width=80)
+            used_up = html()
         with gr.Column(elem_classes=["ds-section"]):
             with gr.Row(elem_classes=["ds-panel", "ds-before-after"]):
                 before = html(markup.progress("Loading the directions", None))
@@ -122,6 +124,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                     )
                     steps = gr.Slider(3, 11, value=7, step=2, label="Images", buttons=[], min_width=160)
                     make = gr.Button("Make strip", min_width=120)
+                    stop_strip = gr.Button("Stop", variant="stop", visible=False, min_width=120)
                 strip = html()
             with gr.Column(elem_classes=["ds-panel"]):
                 html("<h2>Map</h2>")
@@ -152,16 +155,24 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
 
     async def load(request: gr.Request) -> Any:
         try:
+            visitor = await studio.visitor(request)
             async with studio.client(request) as client:
-                update, chosen = await chosen_model(client, request)
+                (update, chosen), left = await asyncio.gather(
+                    chosen_model(client, request), quotas.left(client, quotas.IMAGES)
+                )
                 query = query_of(request)
                 directions = await client.edits.directions(chosen.name)
         except Exception as error:
-            return [problem_of(error), *[gr.skip()] * (6 + SLIDERS)]
+            return [problem_of(error), *[gr.skip()] * (len(fields) - 1)]
         asked = query.get("class_name")
         classes = chosen.classes
+        projects = visitor.may("projections")
+        usable = gr.update(interactive=not left.blocks(quotas.IMAGES))
         return [
             gr.skip(),
+            gr.skip() if projects else gr.update(value=SAMPLE, visible=False),
+            left.note,
+            *[usable] * len(commands),
             update,
             gr.update(choices=classes, value=asked if asked in classes else (classes[0] if classes else None)),
             *direction_updates(directions),
@@ -231,23 +242,26 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         except Exception as error:
             yield problem_of(error), gr.skip(), gr.skip()
 
-    @shows_problems()
-    async def make_strip(request: gr.Request, *values: Any) -> str:
-        direction, reach, steps = values[-3:]
-        start = start_of(request, values[:6])
-        if not direction:
-            raise ValueError("no direction is chosen; choose one")
-        async with studio.client(request) as client:
-            chosen = await find_model(client, start.model)
-            others = [edit for edit in edits_of(chosen, values[6:-3]) if edit["direction"] != direction]
+    async def make_strip(request: gr.Request, *values: Any) -> AsyncIterator[Any]:
+        try:
+            direction, reach, steps = values[-3:]
+            start = start_of(request, values[:6])
+            if not direction:
+                raise ValueError("no direction is chosen; choose one")
             count = int(steps)
+            yield markup.progress(f"Generating {count} images", None)
             strengths = [round(reach * (2 * position / (count - 1) - 1), 3) for position in range(count)]
-            sweep = {"direction": direction, "strengths": strengths}
-            layer_range = layers_of(chosen, *values[6:9])
-            if layer_range is not None:
-                sweep["layers"] = list(layer_range)
-            images = await client.edits.create(**start.arguments, edits=others or None, sweep=sweep)
-        return strip_of(list(images), direction)
+            async with studio.client(request) as client:
+                chosen = await find_model(client, start.model)
+                others = [edit for edit in edits_of(chosen, values[6:-3]) if edit["direction"] != direction]
+                sweep: SweepParams = {"direction": direction, "strengths": strengths}
+                layer_range = layers_of(chosen, *values[6:9])
+                if layer_range is not None:
+                    sweep["layers"] = list(layer_range)
+                images = await client.edits.create(**start.arguments, edits=others or None, sweep=sweep)
+            yield await asyncio.to_thread(strips.drawn, list(images), direction)
+        except Exception as error:
+            yield problem_of(error)
 
     async def draw_map(request: gr.Request, *values: Any) -> AsyncIterator[Any]:
         try:
@@ -261,7 +275,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 others = [edit for edit in edits_of(chosen, values[6:-3]) if edit["direction"] not in names]
                 axes = (str(names[0]), str(names[1]))
                 rows = await latent_map.pictures(client, start.arguments, others, axes, float(reach))
-            yield latent_map.drawn(rows, axes, float(reach))
+            yield await asyncio.to_thread(latent_map.drawn, rows, axes, float(reach))
         except Exception as error:
             yield problem_of(error)
 
@@ -289,12 +303,16 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                     images=count,
                     **arguments,
                 )
-            yield strip_of(list(images), "interpolation")
+            yield await asyncio.to_thread(strips.drawn, list(images), "interpolation")
         except Exception as error:
             yield problem_of(error)
 
+    commands = [make, draw, interpolate]
     fields = [
         before,
+        kind,
+        used_up,
+        *commands,
         model,
         class_name,
         chosen_names,
@@ -329,16 +347,23 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         [of_sample, of_projection, film],
         **PRIVATE,
     )
+    here_made.select(chosen_projection, None, projection, **PRIVATE).then(
+        show_start, start_fields, [before, after], **PRIVATE
+    ).then(show_edit, everything, [after, about, here], **edits)
     changed = [class_name.input, seed.input, index.input, projection.submit, projection.blur]
     gr.on(changed, show_start, start_fields, [before, after], trigger_mode="always_last", **PRIVATE).then(
         show_edit, everything, [after, about, here], **edits
     )
     model.input(
-        choose_model, model, [before, class_name, chosen_names, *sliders, across, upwards, end_class], **PRIVATE
+        choose_model,
+        model,
+        [before, class_name, chosen_names, *sliders, across, upwards, end_class],
+        trigger_mode="always_last",
+        **PRIVATE,
     ).then(show_start, start_fields, [before, after], **PRIVATE).then(
         show_edit, everything, [after, about, here], **edits
     )
-    chosen_names.input(name_sliders, [chosen_names], sliders, **PRIVATE).then(
+    chosen_names.input(name_sliders, [chosen_names], sliders, trigger_mode="always_last", **PRIVATE).then(
         show_edit, everything, [after, about, here], **edits
     )
     gr.on(
@@ -356,14 +381,17 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     studio.displays.run_until_stopped(
         [draw.click], draw_map, [*everything, across, upwards, extent], [area], (draw, stop_map), stopped, "map"
     )
-    area.select(go_to, [chosen_names, *sliders], [chosen_names, *sliders], **PRIVATE).then(
+    area.select(go_to, [chosen_names, *sliders], [chosen_names, *sliders], trigger_mode="always_last", **PRIVATE).then(
         show_edit, everything, [after, about, here], **edits
     )
     ends = [*start_fields, end_class, end_seed, end_index, frames]
     studio.displays.run_until_stopped(
         [interpolate.click], make_film, ends, [between], (interpolate, stop_film), stopped, "film"
     )
-    make.click(make_strip, [*everything, swept, reach, steps], strip, **PRIVATE)
+    swept_fields = [*everything, swept, reach, steps]
+    studio.displays.run_until_stopped(
+        [make.click], make_strip, swept_fields, [strip], (make, stop_strip), stopped, "strip"
+    )
 
 
 def direction_updates(directions: Sequence[Direction]) -> list[Any]:
@@ -405,7 +433,7 @@ def layers_of(model: Model, layers: str, first: float | None, last: float | None
     return thirds[position], thirds[position + 1]
 
 
-def edits_of(model: Model, values: Sequence[Any]) -> list[dict[str, Any]]:
+def edits_of(model: Model, values: Sequence[Any]) -> list[EditParams]:
     """Return the edits that the fields ask for.
 
     Args:
@@ -414,11 +442,13 @@ def edits_of(model: Model, values: Sequence[Any]) -> list[dict[str, Any]]:
     """
     layers, first, last, names, *strengths = values
     layer_range = layers_of(model, layers, first, last)
-    result: list[dict[str, Any]] = []
+    result: list[EditParams] = []
     for name, strength in zip(names or [], strengths, strict=False):
         if strength:
-            edit: dict[str, Any] = {"direction": name, "strength": float(strength)}
-            result.append(edit if layer_range is None else edit | {"layers": list(layer_range)})
+            edit: EditParams = {"direction": name, "strength": float(strength)}
+            if layer_range is not None:
+                edit["layers"] = list(layer_range)
+            result.append(edit)
     return result
 
 
@@ -433,31 +463,4 @@ async def probability_words(client: AsyncDermisClient, model: Model, image: Edit
     return (
         f'<p class="ds-line">Calibrated probability of {escape(result.positive_class)} for the edited image: '
         f"<b>{result[0].calibrated:.3f}</b> (threshold {result.threshold.value:.3f}). Not a diagnosis.</p>"
-    )
-
-
-def strip_of(images: Sequence[EditedImage], direction: str) -> str:
-    """Return the images of a sweep or an interpolation beside each other, with links to a strip and a film."""
-    pictures = [image.image for image in images]
-    cells = "".join(
-        f'<figure><img class="ds-pixels" src="{markup.data_url(image.content, image.media_type)}" width="{picture.width}" '
-        f'height="{picture.height}" alt="{escape(direction)} '
-        f'{image.strength or 0:+.2f}"><figcaption>{image.strength or 0:+.2f}</figcaption>'
-        "</figure>"
-        for image, picture in zip(images, pictures, strict=True)
-    )
-    width, height = pictures[0].size
-    sheet = Image.new("RGB", ((width + 2) * len(pictures) - 2, height), "white")
-    for position, picture in enumerate(pictures):
-        sheet.paste(picture, (position * (width + 2), 0))
-    film = io.BytesIO()
-    there_and_back = [*pictures, *pictures[-2:0:-1]]
-    there_and_back[0].save(film, "GIF", save_all=True, append_images=there_and_back[1:], duration=140, loop=0)
-    name = escape(direction)
-    return (
-        f'<div class="ds-strip" tabindex="0" role="group" aria-label="Strip of {name}">{cells}</div>'
-        f'<p class="ds-muted">{width} x {height} px, shown 1:1.</p><div class="ds-actions">'
-        f'<a class="ds-button" download="{name}.png" href="{markup.data_url(png(sheet), "image/png")}">Save strip (PNG)</a>'
-        f'<a class="ds-button" download="{name}.gif" href="{markup.data_url(film.getvalue(), "image/gif")}">Save film '
-        f"(GIF)</a></div>"
     )

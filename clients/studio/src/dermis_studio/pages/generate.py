@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict
@@ -12,7 +13,7 @@ import gradio as gr
 from dermis_client import AsyncDermisClient, EditedImage, GeneratedImage, Model
 from dermis_client.models import NoiseMode
 
-from dermis_studio import markup, snippets
+from dermis_studio import markup, quotas, snippets
 from dermis_studio.access import Visitor
 from dermis_studio.samples import (
     NOISE,
@@ -30,6 +31,7 @@ from dermis_studio.starts import links, offered
 from dermis_studio.studio import PRIVATE, Studio, chosen_model, heading, html, problem_of, query_of, shows_problems
 
 MAX_IMAGES = 64
+COUNT = 16  # at first
 CHUNK = 4  # images of one call, so that the grid fills while images arrive
 ALL = "All classes"
 NOT_CHOSEN = markup.empty_state("No image selected", "Select an image of the grid to see what is known about it.")
@@ -66,7 +68,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         with gr.Column(elem_classes=["ds-panel", "ds-side"]):
             model = gr.Dropdown(label="Model", choices=[], visible=False)
             class_name = gr.Radio(label="Class", choices=[ALL], value=ALL)
-            count = gr.Slider(1, MAX_IMAGES, value=16, step=1, label="Number of images", buttons=[])
+            count = gr.Slider(1, MAX_IMAGES, value=COUNT, step=1, label="Number of images", buttons=[])
             seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, info="Another seed gives other images.")
             new_seed = gr.Button("Draw a new seed", size="sm")
             truncation = gr.Slider(
@@ -78,21 +80,27 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 value="random",
                 info="Fine texture that is drawn for each image.",
             )
+            used_up = html()
             start = gr.Button("Generate", variant="primary", interactive=False)
             stop = gr.Button("Stop", variant="stop", visible=False)
         with gr.Column():
-            status = html()
+            status = html(markup.progress("Loading the models", None))
             grid = html(NOTHING, js_on_load=_ON_LOAD)
+            code = html()
         with gr.Column(elem_classes=["ds-panel", "ds-detail"]):
             detail = html(NOT_CHOSEN, js_on_load=_NEIGHBOURS_ON_LOAD)
             neighbours = html()
+            stop_neighbours = gr.Button("Stop", variant="stop", size="sm", visible=False)
 
-    @shows_problems(4)
+    @shows_problems(6)
     async def load(request: gr.Request) -> Any:
         async with studio.client(request) as client:
-            update, chosen = await chosen_model(client, request)
-        query = query_of(request)
-        return "", update, class_update(chosen, query.get("class_name")), gr.update(interactive=True)
+            (update, chosen), left = await asyncio.gather(
+                chosen_model(client, request), quotas.left(client, quotas.IMAGES)
+            )
+        classes = class_update(chosen, query_of(request).get("class_name"))
+        usable = gr.update(interactive=not left.blocks(quotas.IMAGES))
+        return "", update, classes, count_update(left.remaining(quotas.IMAGES)), left.note, usable
 
     @shows_problems(2)
     async def choose_model(name: str, request: gr.Request) -> Any:
@@ -109,32 +117,43 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         request: gr.Request,
     ) -> AsyncIterator[Any]:
         tiles, total = "", int(count)
-        yield markup.progress(f"Generating {total} images", 0.0), '<div class="ds-grid">'
+        yield markup.progress(f"Generating {total} images", 0.0), '<div class="ds-grid">', ""
         try:
             async with studio.client(request) as client:
                 chosen = await find_model(client, model)
                 classes = shares(total, chosen.classes if class_name == ALL else [class_name])
+                body = {"classes": classes, "seed": int(seed or 0)} | options(chosen.name, truncation, noise)
+                address, with_key = studio.shown_address(request), (await studio.visitor(request)).key is not None
                 async for images in arriving(client, chosen, classes, int(seed or 0), truncation, noise):
                     tiles += "".join([tile(image, chosen.name, truncation, noise) for image in images])
                     done = tiles.count("<button")
                     text = f"{done} of {total} images"
-                    yield markup.progress(text, done / total), f'<div class="ds-grid">{tiles}'
+                    yield markup.progress(text, done / total), f'<div class="ds-grid">{tiles}', gr.skip()
             note = f"{total} images of {size_words(chosen)}."
-            yield f'<p class="ds-muted" role="status">{escape(note)}</p>', gr.skip()
+            shown = copied_as_code(address, body, "All of these images as code", with_key=with_key)
+            yield f'<p class="ds-muted" role="status">{escape(note)}</p>', gr.skip(), shown
         except Exception as error:
-            yield problem_of(error), gr.skip() if tiles else NOTHING
+            yield problem_of(error), gr.skip() if tiles else NOTHING, gr.skip()
 
-    @shows_problems(2)
-    async def show(event: gr.EventData, request: gr.Request) -> tuple[str, str]:
-        sample = SampleRef.parse(event._data if isinstance(event._data, dict) else {})
-        if sample is None:
-            return NOT_CHOSEN, ""
-        visitor = await studio.visitor(request)
-        async with studio.client(request) as client:
-            chosen = await find_model(client, sample.model)
-            image = await generate_one(client, sample)
-            about = await measured(client, visitor, chosen, sample, image)
-        return described(image, sample, chosen, about, visitor, studio.shown_address(request)), ""
+    @studio.displays.newest(3, "detail")
+    async def show(event: gr.EventData, request: gr.Request) -> AsyncIterator[Any]:
+        studio.displays.begin(request, "neighbours")  # those of another image
+        no_neighbours = ("", gr.update(visible=False))
+        try:
+            sample = SampleRef.parse(event._data if isinstance(event._data, dict) else {})
+            if sample is None:
+                yield NOT_CHOSEN, *no_neighbours
+                return
+            yield markup.progress(f"Measuring {sample.words}", None), *no_neighbours
+            visitor = await studio.visitor(request)
+            async with studio.client(request) as client:
+                chosen = await find_model(client, sample.model)
+                image = await generate_one(client, sample)
+                about = await measured(client, visitor, chosen, sample, image)
+            address = studio.shown_address(request)
+            yield await asyncio.to_thread(described, image, sample, chosen, about, visitor, address), *no_neighbours
+        except Exception as error:
+            yield problem_of(error), *no_neighbours
 
     async def show_neighbours(event: gr.EventData, request: gr.Request) -> AsyncIterator[str]:
         message = event._data if isinstance(event._data, dict) else {}
@@ -142,7 +161,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             sample = SampleRef.parse(message)
             if sample is None:
                 raise ValueError("no image is selected; select one first")
-            distance = float(message.get("distance") or NEIGHBOUR_DISTANCE)
+            distance = NEIGHBOUR_DISTANCE if message.get("distance") is None else float(message["distance"])
             yield markup.progress(f"Generating {NEIGHBOURS} neighbours", None)
             async with studio.client(request) as client:
                 images = await client.edits.neighbours(
@@ -155,20 +174,41 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         except Exception as error:
             yield problem_of(error)
 
-    blocks.load(load, None, [status, model, class_name, start], **PRIVATE)
-    model.input(choose_model, model, [status, class_name], **PRIVATE)
+    blocks.load(load, None, [status, model, class_name, count, used_up, start], **PRIVATE)
+    model.input(choose_model, model, [status, class_name], trigger_mode="always_last", **PRIVATE)
     new_seed.click(lambda: secrets.randbelow(10**6), None, seed, **PRIVATE)
     inputs = [model, class_name, count, seed, truncation, noise]
     events, stopped = [start.click, seed.submit], '<p class="ds-muted" role="status">Stopped.</p>'
-    studio.displays.run_until_stopped(events, generate, inputs, [status, grid], (start, stop), (stopped, gr.skip()))
-    grid.select(show, None, [detail, neighbours], concurrency_limit=None, trigger_mode="always_last", **PRIVATE)
-    detail.select(show_neighbours, None, neighbours, concurrency_limit=None, trigger_mode="always_last", **PRIVATE)
+    unchanged = (gr.skip(), gr.skip())
+    studio.displays.run_until_stopped(
+        events, generate, inputs, [status, grid, code], (start, stop), (stopped, *unchanged)
+    )
+    shown = [detail, neighbours, stop_neighbours]
+    grid.select(show, None, shown, concurrency_limit=None, trigger_mode="multiple", **PRIVATE)
+    studio.displays.run_until_stopped(
+        [detail.select],
+        show_neighbours,
+        [],
+        [neighbours],
+        (None, stop_neighbours),
+        stopped,
+        "neighbours",
+        trigger_mode="multiple",
+    )
 
 
 def class_update(model: Model, chosen: str | None) -> Any:
     """Return an update of the choice of the class."""
     choices = [ALL, *model.classes] if len(model.classes) > 1 else list(model.classes)
     return gr.update(choices=choices, value=chosen if chosen in choices else choices[0])
+
+
+def count_update(left: float | None) -> Any:
+    """Return an update of the number of images, of which no more can be chosen than are left today."""
+    if left is None or not 1 <= left < MAX_IMAGES:
+        return gr.skip()
+    most = int(left)
+    return gr.update(maximum=most, value=min(most, COUNT), info=f"{most} are left today.")
 
 
 def shares(total: int, classes: list[str]) -> dict[str, int]:
@@ -237,11 +277,7 @@ def described(
         ("Model", f"{escape(model.name)} {markup.short_digest(model.digest)}"),
         ("SHA-256", markup.short_digest(image.sha256)),
     ]
-    arguments = {"classes": {sample.class_name: 1}, "seed": sample.seed, "start_index": sample.index}
-    arguments |= options(sample.model, sample.truncation, sample.noise)
-    code = markup.code_block(
-        "curl", snippets.curl(address, "/v1/images", sample.body, with_key=visitor.key is not None)
-    ) + markup.code_block("Python", snippets.python(address, "images.generate", arguments, 'result.save("lesions")'))
+    code = copied_as_code(address, sample.body, "Copy as code", with_key=visitor.key is not None)
     around = (
         f'<h3>Latent neighbours</h3><label class="ds-opacity">Distance <input type="range" min="0.1" max="1" step="0.1" '
         f'value="{NEIGHBOUR_DISTANCE}" data-distance><output>{NEIGHBOUR_DISTANCE}</output></label><div class="ds-actions">'
@@ -252,9 +288,23 @@ def described(
         f"<h2>{escape(sample.class_name)}, index {sample.index}</h2>{picture}{markup.facts(rows)}{about}"
         f'<h3>Use as start</h3><div class="ds-actions">{starts}'
         f'<a class="ds-button" download="{escape(image.file_name)}" href="{markup.data_url(image.content, image.media_type)}">'
-        f'Save PNG</a></div><details class="ds-more"><summary>Copy as code</summary>{code}</details>'
-        + (around if visitor.may("edits") else "")
+        f"Save PNG</a></div>{code}" + (around if visitor.may("edits") else "")
     )
+
+
+def copied_as_code(address: str, body: dict[str, Any], title: str, *, with_key: bool) -> str:
+    """Return a request for images as commands to copy, closed at first.
+
+    Args:
+        address: Address of the service.
+        body: Body of /v1/images; the client of Python has arguments with the same names.
+        title: What is shown while it is closed.
+        with_key: Whether the service needs a key.
+    """
+    curl = snippets.curl(address, "/v1/images", body, with_key=with_key)
+    python = snippets.python(address, "images.generate", body, 'result.save("lesions")')
+    code = markup.code_block("curl", curl) + markup.code_block("Python", python)
+    return f'<details class="ds-more"><summary>{escape(title)}</summary>{code}</details>'
 
 
 def neighbourhood(images: list[EditedImage], distance: float) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from dermis_client import EmbeddingMap
 from dermis_client.embeddings import Embedding
+from dermis_client.images import SyntheticImage, xmp_of_sheet
 from PIL import Image
 
 from dermis_studio import markup
@@ -16,6 +17,10 @@ from dermis_studio.samples import SampleRef, words_of
 
 THUMBNAIL_PIXELS = 64
 _COLUMNS = 20  # of the sheet of thumbnails
+_PICTURES = (
+    f"The pictures are reduced to {THUMBNAIL_PIXELS} px (Lanczos) and are JPEG files of quality 92, so pixels differ slightly; "
+    "other pages show the exact image."
+)
 GENERATED, PROJECTED, OWN = "generated", "projected", "your image"
 NOT_KNOWN, NOT_COMPARED = "not known", "not compared"
 
@@ -66,7 +71,7 @@ def element(known: EmbeddingMap, points: Sequence[Point], chosen: int | None = N
     """
     return (
         f'<ds-embedding-map data-map="{markup.attribute(data(known, points, chosen))}"></ds-embedding-map>'
-        f'<p class="ds-muted">{training_words(known)}</p>'
+        f'<p class="ds-muted">{training_words(known)} {_PICTURES}</p>'
     )
 
 
@@ -137,6 +142,10 @@ def _sheet(pictures: Sequence[Image.Image | None]) -> str | None:
             left = column * THUMBNAIL_PIXELS + (THUMBNAIL_PIXELS - picture.width) // 2
             top = row * THUMBNAIL_PIXELS + (THUMBNAIL_PIXELS - picture.height) // 2
             sheet.paste(picture, (left, top))
+    synthetic = [picture for picture in pictures if isinstance(picture, SyntheticImage)]
+    if synthetic:
+        real = any(picture is not None and not isinstance(picture, SyntheticImage) for picture in pictures)
+        sheet = SyntheticImage.of(sheet, xmp_of_sheet(synthetic, with_real=real))
     content = io.BytesIO()
     sheet.save(content, "JPEG", quality=92, subsampling=0)
     return markup.data_url(content.getvalue(), "image/jpeg")

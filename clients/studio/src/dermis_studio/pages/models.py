@@ -8,11 +8,16 @@ from html import escape
 from typing import Any
 
 import gradio as gr
-from dermis_client import Model
+from dermis_client import Model, ModelProvenance
 
 from dermis_studio import markup
 from dermis_studio.scales import threshold_name
 from dermis_studio.studio import PRIVATE, Studio, chosen_model, heading, html, shows_problems
+
+_NO_INTERVAL = '<small class="ds-muted ds-none">no interval</small>'
+_PICTURES = (
+    "Pictures of the card are files of the bundle, which the service does not send. The page Generate makes samples."
+)
 
 
 def build(studio: Studio, blocks: gr.Blocks) -> None:
@@ -24,7 +29,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             short = html(markup.progress("Loading the models", None))
         with gr.Column():
             numbers = html(elem_classes=["ds-section"])
-            html('<div class="ds-section"><h2>Model card</h2></div>')
+            html(f'<div class="ds-section"><h2>Model card</h2><p class="ds-muted">{_PICTURES}</p></div>')
             card = gr.Markdown(elem_classes=["ds-panel", "ds-card-text"], sanitize_html=True)
 
     @shows_problems(4)
@@ -41,7 +46,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         return summary(whole), measured(whole), text_of(whole)
 
     blocks.load(load, None, [short, numbers, card, model], **PRIVATE)
-    model.input(choose, model, [short, numbers, card], **PRIVATE)
+    model.input(choose, model, [short, numbers, card], trigger_mode="always_last", **PRIVATE)
 
 
 def text_of(model: Model) -> str:
@@ -73,8 +78,59 @@ def summary(model: Model) -> str:
         )
     if classifier is not None:
         rows.append(("Classifier", f"{escape(classifier.architecture or '')} {markup.short_digest(classifier.digest)}"))
+    rows += _provenance(model.provenance)
     credit = f'<h3>Attribution</h3><p class="ds-muted">{escape(model.attribution)}</p>' if model.attribution else ""
     return f"<h2>{escape(model.name)}</h2>{markup.facts(rows)}{credit}"
+
+
+def _provenance(provenance: ModelProvenance | None) -> list[tuple[str, str]]:
+    """Return names and values of what the bundle states of its origin."""
+    if provenance is None:
+        return [("Origin", "not stated by this version of the service")]
+    dataset, training = provenance.dataset, provenance.training
+    rows = []
+    if dataset is not None:
+        classes = ", ".join(f"{count:,} {name}" for name, count in dataset.classes.items())
+        images = "" if dataset.images is None else f"{dataset.images:,} images" + (f": {classes}" if classes else "")
+        digest = markup.short_digest(dataset.sha256) if dataset.sha256 else "no digest stated"
+        rows.append(("Training set", "<br>".join(filter(None, (escape(dataset.name or ""), escape(images), digest)))))
+    else:
+        rows.append(("Training set", "not stated"))
+    if training is not None:
+        hours = "" if training.hours is None else f"{training.hours:,.1f} hours"
+        seed = "" if training.seed is None else f"seed {training.seed}"
+        rows.append(("Training", escape(", ".join(filter(None, (training.hardware, hours, seed))) or "not stated")))
+    rows.append(("Made with", f"dermis {escape(provenance.code_version)}" if provenance.code_version else "not stated"))
+    privacy = provenance.privacy
+    if privacy is None:
+        rows.append(("Differential privacy", "none"))
+    elif privacy.epsilon is None:
+        rows.append(("Differential privacy", "nothing is guaranteed"))
+    else:
+        delta = "" if privacy.delta is None else f", delta {privacy.delta:.2g}"
+        of_unit = f" of one {privacy.unit}" if privacy.unit else ""
+        rows.append(("Differential privacy", escape(f"epsilon {privacy.epsilon:.3g}{delta}{of_unit}")))
+    return rows
+
+
+def _changes(provenance: ModelProvenance | None) -> str:
+    """Return the options that were changed during the training, closed at first."""
+    training = None if provenance is None else provenance.training
+    if training is None or not training.changes:
+        return ""
+    rows = [
+        (f"{change.kimg:,.1f}", f"<code>{escape(name)}</code>", _option(change.before.get(name)), _option(value))
+        for change in training.changes
+        for name, value in change.after.items()
+    ]
+    table = markup.table(("Thousand images", "Option", "Before", "After"), rows, "Options that were changed")
+    return f'<details class="ds-more"><summary>Changes during the training ({len(rows)})</summary>{table}</details>'
+
+
+def _option(value: Any) -> str:
+    if value is None:
+        return "none"
+    return escape(f"{value:g}" if isinstance(value, float) else str(value))
 
 
 def measured(model: Model) -> str:
@@ -93,15 +149,11 @@ def measured(model: Model) -> str:
                 rows.append(
                     (
                         words,
-                        _with_interval(numbers, "fd"),
-                        *(
-                            markup.number(float(numbers[k])) if k in numbers else ""
-                            for k in ("precision", "recall", "coverage")
-                        ),
+                        *(_with_interval(numbers, key) for key in ("fd", "precision", "recall", "coverage")),
                     )
                 )
         if rows:
-            head = ("Comparison", "FD [95 %]", "Precision", "Recall", "Coverage")
+            head = ("Comparison", "FD [95 % interval]", "Precision", "Recall", "Coverage")
             trained = " (the generator was trained in it, so its numbers are better than its images)"
             known = trained if _mapping(space).get("trained_discriminator") else ""
             parts.append(markup.table(head, rows, f"Images, feature space {name}{known}"))
@@ -118,13 +170,15 @@ def measured(model: Model) -> str:
     if thresholds:
         columns = ("Threshold", "Sensitivity [95 %]", "Specificity [95 %]", "Balanced accuracy [95 %]")
         parts.append(markup.table(columns, thresholds, "Classifier, on held-out images of other patients"))
+    changes = _changes(model.provenance)
     if not parts:
-        return markup.empty_state("Not measured", "The model has no numbers. Its card may say more.")
+        return markup.empty_state("Not measured", "The model has no numbers. Its card may say more.") + changes
     note = (
         '<p class="ds-muted">FD is the Fréchet distance of features: lower is better, and the reference shows what real images '
-        "score. Numbers of different feature spaces cannot be compared.</p>"
+        "score. Numbers of different feature spaces cannot be compared. Where it says <i>no interval</i>, none was computed, "
+        "so small differences of such numbers may be chance.</p>"
     )
-    return f'<div class="ds-panel">{"".join(parts)}{note}</div>'
+    return f'<div class="ds-panel">{"".join(parts)}{note}{changes}</div>'
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -137,8 +191,8 @@ def _with_interval(numbers: Mapping[str, Any], key: str) -> str:
         return ""
     shown = markup.number(float(value), 4)
     if isinstance(interval, list) and len(interval) == 2:
-        shown += f" [{markup.number(float(interval[0]), 4)}, {markup.number(float(interval[1]), 4)}]"
-    return shown
+        return f"{shown} [{markup.number(float(interval[0]), 4)}, {markup.number(float(interval[1]), 4)}]"
+    return f"{shown} {_NO_INTERVAL}"
 
 
 def _range(value: Any) -> str:
@@ -147,5 +201,5 @@ def _range(value: Any) -> str:
         return ""
     shown = f"{numbers['value']:.3f}"
     if isinstance(numbers.get("low"), int | float) and isinstance(numbers.get("high"), int | float):
-        shown += f" [{numbers['low']:.3f}, {numbers['high']:.3f}]"
-    return shown
+        return f"{shown} [{numbers['low']:.3f}, {numbers['high']:.3f}]"
+    return f"{shown} {_NO_INTERVAL}"

@@ -9,9 +9,10 @@ from typing import Any
 
 import gradio as gr
 from dermis_client import AsyncDermisClient, DermisError, Model, ProjectedImage, Projection, ProjectionPreview
+from dermis_client.params import ProjectionSchedule
 from PIL import Image, ImageOps
 
-from dermis_studio import downloads, markup, scales
+from dermis_studio import downloads, markup, quotas, scales
 from dermis_studio.access import key_of
 from dermis_studio.displays import stops
 from dermis_studio.pages.dataset_view import when
@@ -34,7 +35,8 @@ MOST_PROBABLE = "Most probable"
 KEPT = (
     "<h3>What is kept, and for how long</h3><ul><li>Your image: until the projection has ended.</li>"
     "<li>The latent and the reconstruction: until you delete them, or until they expire; the result says when.</li>"
-    "<li>The name of the file is not sent. The projection belongs to your tenant.</li></ul>"
+    "<li>The name of the file is not sent. The projection belongs to your tenant.</li>"
+    "<li>The id of the projection: in this browser, for the pages Explore and Map, until it expires or you sign out.</li></ul>"
 )
 NOTHING = (
     '<div class="ds-empty"><h2>No projection yet</h2><p>Choose an image, then press Project. It takes seconds to a minute.</p>'
@@ -42,6 +44,7 @@ NOTHING = (
 )
 SHORT = '<p class="ds-muted">Kept: your image until the projection has ended, the result until you delete it or it expires.</p>'
 POLL_SECONDS = 0.7
+USES = (quotas.PROJECTIONS, quotas.UPLOADS, quotas.JOBS, quotas.STORED)
 # The address names the projection, so that the page can be loaded again.
 _ON_LOAD = """
 element.addEventListener('click', (event) => {
@@ -58,7 +61,11 @@ element.addEventListener('click', (event) => {
 watch('value', () => {
   if (view) for (const button of element.querySelectorAll(`[data-ds-show="${view}"][aria-pressed="false"]`)) button.click();
   const named = element.querySelector('[data-address]');
-  if (named) history.replaceState(null, '', named.dataset.address);
+  if (!named) return;
+  history.replaceState(null, '', named.dataset.address);
+  const { made, until, projection, deleted } = named.dataset;
+  if (projection && until) window.dermisProjections.remember(projection, made, until);
+  if (deleted) window.dermisProjections.forget(deleted);
 });
 """
 
@@ -79,6 +86,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 label="Schedule", choices=[("Fast", "fast"), ("Official, slower", "official")], value="fast"
             )
             video = gr.Checkbox(label="Film of the optimisation", value=True)
+            used_up = html(markup.progress("Loading the models", None))
             start = gr.Button("Project", variant="primary", interactive=False)
         with gr.Column():
             result = html(NOTHING, js_on_load=_ON_LOAD)
@@ -86,10 +94,11 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     async def load(request: gr.Request) -> Any:
         try:
             async with studio.client(request) as client:
-                update, chosen = await chosen_model(client, request)
-            return gr.skip(), update, class_update(chosen), gr.update(interactive=True)
+                (update, chosen), left = await asyncio.gather(chosen_model(client, request), quotas.left(client, *USES))
+            usable = gr.update(interactive=not left.blocks(*USES))
+            return gr.skip(), update, class_update(chosen), left.note, usable
         except Exception as error:
-            return problem_of(error), gr.skip(), gr.skip(), gr.skip()
+            return problem_of(error), gr.skip(), gr.skip(), "", gr.skip()
 
     @shows_problems(2)
     async def choose_model(name: str, request: gr.Request) -> Any:
@@ -98,7 +107,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
 
     @studio.displays.newest()
     async def run(
-        request: gr.Request, file: str | None, name: str, class_name: str, schedule: str, video: bool
+        request: gr.Request, file: str | None, name: str, class_name: str, schedule: ProjectionSchedule, video: bool
     ) -> AsyncIterator[Any]:
         yield markup.progress("Sending the image", None)
         try:
@@ -135,16 +144,17 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     async def act(event: gr.EventData, request: gr.Request) -> AsyncIterator[Any]:
         message = event._data if isinstance(event._data, dict) else {}
         try:
+            projection_id = str(message.get("id"))
             async with studio.client(request) as client:
-                await client.projections.delete(str(message.get("id")))
+                await client.projections.delete(projection_id)
             done = markup.success("The projection, its latent and its images are deleted.")
-            yield f'<div data-address="project">{done}</div>', ""
+            yield f'<div data-address="project" data-deleted="{escape(projection_id)}">{done}</div>', ""
         except Exception as error:
             yield problem_of(error), gr.skip()
 
-    blocks.load(load, None, [result, model, class_name, start], **PRIVATE)
+    blocks.load(load, None, [result, model, class_name, used_up, start], **PRIVATE)
     reopened = blocks.load(reopen, None, result, concurrency_limit=None, **PRIVATE)
-    model.input(choose_model, model, [result, class_name], **PRIVATE)
+    model.input(choose_model, model, [result, class_name], trigger_mode="always_last", **PRIVATE)
     inputs = [file, model, class_name, schedule, video]
     stops(start.click, reopened)
     running = start.click(run, inputs, result, concurrency_limit=None, **PRIVATE)
@@ -192,14 +202,7 @@ async def followed(
     if projection.data:
         yield await described(studio, request, projection, projection.data[0], content)
     else:
-        error = projection.error
-        title, detail = (
-            ("The projection failed", "The service gave no reason.") if error is None else (error.title, error.detail)
-        )
-        yield (
-            f'<div class="ds-problem" role="alert"><h2>{escape(title)}</h2><p>{escape(detail)}</p>'
-            '<p class="ds-remedy">Choose another image, or try again.</p></div>'
-        )
+        yield markup.failure(projection.error, "projection", "project the image")
 
 
 def _own_figure(content: bytes) -> str:
@@ -234,8 +237,12 @@ async def _current_figure(client: AsyncDermisClient, projection: Projection, pre
 def _top(projection: Projection, words: str) -> str:
     """The title of a projection and the button that deletes it."""
     question = "Delete the projection, its latent and its images? This cannot be undone."
+    kept = ""
+    if projection.data and projection.created_at is not None and projection.expires_at is not None:
+        times = f'data-made="{projection.created_at.isoformat()}" data-until="{projection.expires_at.isoformat()}"'
+        kept = f' data-projection="{escape(projection.id)}" {times}'
     return (
-        f'<div class="ds-top" data-address="project?projection={escape(projection.id)}"><h2>Projection</h2>'
+        f'<div class="ds-top" data-address="project?projection={escape(projection.id)}"{kept}><h2>Projection</h2>'
         f'<div class="ds-actions"><button type="button" class="ds-button ds-danger" data-act="delete" '
         f'data-id="{escape(projection.id)}" data-confirm="{question}">{words}</button></div></div>'
     )
@@ -265,7 +272,8 @@ async def described(
         film = (
             f'<h3>How the reconstruction converged</h3><figure class="ds-figure ds-film"><img '
             f'src="{at}/{escape(names["video"])}" '
-            'alt="Film of the optimisation"></figure>'
+            'alt="Film of the optimisation"><figcaption>A GIF has 256 colours for each image; the reconstruction above has '
+            "all of them.</figcaption></figure>"
         )
     rows = [
         ("Distance", f"{item.distance:.3f} ({escape(item.distance_name)})"),
@@ -279,7 +287,7 @@ async def described(
     visitor = await studio.visitor(request)
     starts = links(f"projection={projection.id}", offered(visitor, projection=True), "explore")
     files = "".join(
-        f'<a class="ds-button" href="{at}/{escape(names[kind])}" download>{words}</a>'
+        markup.file_link(f"{at}/{escape(names[kind])}", words, kind="ds-button")
         for kind, words in (("latents", "Save latent"), ("image", "Save image"), ("video", "Save film"))
         if kind in names
     )

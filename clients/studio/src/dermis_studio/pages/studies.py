@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from html import escape
 from typing import Any
 
 import gradio as gr
 from dermis_client import AsyncDermisClient, NewInvitation, Study
 
-from dermis_studio import markup
+from dermis_studio import markup, quotas
 from dermis_studio.displays import stops
 from dermis_studio.pages import study_view as view
 from dermis_studio.studio import PRIVATE, Studio, chosen_model, heading, html, problem_of, query_of
 
 POLL_SECONDS = 1.0
+USES = (quotas.IMAGES, quotas.UPLOADS, quotas.STORED)
 UPLOADS, FOLDER = "uploads", "folder"
 # Buttons and the form of an invitation become events of the page. Images go to the studio in small requests, which pass them on
 # with the key of the visitor, so that hundreds of them are never in one message.
@@ -25,8 +25,6 @@ const tell = (text, problem) => {
   if (status) { status.textContent = text; status.classList.toggle('ds-alert', Boolean(problem)); }
 };
 element.addEventListener('click', (event) => {
-  const cancel = event.target.closest('[data-study-cancel]');
-  if (cancel) { cancel.dataset.stopped = 'yes'; return; }
   const button = event.target.closest('[data-act]');
   if (!button || event.detail > 1 || (button.dataset.confirm && !window.confirm(button.dataset.confirm))) return;
   trigger('select', { act: button.dataset.act, id: button.dataset.id, name: button.dataset.name });
@@ -40,50 +38,26 @@ element.addEventListener('submit', (event) => {
 element.addEventListener('change', async (event) => {
   const input = event.target.closest('[data-study-upload]');
   if (!input || !input.files.length) return;
-  const id = input.dataset.studyUpload, files = [...input.files], SIZE = 8, MOST = 24 * 1024 * 1024;
+  const id = input.dataset.studyUpload, files = [...input.files], total = files.length;
   const bar = element.querySelector('[data-study-progress]'), cancel = element.querySelector('[data-study-cancel]');
   const query = input.dataset.class ? '?class=' + encodeURIComponent(input.dataset.class) : '';
   const enabled = [...element.querySelectorAll('[data-study-upload], [data-act]')].filter((other) => !other.disabled);
   for (const other of enabled) other.disabled = true;
   bar.hidden = cancel.hidden = false;
-  bar.max = files.length;
-  let done = 0, problem = '';
-  while (done < files.length && !cancel.dataset.stopped) {
-    const batch = [];
-    let bytes = 0;
-    while (done + batch.length < files.length && batch.length < SIZE) {
-      const file = files[done + batch.length];
-      if (batch.length && bytes + file.size > MOST) break;
-      bytes += file.size;
-      batch.push(file);
-    }
-    tell(`Uploading: ${done} of ${files.length} images`);
-    const form = new FormData();
-    batch.forEach((file, i) => form.append('files', file, `image-${i}`));
-    try {
-      const answer = await fetch('studies/' + id + '/images' + query, { method: 'POST', body: form });
-      if (!answer.ok) {
-        const document = await answer.json().catch(() => ({}));
-        const names = (document.errors || []).map((item) => {
-          const place = /^files\\[(\\d+)\\]$/.exec(item.field);
-          return place ? `${batch[Number(place[1])].name} ${item.message}` : '';
-        }).filter(Boolean);
-        problem = names.join('; ') || document.detail || document.title || 'The service refused the images';
-        break;
-      }
-    } catch {
-      problem = 'The service does not respond; choose the files again to continue';
-      break;
-    }
-    done += batch.length;
+  bar.max = total;
+  cancel.focus();
+  const controller = new AbortController();
+  cancel.onclick = () => controller.abort();
+  const result = await window.dermisUpload('studies/' + id + '/images' + query, files, controller.signal, (done, words) => {
     bar.value = done;
-  }
+    tell(`${done} of ${total} images are uploaded. ${words}`);
+  });
   input.value = '';
   for (const other of enabled) other.disabled = false;  // the page may be shown as it was before
   bar.hidden = cancel.hidden = true;
-  delete cancel.dataset.stopped;
-  tell(`${done} of ${files.length} images are uploaded`);
-  trigger('select', { act: 'uploaded', id, done, total: files.length, problem });
+  input.focus();
+  tell(`${result.done} of ${total} images are uploaded`);
+  trigger('select', { act: 'uploaded', id, total, ...result });
 });
 let made = '';
 watch('value', () => {
@@ -119,7 +93,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             equal = gr.Checkbox(
                 label="As many images of each class",
                 info="Otherwise in the proportions of the real images.",
-                value=False,
+                value=True,
             )
             with gr.Accordion("More", open=False):
                 truncation = gr.Slider(
@@ -132,6 +106,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                     buttons=[],
                 )
                 seed = gr.Textbox(label="Seed", info="Empty: a random one. Keep it secret from readers.", max_length=19)
+            used_up = html()
             create = gr.Button("Create study", variant="primary")
         with gr.Column(elem_classes=["ds-section"]):
             current = html(view.NOTHING, js_on_load=_ON_LOAD)
@@ -139,10 +114,12 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
 
     async def load(request: gr.Request) -> Any:
         try:
+            reads_models = (await studio.visitor(request)).may("models:read")  # without it, the default model is used
             async with studio.client(request) as client:
-                (update, _), studies = await asyncio.gather(chosen_model(client, request), client.studies.list())
+                studies, left = await asyncio.gather(client.studies.list(), quotas.left(client, *USES))
+                update = (await chosen_model(client, request))[0] if reads_models else gr.skip()
         except Exception as error:
-            return problem_of(error), "", gr.skip(), gr.skip(), gr.skip()
+            return problem_of(error), "", *[gr.skip()] * 4
         most = studies.max_images or 200
         return (
             gr.skip(),
@@ -150,6 +127,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             update,
             gr.update(visible=studies.folder_of_real_images),
             gr.update(value=min(200, most), maximum=most),
+            left.note,
         )
 
     @studio.displays.newest(2)
@@ -183,6 +161,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 raise ValueError("the study has no name; enter one, which its readers see")
             if seed and not seed.strip().isdigit():
                 raise ValueError("the seed is not a whole number; enter one, or leave it empty")
+            yield markup.progress("Creating the study", None), gr.skip()
             async with studio.client(request) as client:
                 study = await client.studies.create(
                     name.strip(),
@@ -224,7 +203,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             except Exception:
                 yield problem, gr.skip()
 
-    blocks.load(load, None, [current, table, model, source, count], **PRIVATE)
+    blocks.load(load, None, [current, table, model, source, count, used_up], **PRIVATE)
     following = blocks.load(reopen, None, [current, table], concurrency_limit=None, **PRIVATE)
     fields = [name, model, count, source, equal, truncation, seed]
     stops(create.click, following)
@@ -249,26 +228,34 @@ async def carried_out(
         return markup.success("The study is closed. No more answers are taken."), None
     elif name == "invite":
         label = str(message.get("label", "")).strip()
-        days = float(message.get("days") or 30)
+        days = 30 if message.get("days") is None else float(message["days"])
         return "", await client.studies.invite(study_id, label, expires_in_days=days)
     elif name == "revoke":
         invitation = await client.studies.revoke(study_id, str(message.get("name")))
         return markup.success(f"The link of {invitation.label} does not work any more."), None
     elif name == "uploaded":
-        done, total, problem = message.get("done"), message.get("total"), str(message.get("problem") or "")
-        if problem:
-            return _upload_problem(problem, done, total), None
+        done, total = message.get("done"), message.get("total")
+        if message.get("problem"):
+            return _upload_problem(message), None
         stopped = "" if done == total else " The upload was stopped."
         return markup.success(f"{done} of {total} images are uploaded.{stopped}"), None
     return "", None
 
 
-def _upload_problem(problem: str, done: Any, total: Any) -> str:
-    return (
-        f'<div class="ds-problem" role="alert"><h2>Not all images were uploaded</h2><p>{escape(problem)}</p>'
-        f'<p class="ds-remedy">{escape(str(done))} of {escape(str(total))} are uploaded. Choose the files again without those '
-        "that are named here; images that are there already are not added twice.</p></div>"
-    )
+def _upload_problem(message: Mapping[str, Any]) -> str:
+    """Return why an upload ended, from what `study_upload.js` says of it."""
+    status = message.get("status")
+    if not isinstance(status, int):  # the service did not answer, or not in time
+        what = "Choose the files again."
+    elif status == 422:
+        what = "Choose the files again without those that are named here."
+    else:
+        wait = message.get("wait")
+        what = f"{markup.remedy(status, wait if isinstance(wait, int | float) else None)} Then choose the files again."
+    arrived = f"{message.get('done')} of {message.get('total')} are uploaded"
+    what += f" {arrived}; images that are there already are not added twice."
+    title = str(message.get("title") or "Not all images were uploaded")
+    return markup.described_problem(title, str(message.get("problem")), what)
 
 
 async def followed(

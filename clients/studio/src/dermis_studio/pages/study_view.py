@@ -74,16 +74,15 @@ def described(
             "close", study.id, "Close study", question=question
         )
     question = "Delete this study with its images, invitations and answers? This cannot be undone."
-    buttons += _action("delete", study.id, "Delete", kind="ds-button ds-danger", question=question)
+    words = "Cancel and delete" if study.state == "preparing" else "Delete"
+    buttons += _action("delete", study.id, words, kind="ds-button ds-danger", question=question)
     top = (
         f'<div class="ds-top"><h2>{escape(study.name)}</h2><div class="ds-actions">{state(study)}{buttons}</div></div>'
     )
     progress = ""
     if study.state == "failed":
-        progress = (
-            f'<div class="ds-problem" role="alert"><h2>The images cannot be made</h2><p>{escape(study.error or "")}</p>'
-            '<p class="ds-remedy">Correct the cause, then create the study again.</p></div>'
-        )
+        title = "The images of the study cannot be made"
+        progress = markup.failure_in_words(study.error or "", title, "study", "create the study")
     elif study.state == "preparing":
         text = f"{study.prepared:,} of {study.images:,} images are ready"
         progress = markup.progress(text, study.prepared / max(1, study.images))
@@ -219,9 +218,9 @@ def _results(study: Study, results: StudyResults) -> str:
         "Each reader",
     )
     p_value = "" if results.p_value is None else f" Test against chance: p = {results.p_value:.2g}."
-    exports = (
-        f'<a class="ds-button" href="study-answers/{study.id}.csv" download>Answers as CSV</a>'
-        f'<a class="ds-button" href="study-answers/{study.id}.json" download>Answers as JSON</a>'
+    exports = "".join(
+        markup.file_link(f"study-answers/{study.id}.{kind}", f"Answers as {kind.upper()}", kind="ds-button")
+        for kind in ("csv", "json")
     )
     return (
         f"<h3>Results so far</h3>{interval_plot(intervals)}"
