@@ -295,7 +295,7 @@ def _measurement_of(model: Model, body: dict[str, Any]) -> tuple[tuple[str, str]
     The options are those on which the size depends most: format, quality, noise and signing. Truncation and edits change it
     by a few percent only.
     """
-    options = {
+    options: dict[str, Any] = {
         name: body[name] for name in ("image_format", "image_quality", "noise_mode", "provenance") if name in body
     }
     options.setdefault("image_format", "png")
