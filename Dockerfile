@@ -32,13 +32,13 @@ RUN set -eu; \
     /opt/venv/bin/pip install -c constraints.txt "$@" --no-build-isolation ".[${VARIANT},${EXTRAS}]"; \
     /opt/venv/bin/pip uninstall --yes wheel; \
     /opt/venv/bin/pip check
-# The list of all packages in the image, with versions and licences (CycloneDX).
+# The list of all Python packages in the image, with versions and licences (CycloneDX).
 RUN set -eu; \
     python3 -m venv /opt/sbom; \
     /opt/sbom/bin/pip install cyclonedx-bom==7.5.0; \
     /opt/sbom/bin/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml -o /src/sbom.cdx.json /opt/venv/bin/python
 
-FROM ${PYTHON_IMAGE} AS runtime
+FROM ${PYTHON_IMAGE} AS system
 ARG VARIANT=cpu
 # On a GPU, torch.compile starts a C compiler for the code that launches its kernels.
 RUN set -eu; \
@@ -50,8 +50,18 @@ RUN set -eu; \
     groupadd --gid 1034 dermis; \
     useradd --uid 1034 --gid 1034 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin dermis; \
     install --directory --owner 1034 --group 1034 --mode 0700 /data
+
+# The list of all Debian packages in the image, in the same format.
+FROM system AS debian-sbom
+RUN set -eu; \
+    python3 -m venv /opt/sbom; \
+    /opt/sbom/bin/pip install "debsbom[cdx]==0.10.2"; \
+    /opt/sbom/bin/debsbom generate --sbom-type cdx --with-licenses --distro-name dermis --out /opt/sbom/debian.cdx.json
+
+FROM system AS runtime
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /src/sbom.cdx.json /usr/share/doc/dermis/sbom.cdx.json
+COPY --from=debian-sbom /opt/sbom/debian.cdx.json /usr/share/doc/dermis/debian.cdx.json
 COPY LICENSE /usr/share/doc/dermis/LICENSE
 WORKDIR /opt/dermis
 # The root file system can be read-only: only /data and /tmp are written.

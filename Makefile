@@ -27,7 +27,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy --strict clients/python/src/dermis_client
+	$(BIN)/mypy --strict clients/python/src/dermis_client clients/python/tests/typed_calls.py
 	$(BIN)/mypy --strict clients/studio/src/dermis_studio
 	$(BIN)/lint-imports --no-logo --no-cache
 
@@ -37,12 +37,34 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist worksteal
 test: lint
 	$(PYTEST) -m "not full"
 
-test-full: lint
-	$(PYTEST)
+# The packages of the site are installed when it is first built or tested.
+DOCS_STAMP := $(VENV)/.installed-docs
 
-# The tests with real servers and programs (PostgreSQL, S3, kubectl, promtool); it prints which are missing and how to install them.
-test-cluster: setup
-	OMP_NUM_THREADS=1 $(BIN)/python tests/support/cluster_tests.py
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e ".[$(VARIANT),docs]"
+	touch $@
+
+# What the full tests use beyond the extra dev: S3 servers, kubectl, locust, and checkov in an environment of its own.
+TEST_STAMP := $(VENV)/.installed-cluster-$(VARIANT)
+CHECKOV ?= build/checkov/bin/checkov
+
+$(TEST_STAMP): $(STAMP)
+	$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e ".[$(VARIANT),cluster,soak]"
+	touch $@
+
+build/checkov/bin/checkov:
+	$(PYTHON) -m venv build/checkov
+	build/checkov/bin/pip install -q checkov==3.3.30
+
+# They first list the programs that tests use, such as PostgreSQL, and stop if one is missing; with ALLOW_MISSING=1 the tests that need
+# it are skipped.
+test-full: lint $(TEST_STAMP) $(DOCS_STAMP) $(CHECKOV)
+	CHECKOV=$(abspath $(CHECKOV)) $(BIN)/python tests/support/programs.py
+	CHECKOV=$(abspath $(CHECKOV)) $(PYTEST) -rs
+
+# The tests with real servers and programs: PostgreSQL, S3, kubectl, promtool.
+test-cluster: setup $(TEST_STAMP) $(CHECKOV)
+	CHECKOV=$(abspath $(CHECKOV)) OMP_NUM_THREADS=1 $(BIN)/python tests/support/cluster_tests.py
 
 # Wheels of dermis, dermis-client, dermis-studio and the demo bundle, into dist/. They are built from a copy: a build leaves files behind.
 wheels: setup
@@ -60,13 +82,6 @@ sbom: setup
 	test -x build/sbom/bin/cyclonedx-py || { $(PYTHON) -m venv build/sbom && build/sbom/bin/pip install -q cyclonedx-bom==7.5.0; }
 	mkdir -p dist
 	build/sbom/bin/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml -o dist/sbom.cdx.json $(BIN)/python
-
-# The packages of the site are installed when it is first built.
-DOCS_STAMP := $(VENV)/.installed-docs
-
-$(DOCS_STAMP): $(STAMP)
-	$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e ".[$(VARIANT),docs]"
-	touch $@
 
 docs: $(DOCS_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -17,6 +18,8 @@ import httpx
 import psutil  # type: ignore[import-untyped]
 
 START_SECONDS = 300.0
+# The services here have no TLS. Without this, each call reads all certificates of this machine, which costs 20 ms.
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
 class ServiceNotReadyError(RuntimeError):
@@ -60,7 +63,7 @@ class Replica:
     def is_ready(self) -> bool:
         """Whether /readyz answers 200."""
         with suppress(httpx.HTTPError):
-            return httpx.get(f"{self.url}/readyz", timeout=10, trust_env=False).status_code == 200
+            return httpx.get(f"{self.url}/readyz", timeout=10, trust_env=False, verify=NO_TLS).status_code == 200
         return False
 
     def wait_until_ready(self) -> None:
@@ -162,7 +165,7 @@ class Caller:
         while time.monotonic() < deadline:
             try:
                 response = httpx.request(
-                    method, f"{self.url}{path}", headers=headers, timeout=30, trust_env=False, **options
+                    method, f"{self.url}{path}", headers=headers, timeout=30, trust_env=False, verify=NO_TLS, **options
                 )
                 if response.status_code < 500:
                     return response

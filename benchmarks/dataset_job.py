@@ -97,7 +97,7 @@ def measure(bundle: Bundle, images: int | None, seconds: float, rounds: int) -> 
         generator_rate(synthesizer, BATCH)
         count = images or max(200, round(generator_rate(synthesizer, 4 * BATCH) * seconds / 100) * 100)
         with launched(bundle, Path(folder)) as client:
-            job_rate(client, bundle, 12 * BATCH, 0)  # BentoML learns how long a batch takes from the first ten
+            job_rate(client, bundle, 12 * BATCH, 0)  # the first calls of a process are slow
             alone, jobs = [], []
             for seed in range(1, rounds + 1):
                 alone.append(generator_rate(synthesizer, count // 2))

@@ -57,7 +57,7 @@ def measure(bundle: Bundle, rounds: int) -> dict[str, Any]:
     seeds = iter(range(1, 1_000_000))
     with tempfile.TemporaryDirectory() as folder, launched(bundle, Path(folder), AUTH="keys") as client:
         small, large = ({"Authorization": f"Bearer {new_key(Path(folder), tenant)}"} for tenant in ("small", "large"))
-        seconds_of(client, small, bundle, next(seeds))  # BentoML learns how long a batch takes from the first ones
+        seconds_of(client, small, bundle, next(seeds))  # the first calls of a process are slow
         seconds: dict[str, list[float]] = {"alone": [], "beside_one_dataset": [], "beside_20_datasets": []}
         for name, count in zip(seconds, (0, 1, _MANY), strict=True):
             queued = [create(client, large, bundle, _QUEUED // count, next(seeds)) for _ in range(count)]

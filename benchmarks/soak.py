@@ -142,10 +142,9 @@ class Growth:
     low: float | None = None
     high: float | None = None
 
-    @property
-    def grows(self) -> bool:
-        """Whether there is growth: the interval is above 0, and the slope is more than a small part of the memory."""
-        return self.slope is not None and (self.low or 0.0) > 0 and self.slope > MAX_GROWTH * self.pss
+    def grows(self, part: float = MAX_GROWTH) -> bool:
+        """Whether there is growth: the interval is above 0, and the slope is more than a part of the memory in an hour."""
+        return self.slope is not None and (self.low or 0.0) > 0 and self.slope > part * self.pss
 
 
 @dataclass
@@ -310,11 +309,19 @@ class Result:
         """The step with the most completed operations/s."""
         return max(self.steps, key=lambda step: step.completed)
 
-    def failures(self) -> list[str]:
-        """What was required and is not met, apart from times."""
+    def failures(self, max_growth: float = MAX_GROWTH) -> list[str]:
+        """What was required and is not met, apart from times.
+
+        Args:
+            max_growth: Growth of memory in an hour, as a part of it, that counts as none.
+        """
         phases = (self.warm_up, *self.steps, self.soak, self.overload)
         failures = [f"{phase.name}: {text}" for phase in phases for text in phase.wrong]
-        failures += [f"{each.name} grows by {each.slope:.1f} MB/h" for each in self.growth if each.grows]
+        failures += [
+            f"{each.name} grows by {each.slope:.1f} MB/h (95 %: {each.low:.1f} to {each.high:.1f}) from {each.pss:.0f} MB"
+            for each in self.growth
+            if each.grows(max_growth)
+        ]
         failures += [f"{name} was restarted" for name in self.restarted]
         return failures
 

@@ -146,7 +146,7 @@ def measure(
     from dermis.features import feature_extractor
     from dermis.frechet import frechet_of_moments
 
-    message = np.unpackbits(np.frombuffer(bytes.fromhex(bundle.digest[:8]), np.uint8))
+    message = _message(bundle)
     extractor, limit = feature_extractor("lite0"), needed_bits()
 
     def moments(pictures: Images) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -200,6 +200,19 @@ def measure(
     return result
 
 
+def false_positives(bundle: Bundle, photographs: Images) -> dict[str, int]:
+    """The number of real images in which each method detects the mark of a bundle."""
+    message, limit = _message(bundle).astype(bool), needed_bits()
+    return {
+        name: sum(int((read(image) == message).sum()) >= limit for image in photographs)
+        for name, (_, read) in methods(_message(bundle)).items()
+    }
+
+
+def _message(bundle: Bundle) -> NDArray[np.uint8]:
+    return np.unpackbits(np.frombuffer(bytes.fromhex(bundle.digest[:8]), np.uint8))
+
+
 def table(result: Mapping[str, Any]) -> str:
     """The result in Markdown."""
     measured = result["methods"]
@@ -231,13 +244,19 @@ def main() -> None:
     parser.add_argument("--few", type=int, default=500, help="generated images for detection after changes")
     parser.add_argument("--real", type=int, help="real images; default: all")
     parser.add_argument("--enlarge", type=int, help="side to which all images are enlarged first")
+    parser.add_argument("--only-false-positives", action="store_true", help="measure nothing else")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     bundle = open_bundle(arguments.bundle)
-    images = generated(bundle, arguments.count)
+    images = generated(bundle, 1 if arguments.only_false_positives else arguments.count)
     photographs = real(arguments.data, bundle.generator.img_resolution, arguments.real)
     if arguments.enlarge is not None:
         images, photographs = enlarged(images, arguments.enlarge), enlarged(photographs, arguments.enlarge)
+
+    if arguments.only_false_positives:
+        for name, count in false_positives(bundle, photographs).items():
+            print(f"{name}: {count} of {len(photographs):,} real images of {len(photographs[0])} px")
+        return
 
     shown: set[str] = set()
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MAX_PARTS = 32  # parts of a Job if --shards does not say how many
 _IMAGE = f"registry.example.com/dermis:{__version__}"
+_GPU_IMAGE = f"registry.example.com/dermis-gpu:{__version__}"
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
 _GIB = 1 << 30
 
@@ -35,7 +36,10 @@ PrintJobOption = Annotated[
 ]
 QueueOption = Annotated[str | None, typer.Option(help="With --print-job: name of the Kueue queue of the Job.")]
 JobImageOption = Annotated[
-    str | None, typer.Option(help=f"With --print-job: container image with the command dermis. Default {_IMAGE}.")
+    str | None,
+    typer.Option(
+        help=f"With --print-job: container image with the command dermis. Default {_IMAGE}, with GPUs {_GPU_IMAGE}."
+    ),
 ]
 JobGpusOption = Annotated[int | None, typer.Option(help="With --print-job: GPUs of each pod. Default 0.", min=0)]
 
@@ -73,13 +77,14 @@ def job_yaml(plan: DatasetPlan, resolution: int, options: JobOptions) -> str:
     parts_pod = _pod("generate", [*arguments, f"--shards=auto/{parts}"], options, shard_gib)
     finish_pod = _pod("finish", [*arguments, "--finalize"], options, finish_gib)
     return f"""# {plan.samples:,} images in {plan.shards:,} shards, made by {parts} pods and finished by one more.
+# In the namespace `dermis` of the service, whose network policies let these pods reach S3, or with the name of another one.
 # The secret holds what the S3 library reads from the environment; without a secret the pods' own identity is used:
-#   kubectl create secret generic dermis-s3 --from-literal=AWS_ENDPOINT_URL=https://s3.example.com \\
+#   kubectl -n dermis create secret generic dermis-s3 --from-literal=AWS_ENDPOINT_URL=https://s3.example.com \\
 #       --from-literal=AWS_ACCESS_KEY_ID=... --from-literal=AWS_SECRET_ACCESS_KEY=...
-#   kubectl apply -f FILE
-#   kubectl wait --for=condition=complete --timeout=24h job/{name}
-#   kubectl patch job/{name}-finish -p '{{"spec": {{"suspend": false}}}}'
-#   kubectl wait --for=condition=complete --timeout=24h job/{name}-finish
+#   kubectl -n dermis apply -f FILE
+#   kubectl -n dermis wait --for=condition=complete --timeout=24h job/{name}
+#   kubectl -n dermis patch job/{name}-finish -p '{{"spec": {{"suspend": false}}}}'
+#   kubectl -n dermis wait --for=condition=complete --timeout=24h job/{name}-finish
 # After a failure, delete both Jobs and apply the file again: shards that are complete are kept.
 apiVersion: batch/v1
 kind: Job
@@ -121,11 +126,17 @@ _JOB_RULES = """\
         onPodConditions:
           - {{type: DisruptionTarget, status: "True"}}"""
 
+_GPU_NODES = """
+      runtimeClassName: nvidia
+      tolerations: # nodes with GPUs usually have this taint
+        - {key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}"""
+
 
 def _pod(container: str, arguments: list[str], options: JobOptions, temporary_gib: int) -> str:
     """Write the pod template of a Job. `$(` in an argument is escaped, as Kubernetes would replace variables."""
     args = "\n".join(f"            - {json.dumps(each.replace('$(', '$$('))}" for each in arguments)
-    limits = "memory: 8Gi" + (f", nvidia.com/gpu: {options.gpus}" if options.gpus else "")
+    gpus = f", nvidia.com/gpu: {options.gpus}" if options.gpus else ""
+    image = options.image or (_GPU_IMAGE if options.gpus else _IMAGE)
     return f"""  template:
     metadata:
       labels:
@@ -133,6 +144,7 @@ def _pod(container: str, arguments: list[str], options: JobOptions, temporary_gi
     spec:
       restartPolicy: Never
       automountServiceAccountToken: false
+      enableServiceLinks: false{_GPU_NODES if options.gpus else ""}
       securityContext:
         runAsNonRoot: true
         runAsUser: 1034
@@ -141,7 +153,7 @@ def _pod(container: str, arguments: list[str], options: JobOptions, temporary_gi
         seccompProfile: {{type: RuntimeDefault}}
       containers:
         - name: {container}
-          image: {json.dumps(options.image or _IMAGE)}
+          image: {json.dumps(image)}
           command: [dermis]
           args:
 {args}
@@ -153,8 +165,8 @@ def _pod(container: str, arguments: list[str], options: JobOptions, temporary_gi
           envFrom:
             - secretRef: {{name: dermis-s3, optional: true}}
           resources:
-            requests: {{cpu: "2", memory: 3Gi}}
-            limits: {{{limits}}}
+            requests: {{cpu: "2", memory: 3Gi{gpus}}}
+            limits: {{cpu: "4", memory: 8Gi{gpus}}} # it uses as many threads as its CPU limit allows
           securityContext:
             allowPrivilegeEscalation: false
             readOnlyRootFilesystem: true

@@ -244,6 +244,10 @@ def split(
         ),
     ] = "train-validation",
     seed: Annotated[int, typer.Option(help="Seed of the division.")] = 0,
+    skin_tone: Annotated[
+        bool,
+        typer.Option("--skin-tone", help="Open all images, and add the estimated skin tone of each to the tables."),
+    ] = False,
     metadata: MetadataOption = None,
     image_column: ImageColumnOption = None,
     class_column: ClassColumnOption = None,
@@ -256,6 +260,11 @@ def split(
 
     check_empty(out)
     images = read_and_report(source, metadata, image_column, class_column, binary, maps, layout)
+    broken: tuple[tuple[str, str], ...] = ()
+    if skin_tone:
+        from training.data.inspection import with_skin_tones
+
+        images, broken = with_skin_tones(images)
     division = split_by_patient(images.records, _part_sizes(parts), seed)
     write_split(images, division, out)
     from rich.table import Table
@@ -266,6 +275,12 @@ def split(
         shares = [f"{count:,} ({100 * part.share(name):.2f} %)" for name, count in part.classes.items()]
         table.add_row(part.name, f"{part.images:,}", f"{part.target:,.0f}", f"{part.groups:,}", *shares)
     table_console().print(table)
+    if broken:
+        name, reason = broken[0]
+        typer.echo(
+            f"{len(broken):,} images cannot be opened and have no skin tone; the first is {name}: {reason}", err=True
+        )
+        raise typer.Exit(3)
 
 
 _ATTRIBUTE_TITLES = {"skin_type": "Skin types (of the table)", "skin_tone": "Skin tones (ITA, estimated)"}

@@ -465,6 +465,8 @@ def _compare(former: Manifest, repeated: Manifest) -> None:
         typer.echo("every file is the same as in the manifest, byte for byte")
     elif former.synthesizer != repeated.synthesizer:
         typer.echo("the bytes differ from those of the manifest, as another machine made it", err=True)
+    elif former.canonical is not None and former.canonical == repeated.canonical:
+        typer.echo("every file is the same as in the manifest, byte for byte, but for the signatures of images")
     elif former.request.signed and _unsigned_files(former) == _unsigned_files(repeated):
         typer.echo("every image is the same as in the manifest, byte for byte, but for its signature")
     elif _without_report(former) == _without_report(repeated):

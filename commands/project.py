@@ -208,13 +208,12 @@ def _run(
             place, file_hash = begun[number]
             origin = {"bundle": projector.bundle.digest, "file": files[place].name, "sha256": file_hash}
             results[place].parent.mkdir(parents=True, exist_ok=True)
-            picture = encode(
-                projection.image, origin=origin_of(projector.bundle, "compositeWithTrainedAlgorithmicMedia")
-            )
+            made_by = origin_of(projector.bundle, "compositeWithTrainedAlgorithmicMedia")
+            picture = encode(projection.image, origin=made_by)
             write_file(results[place].with_suffix(".png"), picture)
             if projection.frames is not None and video is not None:
                 frames = np.concatenate([projection.frames, np.repeat(projection.frames[-1:], 10, axis=0)])
-                write_file(results[place].with_suffix(f".{video}"), encode_video(frames, video))
+                write_file(results[place].with_suffix(f".{video}"), encode_video(frames, video, origin=made_by))
             write_file(results[place], to_bytes(projection, origin))  # written last: it marks the image as done
             bar.update()
 

@@ -56,7 +56,8 @@ def verify(
         typer.echo(f"{folder}: {report.checked} images checked, all hashes match")
         return
     signed = check_dataset_signature(folder, trusted)
-    typer.echo(f"{folder}: {report.checked} files checked, all hashes match{signed}")
+    without = f"; digest without the signatures of images {report.canonical}" if report.canonical else ""
+    typer.echo(f"{folder}: {report.checked} files checked, all hashes match{signed}{without}")
 
 
 def _verify_images(place: str, trusted: Sequence[Path]) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
+from dermis.image_metadata import ImageOrigin
 from dermis.imaging import Images, encode
 
 CONTENT_SECURITY_POLICY = (
@@ -94,16 +95,17 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, classes: str = 
     return f'<div class="scroll" tabindex="0">{whole}</div>'
 
 
-def picture(image: Images, alt: str, *, width: int | None = None) -> str:
+def picture(image: Images, alt: str, *, width: int | None = None, origin: ImageOrigin | None = None) -> str:
     """An image uint8 [H, W, 3] inside the page, without loss.
 
     Args:
         image: The image.
         alt: What it shows, as text.
         width: Its width on the page in pixels; by default its own.
+        origin: What its file says of it; None for images that no generator made.
     """
     shown = image.shape[1] if width is None else width
-    return png_picture(encode(image), alt, (shown, round(shown * image.shape[0] / image.shape[1])))
+    return png_picture(encode(image, origin=origin), alt, (shown, round(shown * image.shape[0] / image.shape[1])))
 
 
 def png_picture(png: bytes, alt: str, size: tuple[int, int]) -> str:

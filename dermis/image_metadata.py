@@ -1,4 +1,4 @@
-"""The origin of an image in its file: XMP in PNG, JPEG and WebP, and the text of PNG that viewers show.
+"""The origin of an image or film in its file: XMP in PNG, JPEG, WebP, GIF and MP4, and the text of PNG that viewers show.
 
 The same origin always gives the same bytes: there is no date and no random identifier. XMP and the terms of `DigitalSourceType`
 are standards of Adobe (ISO 16684-1) and IPTC, which image tools, photo libraries and search engines read.
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 DigitalSourceType = Literal["trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia", "compositeSynthetic"]
 SOURCE_TYPE_PREFIX = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 NAMESPACE = "urn:dermis:image-origin:1/"
+NAMESPACES: Mapping[str, str] = {
+    "dc": "http://purl.org/dc/elements/1.1/",
+    "xmp": "http://ns.adobe.com/xap/1.0/",
+    "Iptc4xmpExt": "http://iptc.org/std/Iptc4xmpExt/2008-02-29/",
+    "dermis": NAMESPACE,
+}
+"""The prefixes of properties."""
 SOFTWARE = f"dermis {__version__}"
 
 _DESCRIPTIONS: Mapping[DigitalSourceType, str] = {
@@ -79,38 +86,43 @@ def edits_in_words(edits: Iterable[Edit]) -> str:
     return ", ".join(texts)
 
 
-def xmp_packet(origin: ImageOrigin) -> bytes:
-    """Write an XMP packet.
+def standard_properties(origin: ImageOrigin) -> dict[str, str]:
+    """Return the properties that standards have, without empty ones.
 
     `Iptc4xmpExt:DigitalSourceType` has IPTC's term, `AISystemUsed` and `AISystemVersionUsed` (IPTC 2025.1) the generator,
-    `xmp:CreatorTool` the version of dermis and `dc:rights` the licence. Properties of the namespace `dermis` have what no
-    standard has a property for.
+    `xmp:CreatorTool` the version of dermis and `dc:rights` the licence.
     """
-    generator = f"{escape(origin.generator, _MAX_NAME)} (StyleGAN2-ADA)"
-    attributes = {
+    properties = {
         "xmp:CreatorTool": SOFTWARE,
         "Iptc4xmpExt:DigitalSourceType": SOURCE_TYPE_PREFIX + origin.source_type,
-        "Iptc4xmpExt:AISystemUsed": generator,
+        "Iptc4xmpExt:AISystemUsed": f"{escape(origin.generator, _MAX_NAME)} (StyleGAN2-ADA)",
         "Iptc4xmpExt:AISystemVersionUsed": origin.digest,
+        "dc:description": _DESCRIPTIONS[origin.source_type],
+        "dc:rights": rights(origin),
+    }
+    return {name: value for name, value in properties.items() if value}
+
+
+def xmp_packet(origin: ImageOrigin) -> bytes:
+    """Write an XMP packet: the standard properties, and in the namespace `dermis` what no standard has a property for."""
+    standard = standard_properties(origin)
+    texts = {name: standard.pop(name) for name in ("dc:description", "dc:rights") if name in standard}
+    attributes = {
+        **standard,
         "dermis:bundle": origin.digest,
         "dermis:seed": "" if origin.seed is None else str(origin.seed),
         "dermis:index": "" if origin.index is None else str(origin.index),
         "dermis:edits": escape(origin.edits, _MAX_TEXT),
     }
     written = "".join(f"\n {name}={quoteattr(value)}" for name, value in attributes.items() if value)
-    texts = {"dc:description": _DESCRIPTIONS[origin.source_type], "dc:rights": rights(origin)}
     elements = "".join(
         f'\n <{name}><rdf:Alt><rdf:li xml:lang="x-default">{escape_xml(value)}</rdf:li></rdf:Alt></{name}>'
         for name, value in texts.items()
-        if value
     )
+    namespaces = "".join(f'\n xmlns:{prefix}="{address}"' for prefix, address in NAMESPACES.items())
     packet = f"""<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
-<rdf:Description rdf:about=""
- xmlns:dc="http://purl.org/dc/elements/1.1/"
- xmlns:xmp="http://ns.adobe.com/xap/1.0/"
- xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
- xmlns:dermis="{NAMESPACE}"{written}>{elements}
+<rdf:Description rdf:about=""{namespaces}{written}>{elements}
 </rdf:Description></rdf:RDF></x:xmpmeta>
 <?xpacket end="r"?>"""
     return packet.encode()
@@ -133,6 +145,24 @@ def rights(origin: ImageOrigin) -> str:
     licence = f"Licence: {escape(origin.licence, _MAX_NAME)}" if origin.licence not in ("", "unknown") else ""
     attribution = f"Attribution: {escape(origin.attribution, _MAX_TEXT)}" if origin.attribution else ""
     return ". ".join(filter(None, (licence, attribution)))
+
+
+def gif_with_xmp(data: bytes, origin: ImageOrigin) -> bytes:
+    """Add XMP to a GIF file, in the application extension of Adobe's XMP specification, part 3.
+
+    The packet is not divided into sub-blocks. Programs that do not know it read its bytes as lengths of sub-blocks until one
+    of them leads into the 258 bytes behind it, which lead to their end.
+    """
+    if data[-1:] != b";":
+        raise ValueError("the GIF file has no end")
+    trailer = b"\x01" + bytes(range(255, -1, -1)) + b"\x00"
+    return data[:-1] + b"\x21\xff\x0bXMP DataXMP" + xmp_packet(origin) + trailer + b";"
+
+
+def mp4_with_xmp(data: bytes, origin: ImageOrigin) -> bytes:
+    """Add XMP to an MP4 file, in the box `uuid` of Adobe's XMP specification, part 3."""
+    content = b"uuid" + bytes.fromhex("BE7ACFCB97A942E89C71999491E3AFAC") + xmp_packet(origin)
+    return data + (4 + len(content)).to_bytes(4, "big") + content
 
 
 def metadata_bytes(origin: ImageOrigin) -> int:

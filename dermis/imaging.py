@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from dermis.image_metadata import ImageOrigin, png_texts, xmp_packet
+from dermis.image_metadata import ImageOrigin, gif_with_xmp, png_texts, xmp_packet
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -66,8 +66,14 @@ def _png_info(origin: ImageOrigin) -> PngInfo:
     return info
 
 
-def animation(frames: Images, frame_ms: int) -> bytes:
-    """Encode frames uint8 [N, H, W, 3] as an endless GIF with at most 256 colours for each frame. Bytes are always the same."""
+def animation(frames: Images, frame_ms: int, origin: ImageOrigin | None = None) -> bytes:
+    """Encode frames as an endless GIF with at most 256 colours for each frame. Bytes are always the same.
+
+    Args:
+        frames: uint8 [N, H, W, 3].
+        frame_ms: Duration of a frame in milliseconds.
+        origin: What the file says of its frames; None for frames that no generator made.
+    """
     from PIL import Image
 
     pictures = [Image.fromarray(frame).quantize(256) for frame in frames]
@@ -75,7 +81,7 @@ def animation(frames: Images, frame_ms: int) -> bytes:
     pictures[0].save(
         buffer, "GIF", save_all=True, append_images=pictures[1:], duration=frame_ms, loop=0, optimize=False, disposal=1
     )
-    return buffer.getvalue()
+    return buffer.getvalue() if origin is None else gif_with_xmp(buffer.getvalue(), origin)
 
 
 def decode(data: bytes) -> Images:

@@ -9,19 +9,21 @@ from typing import Literal
 import numpy as np
 
 from dermis.errors import DermisError, install_command
+from dermis.image_metadata import ImageOrigin, mp4_with_xmp
 from dermis.imaging import Images, animation
 
 VideoFormat = Literal["gif", "mp4"]
 MEDIA_TYPES = {"gif": "image/gif", "mp4": "video/mp4"}
 
 
-def encode_video(frames: Images, kind: VideoFormat, *, frame_ms: int = 100) -> bytes:
+def encode_video(frames: Images, kind: VideoFormat, *, frame_ms: int = 100, origin: ImageOrigin | None = None) -> bytes:
     """Encode frames as MP4 (H.264) or as an endless GIF of 256 colours.
 
     Args:
         frames: uint8 [N, H, W, 3].
         kind: The format.
         frame_ms: Duration of a frame in milliseconds.
+        origin: What the file says of its frames.
 
     Raises:
         ValueError: There is no frame.
@@ -29,7 +31,10 @@ def encode_video(frames: Images, kind: VideoFormat, *, frame_ms: int = 100) -> b
     """
     if len(frames) == 0:
         raise ValueError("a video needs at least one frame")
-    return animation(frames, frame_ms) if kind == "gif" else _mp4(frames, 1000 / frame_ms)
+    if kind == "gif":
+        return animation(frames, frame_ms, origin)
+    data = _mp4(frames, 1000 / frame_ms)
+    return data if origin is None else mp4_with_xmp(data, origin)
 
 
 def _mp4(frames: Images, fps: float) -> bytes:

@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 from dermis.bundle import write_bundle
+from dermis.image_metadata import origin_of
 from dermis.imaging import contact_sheet, encode
 from dermis.official.convert import read_official
 from dermis.synthesizer import Synthesizer
@@ -44,7 +45,7 @@ def main() -> None:
         classes = max(len(bundle.class_names), 1)
         with Synthesizer(bundle, device="cpu") as synthesizer:
             images = synthesizer.images([0] * 4 * classes, range(4 * classes), [i // 4 for i in range(4 * classes)])
-        args.preview.write_bytes(encode(contact_sheet(images, columns=4)))
+        args.preview.write_bytes(encode(contact_sheet(images, columns=4), origin=origin_of(bundle)))
         print(f"{args.preview}: images of the first 4 latents of each class")
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from dermis.bundle import open_bundle
+from dermis.image_metadata import origin_of
 from dermis.imaging import contact_sheet, encode
 from dermis.synthesizer import Synthesizer
 from training.data.images import load_images
@@ -44,7 +45,8 @@ def main() -> None:
     labels = [label for label in range(len(bundle.class_names)) for _ in range(8)]
     with Synthesizer(bundle, device="cpu") as synthesizer:
         images = synthesizer.images([0] * len(labels), range(len(labels)), labels)
-    (args.out / "generated.png").write_bytes(encode(contact_sheet(images, columns=8)))
+    sheet = encode(contact_sheet(images, columns=8), origin=origin_of(bundle))
+    (args.out / "generated.png").write_bytes(sheet)
     print(f"{args.out / 'bundle'}: {bundle.name}@{bundle.digest[:12]}; images in {args.out / 'generated.png'}")
 
 

@@ -27,6 +27,7 @@ from services.image_measuring import AppearanceProcesses
 from services.inference.authenticity import AuthenticityService
 from services.inference.classifier import ClassifierService
 from services.inference.client import InferenceClients
+from services.inference.dispatching import use_batch_dispatcher
 from services.inference.explainer import ExplainerService
 from services.inference.generator import GeneratorService
 from services.inference.projector import ProjectorService
@@ -171,6 +172,7 @@ class Gateway:
 # BentoML uses these after it has imported this module. Without them `bentoml serve` would listen on further TCP ports.
 _bentoml_impl.server.serve_http = serve_bento
 cancel_timers_of_requests()
+use_batch_dispatcher()
 tracing.disable_spans_of_bentoml()
 
 Gateway.add_asgi_middleware(GatewayOnly)  # type: ignore[attr-defined]  # the class is a BentoML service now

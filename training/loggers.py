@@ -7,9 +7,11 @@ environment, no paths and no source code. A logger that fails ends with one warn
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import re
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +21,6 @@ from typing import Any, Literal, Protocol, cast, get_args
 
 from dermis.errors import TrainingError, escape, install_command
 from dermis.files import write_file
-from dermis.imaging import Images
 
 LoggerName = Literal["tensorboard", "mlflow", "wandb"]
 LOGGERS: tuple[LoggerName, ...] = get_args(LoggerName)
@@ -35,8 +36,8 @@ class Logger(Protocol):
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Add a point to each curve."""
 
-    def image(self, name: str, image: Images, step: int) -> None:
-        """Add a picture, uint8 [H, W, 3]."""
+    def image(self, name: str, png: bytes, step: int) -> None:
+        """Add a PNG file. Its bytes are kept, as its metadata says how it was made."""
 
     def close(self) -> None:
         """Write what is left."""
@@ -68,9 +69,9 @@ class Loggers:
         """Add a point to each curve of each logger."""
         self._each(lambda logger: logger.scalars(values, step))
 
-    def image(self, name: str, image: Images, step: int) -> None:
-        """Add a picture, uint8 [H, W, 3], to each logger."""
-        self._each(lambda logger: logger.image(name, image, step))
+    def image(self, name: str, png: bytes, step: int) -> None:
+        """Add a PNG file to each logger."""
+        self._each(lambda logger: logger.image(name, png, step))
 
     def close(self) -> None:
         """Close all."""
@@ -160,8 +161,14 @@ class TensorboardLogger:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
-    def image(self, name: str, image: Images, step: int) -> None:
-        self._writer.add_image(name, image, step, dataformats="HWC")
+    def image(self, name: str, png: bytes, step: int) -> None:
+        from PIL import Image
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        width, height = Image.open(io.BytesIO(png)).size
+        picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
+        summary = Summary(value=[Summary.Value(tag=name, image=picture)])
+        self._writer.file_writer.add_summary(summary, step)  # `add_image` would encode the pixels again
 
     def close(self) -> None:
         self._writer.close()
@@ -205,8 +212,11 @@ class MlflowLogger:
             self._run, metrics=[self._metric(name, float(value), now, step) for name, value in values.items()]
         )
 
-    def image(self, name: str, image: Images, step: int) -> None:
-        self._client.log_image(self._run, image, artifact_file=f"{name}/{step:09d}.png")
+    def image(self, name: str, png: bytes, step: int) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{step:09d}.png"
+            path.write_bytes(png)
+            self._client.log_artifact(self._run, str(path), artifact_path=name)
 
     def close(self) -> None:
         self._client.set_terminated(self._run)
@@ -249,8 +259,11 @@ class WandbLogger:
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         self._run.log({**values, "step": step})
 
-    def image(self, name: str, image: Images, step: int) -> None:
-        self._run.log({name: self._wandb.Image(image), "step": step})
+    def image(self, name: str, png: bytes, step: int) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{step:09d}.png"
+            path.write_bytes(png)
+            self._run.log({name: self._wandb.Image(str(path)), "step": step})  # copies the file
 
     def close(self) -> None:
         self._run.finish()

@@ -106,16 +106,23 @@ def tcp_proxy(target: int) -> Iterator[TcpProxy]:
             loop.call_soon_threadsafe(proxy._server.close)
 
 
-Fault = Literal["500", "503", "time-out", "half"]
-FAULTS: tuple[Fault, ...] = ("500", "503", "time-out", "half")
+Fault = Literal["500", "503", "time-out", "half upload", "half answer"]
+FAULTS: tuple[Fault, ...] = ("500", "503", "time-out", "half upload", "half answer")
 
 
 class S3Proxy:
-    """Forwards HTTP requests to an S3 server. A share of them gets a fault instead, which `counts` counts.
+    """Forwards HTTP requests to an S3 server. A share of them gets a fault instead.
 
-    The faults are: status 500 `InternalError`, status 503 `SlowDown`, no answer for `stall_seconds`, and half of the body. A
-    fault other than "half" is decided before the request is forwarded, so a request that failed has changed nothing; a
-    client cannot know that.
+    The faults are: status 500 `InternalError`; status 503 `SlowDown`; no answer for `stall_seconds`; a request of which the
+    server gets the headers and half of the body before the connection ends; an answer of which the client gets the headers and
+    half of the body. Each request gets one that is possible for it: a request without a body has no half of one.
+
+    After a status, a time-out or a half upload the server has changed nothing, and after a half answer it has; a client
+    cannot know that.
+
+    Attributes:
+        share: The part of the requests that get a fault.
+        counts: How many were made, by fault.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, target: str, seed: int) -> None:
@@ -143,27 +150,29 @@ class S3Proxy:
         await self._session.close()
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
-        fault: Fault | None = self._random.choice(FAULTS) if self._random.random() < self.share else None
-        if fault is not None:
-            self.counts[fault] += 1
+        content = await request.read() if request.can_read_body else b""
+        fault = self._choose(request, content) if self._random.random() < self.share else None
         if fault in ("500", "503"):
+            self.counts[fault] += 1
             code = "InternalError" if fault == "500" else "SlowDown"
             text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>try again</Message></Error>"
             body = "" if request.method == "HEAD" else text
             return web.Response(status=int(fault), text=body, content_type="application/xml")
         if fault == "time-out":
+            self.counts[fault] += 1
             await asyncio.sleep(self.stall_seconds)
-            if request.transport is not None:
-                request.transport.abort()
-            return web.Response(status=500)
+            return _cut(request)
         # The signature covers the path and the headers as they were sent, and the host of this proxy.
         headers = [
             (name, value) for name, value in request.headers.items() if name.lower() not in _HOP_HEADERS - {"host"}
         ]
-        content = await request.read() if request.can_read_body else None
+        if fault == "half upload":
+            await self._upload_half(request, headers, content)
+            self.counts[fault] += 1
+            return _cut(request)
         url = URL(f"{self._target}{request.raw_path}", encoded=True)
         async with self._session.request(
-            request.method, url, headers=headers, data=content, allow_redirects=False
+            request.method, url, headers=headers, data=content or None, allow_redirects=False
         ) as response:
             data = await response.read()
             kept = [(name, value) for name, value in response.headers.items() if name.lower() not in _HOP_HEADERS]
@@ -171,10 +180,40 @@ class S3Proxy:
             answer = web.StreamResponse(status=response.status, headers=kept)
             answer.headers["Content-Length"] = length if request.method == "HEAD" else str(len(data))
             await answer.prepare(request)
-            await answer.write(data[: len(data) // 2] if fault == "half" else data)
-            if fault == "half" and data and request.transport is not None:
-                request.transport.abort()
+            if fault == "half answer" and len(data) > 1:
+                self.counts[fault] += 1
+                await answer.write(data[: len(data) // 2])
+                _cut(request)
+            else:
+                await answer.write(data)
             return answer
+
+    def _choose(self, request: web.Request, content: bytes) -> Fault:
+        """A random fault that is possible for a request, half of a body as often as all others together."""
+        halves: list[Fault] = ["half upload"] if len(content) > 1 else []
+        if request.method in ("GET", "POST"):  # the answer to a PUT has no body
+            halves.append("half answer")
+        others: list[Fault] = ["500", "503", "time-out"]
+        return self._random.choice(halves if halves and self._random.random() < 0.5 else others)
+
+    async def _upload_half(self, request: web.Request, headers: Sequence[tuple[str, str]], content: bytes) -> None:
+        """Send a request with its whole length and half of its body, and end the connection."""
+        with suppress(OSError):
+            address = URL(self._target)
+            _, writer = await asyncio.open_connection(address.host, address.port)
+            lines = [f"{request.method} {request.raw_path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers)]
+            lines += [f"Content-Length: {len(content)}", "", ""]
+            writer.write("\r\n".join(lines).encode("latin-1") + content[: len(content) // 2])
+            await writer.drain()
+            writer.close()  # sends what is buffered, and then the end of the connection
+            await writer.wait_closed()
+
+
+def _cut(request: web.Request) -> web.Response:
+    """End the connection of a client; the response is not sent."""
+    if request.transport is not None:
+        request.transport.abort()
+    return web.Response(status=500)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from benchmarks.gpu.results import Results
 from dermis.devices import resolve_device
 from dermis.errors import TrainingError
 from dermis.files import write_file
+from dermis.image_metadata import ImageOrigin
 from dermis.imaging import contact_sheet, encode
 from training.data.images import ImageDataset, load_images
 from training.data.sources import read_source
@@ -164,7 +165,7 @@ class Run:
         summary = save_compact_state(self.out / "state", self.state, self.config, self.dataset, self.plan.moments)
         write_file(self.out / "training.jsonl", "".join(f"{line}\n" for line in self.lines[-LOG_LINES:]).encode())
         grid = contact_sheet(sample_grid(self.state.G_ema, self.device), columns=GRID)
-        write_file(self.out / "grid.webp", encode(grid, "webp", 85))
+        write_file(self.out / "grid.webp", encode(grid, "webp", 85, ImageOrigin("GPU training")))
         self.save_seconds = time.monotonic() - start
         self.results.number(
             f"state at {self.state.progress.kimg:.1f} kimg", summary.bytes / 2**20, "MiB", files=len(summary.files),

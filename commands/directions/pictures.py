@@ -103,6 +103,7 @@ def sweep(
     from dermis.directions.edit import MAX_STRENGTH, Edit, apply_edits
     from dermis.errors import RequestError
     from dermis.files import write_file
+    from dermis.image_metadata import origin_of
     from dermis.imaging import as_rgb, contact_sheet
     from dermis.synthesizer import Synthesizer
     from dermis.video import VideoFormat, encode_video
@@ -135,7 +136,8 @@ def sweep(
             images = synthesizer.images_from_ws(moved, "random", seeds=seeds, indices=indices)
             frames.append(contact_sheet(as_rgb(images), columns=4, padding=0))
     there_and_back = np.stack([*frames, *frames[-2:0:-1]])
-    write_file(out, encode_video(there_and_back, kind, frame_ms=frame_ms))
+    origin = origin_of(opened).of_sample(seed)
+    write_file(out, encode_video(there_and_back, kind, frame_ms=frame_ms, origin=origin))
     typer.echo(f"{out}: {samples} samples along {direction}, from {-reach:g} to {reach:g} and back")
 
 

@@ -196,10 +196,12 @@ def _matched(framed: Sequence[Record], plain: Sequence[Record]) -> list[Record]:
     """Choose from `plain` as many images of each source and class as `framed` has, or as many as there are."""
     from collections import Counter
 
-    missing = Counter((record.row.get("source", ""), record.class_name) for record in framed)
+    from training.data.attributes import value_of
+
+    missing = Counter((value_of(record.row, "source").casefold(), record.class_name) for record in framed)
     chosen = []
     for i in np.random.default_rng(0).permutation(len(plain)):
-        group = plain[i].row.get("source", ""), plain[i].class_name
+        group = value_of(plain[i].row, "source").casefold(), plain[i].class_name
         if missing[group] > 0:
             missing[group] -= 1
             chosen.append(plain[i])

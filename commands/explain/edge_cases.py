@@ -70,6 +70,7 @@ def edge_cases(
     from dermis.bundle.classifier import NOTICE
     from dermis.classifier.onnx_session import Classifier
     from dermis.explain.edge_cases import Criteria, edge_case_rows, edge_case_sheet, to_csv
+    from dermis.explain.embeddings import origin_of_items
     from dermis.imaging import encode
 
     criteria = Criteria(neighbours, agreement, odds)
@@ -106,7 +107,8 @@ def edge_cases(
     table = edge_case_rows(images, scores, names, limit)
     files = {TABLE: to_csv(table).encode()}
     if table:
-        files[SHEET] = encode(edge_case_sheet(images, scores, names, rows))
+        sheet = edge_case_sheet(images, scores, names, rows)
+        files[SHEET] = encode(sheet, origin=origin_of_items(images.items))
     write_files(out, files)
     if data is not None:
         typer.echo(f"{out}: names and shows real images, so protect it as you protect them", err=True)

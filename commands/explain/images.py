@@ -91,9 +91,9 @@ def real_images(
     Raises:
         DataError: There are no images.
     """
+    from training.data.attributes import value_of
     from training.data.sources import read_source
     from training.data.splits import group_of
-    from training.data.tables import value_of
 
     source = read_source(data, metadata=metadata, class_column=class_column)
     part_of = parts or {}

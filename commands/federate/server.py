@@ -19,7 +19,7 @@ from commands.federate.options import (
     TaskOption,
     federation_config,
 )
-from commands.options import AttributionOption, LicenceOption, SettingsOption
+from commands.options import AttributionOption, LicenceOption, LogOption, SettingsOption
 
 ServerArgument = Annotated[Path, typer.Argument(help="Folder of the server.")]
 
@@ -133,6 +133,7 @@ def run_federation(
     seed: SeedOption = 0,
     licence: LicenceOption = "unknown",
     attribution: AttributionOption = "",
+    log: LogOption = None,
 ) -> None:
     """Train with the clients that are online; a run that is in SERVER/runs/NAME is continued.
 
@@ -145,8 +146,9 @@ def run_federation(
     from dermis.errors import TrainingError
     from training.federated.deployment.flower_programs import environment, run_command
     from training.federated.deployment.server_folder import open_server
+    from training.loggers import check_loggers
 
-    opened = open_server(server)
+    opened, loggers = open_server(server), check_loggers(log or ())
     federation = federation_config(
         settings,
         options,
@@ -163,7 +165,7 @@ def run_federation(
     )
     out = opened.run_folder(federation.name)
     with tempfile.TemporaryDirectory() as folder:
-        command = run_command(opened, federation, Path(folder) / "run.toml")
+        command = run_command(opened, federation, Path(folder) / "run.toml", loggers)
         try:
             code = subprocess.run(command, env=environment(opened.flower_home), check=False).returncode
         except KeyboardInterrupt:

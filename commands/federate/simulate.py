@@ -29,6 +29,7 @@ from commands.options import (
     DataOption,
     DeviceOption,
     LicenceOption,
+    LogOption,
     MetadataOption,
     SettingsOption,
 )
@@ -57,6 +58,7 @@ def simulate(
     seed: SeedOption = 0,
     licence: LicenceOption = "unknown",
     attribution: AttributionOption = "",
+    log: LogOption = None,
     device: DeviceOption = "auto",
     cache: CacheOption = CACHE,
 ) -> None:
@@ -71,7 +73,9 @@ def simulate(
     from training.data.sources import read_source
     from training.federated.simulation.simulate import divide, hospital_sites, hospital_sizes, hospitals_of_split
     from training.federated.simulation.simulate import simulate as run
+    from training.loggers import check_loggers
 
+    loggers = check_loggers(log or ())
     parts = None if split is None else hospitals_of_split(split)
     shares = {} if parts else hospital_sizes(hospitals, parse_sizes(sizes))
     clients = len(parts or shares)
@@ -100,7 +104,7 @@ def simulate(
     sites = hospital_sites(data, tables, out, class_column=class_column, cache=cache, device=device)
     try:
         with screen(out) as report:
-            run(federation, list(sites.values()), out, on_progress=report)
+            run(federation, list(sites.values()), out, on_progress=report, loggers=loggers)
     except KeyboardInterrupt:
         typer.echo("stopped; run the same command again to continue after the last finished round", err=True)
         raise typer.Exit(130) from None

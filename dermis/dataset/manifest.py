@@ -15,13 +15,15 @@ from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from dermis import __version__
 from dermis.authenticity.attack import Attack, Exposure
+from dermis.dataset.canonical_hashes import CanonicalHashes, canonical_croissant, listing_sha256
 from dermis.dataset.card import dataset_card
 from dermis.dataset.columns import columns
 from dermis.dataset.containers import (
@@ -34,15 +36,17 @@ from dermis.dataset.containers import (
     zip_of_many,
 )
 from dermis.dataset.croissant import croissant
+from dermis.dataset.manifest_document import ManifestDocument, PrivacyDocument, TallyDocument
 from dermis.dataset.packed import EmbeddingFile, PackedShard, pack, unpack
 from dermis.dataset.plan import FORMAT_VERSION, DatasetPlan
 from dermis.dataset.privacy import Checks, Examine, Expose, PrivacyReport, PrivacyTally, report
-from dermis.dataset.request import ClassifierOptions, DatasetRequest, StoredRequest
+from dermis.dataset.request import ClassifierOptions, DatasetRequest
 from dermis.dataset.scoring import ClassifierTally, tally
 from dermis.dataset.shards import FileEntry, Sign, find_shard, missing_shards, signed_image
 from dermis.dataset.store import PARTIAL, Store, hash_file, storage_error, storage_errors
 from dermis.errors import MissingShardsError, RequestError, StorageError, escape
 from dermis.imaging import Images, contact_sheet, decode, encode, thumbnail
+from dermis.provenance.canonical import canonical_sha256
 from dermis.report.appearance import MeasureImages, appearances
 from dermis.report.content import make_report
 from dermis.report.page import report_page
@@ -98,6 +102,8 @@ class Manifest:
     """Results of the comparison with the training images; None if there was none."""
     format_version: int = FORMAT_VERSION
     """1: its images have no metadata of their origin."""
+    canonical: CanonicalHashes | None = None
+    """Hashes that do not depend on the signatures of images; None if images are not signed."""
 
     def to_json(self) -> bytes:
         """Encode the manifest. The same manifest gives the same bytes."""
@@ -113,80 +119,21 @@ class Manifest:
             document["classifier"] = {name: asdict(class_tally) for name, class_tally in self.classifier.items()}
         if self.privacy is not None:
             document["privacy"] = asdict(self.privacy)
+        if self.canonical is not None:
+            document["canonical"] = {"files": dict(self.canonical.files), "digest": self.canonical.digest}
         return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
+    def with_canonical(self, hashes: Mapping[str, str]) -> Manifest:
+        """Add hashes of files without the signatures of images, and the digest of the manifest with them.
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-
-class _FileDocument(_Strict):
-    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=200)
-    bytes: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-
-
-class _BundleDocument(_Strict):
-    name: str
-    digest: str
-    class_names: list[str]
-
-
-class _PlanDocument(_Strict):
-    digest: str
-    samples: int
-    shards: int
-
-
-class _TallyDocument(_Strict):
-    images: int
-    drawn: int
-    agreeing: int | None
-
-
-class _AttackDocument(_Strict):
-    auc: float
-    low: float
-    high: float
-    members: int
-    held_out: int
-
-
-class _ExposureDocument(_Strict):
-    identifiability: float
-    attack: _AttackDocument | None
-
-
-class _PrivacyTallyDocument(_Strict):
-    images: int
-    seen: int
-    seen_authentic: int
-    rejected: int
-    authentic: int
-    flagged: int
-    copies: int | None = None
-
-
-class _PrivacyDocument(_Strict):
-    index: str
-    classes: dict[str, _PrivacyTallyDocument]
-    distances: list[float]
-    baseline: list[float]
-    exposure: _ExposureDocument
-    limit: float | None = None
-    stands_on: str = ""
-    weakness: str | None = None
-
-
-class _Document(_Strict):
-    format_version: int = Field(ge=1, le=FORMAT_VERSION)
-    request: StoredRequest
-    bundle: _BundleDocument
-    synthesizer: dict[str, str]
-    plan: _PlanDocument
-    files: list[_FileDocument]
-    classifier: dict[str, _TallyDocument] | None = None
-    privacy: _PrivacyDocument | None = None
+        The digest is the SHA-256 of this manifest without `canonical`, where each of these files has its hash from there and
+        0 bytes. The same request gives it again, whoever signs the images.
+        """
+        files = tuple(
+            FileEntry(each.name, 0, hashes[each.name]) if each.name in hashes else each for each in self.files
+        )
+        digest = hashlib.sha256(replace(self, files=files, canonical=None).to_json()).hexdigest()
+        return replace(self, canonical=CanonicalHashes(dict(hashes), digest))
 
 
 def synthesizer_identity(identity: Mapping[str, str]) -> dict[str, str]:
@@ -297,6 +244,8 @@ def finalize(
         privacy=privacy,
         format_version=plan.format_version,
     )
+    if plan.request.signed:
+        manifest = manifest.with_canonical(_canonical_hashes(plan, records, files, texts))
     store.write(MANIFEST, manifest.to_json())
     store.remove(PARTIAL)
     return manifest
@@ -324,7 +273,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         StorageError: It is not a manifest. The message names the field.
     """
     try:
-        document = _Document.model_validate(parse_json(data))
+        document = ManifestDocument.model_validate(parse_json(data))
     except ValidationError as error:
         first = error.errors()[0]
         field = escape(".".join(str(part) for part in first["loc"])) or "the document"
@@ -344,10 +293,11 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         classifier=None if document.classifier is None else _tallies(document.classifier),
         privacy=None if document.privacy is None else _privacy(document.privacy),
         format_version=document.format_version,
+        canonical=None if document.canonical is None else CanonicalHashes(**document.canonical.model_dump()),
     )
 
 
-def _check_document(document: _Document, where: str) -> None:
+def _check_document(document: ManifestDocument, where: str) -> None:
     """Raise StorageError if fields contradict each other."""
     names = document.bundle.class_names
     if len({file.name.casefold() for file in document.files}) != len(document.files):
@@ -361,14 +311,30 @@ def _check_document(document: _Document, where: str) -> None:
         raise StorageError(f"{where}: plan: has other samples or shards than the request")
 
 
-def _tallies(documents: Mapping[str, _TallyDocument]) -> dict[str, ClassifierTally]:
+def _canonical_hashes(
+    plan: DatasetPlan, records: Sequence[PackedShard], files: Sequence[FileEntry], texts: Mapping[str, bytes]
+) -> dict[str, str]:
+    """Return the hash without the signatures of images of each file that has signatures or their hashes in it."""
+    images = [
+        [(file_name(plan, sample.index, sample.label), sample.sha256 or "") for sample in _kept(plan, record)]
+        for record in records
+    ]
+    if plan.request.format == "imagefolder":
+        hashes = {ARCHIVE: listing_sha256(chain.from_iterable(images))}
+    else:
+        hashes = {record.file.name: listing_sha256(rows) for record, rows in zip(records, images, strict=True)}
+    croissant_sha256 = hashlib.sha256(canonical_croissant(texts[CROISSANT], hashes)).hexdigest()
+    return hashes | {PREVIEW: canonical_sha256(texts[PREVIEW]), CROISSANT: croissant_sha256}
+
+
+def _tallies(documents: Mapping[str, TallyDocument]) -> dict[str, ClassifierTally]:
     return {
         name: ClassifierTally(document.images, document.drawn, document.agreeing)
         for name, document in documents.items()
     }
 
 
-def _privacy(document: _PrivacyDocument) -> PrivacyReport:
+def _privacy(document: PrivacyDocument) -> PrivacyReport:
     attack = None if document.exposure.attack is None else Attack(**document.exposure.attack.model_dump())
     return PrivacyReport(
         index=document.index,

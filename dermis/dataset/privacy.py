@@ -16,12 +16,14 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dermis.authenticity.attack import Exposure
 from dermis.authenticity.index import Floats, Nearest
-from dermis.authenticity.verdict import baseline_problem, baseline_sentence, verdicts_of
+from dermis.authenticity.verdict import Verdicts, baseline_problem, baseline_sentence, verdicts_of
 from dermis.bundle.index import PERCENTILES, IndexDescription
 from dermis.dataset.plan import DatasetPlan
+from dermis.dataset.request import PrivacyOptions
 from dermis.imaging import Images
 
 if TYPE_CHECKING:
@@ -126,12 +128,9 @@ def verdicts(plan: DatasetPlan, nearest: Nearest) -> list[GateVerdict]:
     index, options = plan.authenticity, plan.request.privacy
     assert index is not None and options is not None
     compared = verdicts_of(nearest, index)
-    passed = compared.authentic
-    if options.gate == "min_distance":
-        passed = compared.distances >= distance_at_percentile(index, options.percentile)
+    passed = _passed(compared, index, options)
     scores: list[float | None] = [None] * len(passed)
     if options.detect_copies and compared.copies is not None and nearest.copy_scores is not None:
-        passed = passed & ~compared.copies
         scores = [round(float(score), 3) for score in nearest.copy_scores]
     rows = zip(
         compared.distances.tolist(),
@@ -150,12 +149,29 @@ def verdicts(plan: DatasetPlan, nearest: Nearest) -> list[GateVerdict]:
     ]
 
 
+def pass_gate(checker: Checker, images: Images, options: PrivacyOptions) -> NDArray[np.bool_]:
+    """Return whether each image, uint8 [N, H, W, 3], meets the condition of a gate, as bool [N]."""
+    index = checker.description
+    limit = _exact_below(index, options)
+    nearest = checker.nearest(images, exact_below=limit, detect_copies=options.detect_copies)
+    return _passed(verdicts_of(nearest, index), index, options)
+
+
+def _passed(compared: Verdicts, index: IndexDescription, options: PrivacyOptions) -> NDArray[np.bool_]:
+    passed: NDArray[np.bool_] = compared.authentic
+    if options.gate == "min_distance":
+        passed = compared.distances >= distance_at_percentile(index, options.percentile)
+    return passed & ~compared.copies if options.detect_copies and compared.copies is not None else passed
+
+
 def exact_below(plan: DatasetPlan) -> float:
     """Return the distance up to which the gate needs exact results (`dermis.authenticity.checker.Checker.nearest`)."""
     index, options = plan.authenticity, plan.request.privacy
-    if index is None or options is None or options.gate != "min_distance":
-        return math.inf
-    return distance_at_percentile(index, options.percentile)
+    return math.inf if index is None or options is None else _exact_below(index, options)
+
+
+def _exact_below(index: IndexDescription, options: PrivacyOptions) -> float:
+    return distance_at_percentile(index, options.percentile) if options.gate == "min_distance" else math.inf
 
 
 def examiner(plan: DatasetPlan, checker: Checker) -> Examine:

@@ -267,7 +267,7 @@ _MAX_BYTES_PER_PIXEL: Mapping[str, Mapping[int, float]] = {
     "webp": {75: 1.6, 95: 2.8, 100: 3.4},
 }
 _MAX_HEADER_BYTES = 2000  # of an image file; for small images they are most of it
-MAX_C2PA_BYTES = 20_000  # of an image file: its signed manifest; 3,400 with a certificate and its authority on P-256
+MAX_C2PA_BYTES = 20_000  # of an image file: its signed manifest; 4,100 with a certificate and its authority on P-256
 _MAX_RECORD_BYTES = 4000  # of a sample in its container, metadata.csv and manifest.json, without the names of its class
 _MAX_EXTRA_BYTES = 8 << 20  # preview, card and report
 

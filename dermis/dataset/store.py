@@ -8,9 +8,11 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,6 +38,8 @@ _FINAL_TYPES = (FileNotFoundError, PermissionError, FileExistsError, IsADirector
 # HTTP statuses below 500 that mean "try again".
 _TRANSIENT_STATUSES = {408, 409, 425, 429}
 _FINAL_NAMES = re.compile("Credential|Authenti|Validation|Profile|Region")
+# S3 accepts signatures of the last 15 minutes; other storages have shorter limits.
+_CLOCK_DIFFERENCE_SECONDS = 240.0
 
 
 class Store:
@@ -260,6 +264,10 @@ def storage_error(error: Exception, place: str, *, remote: bool) -> StorageError
     if number in _FULL or status == 507:
         return StorageError(f"{place}: no space left; free some and try again", kind="storage-full")
     text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    seconds = _clock_difference(error)
+    if seconds is not None and abs(seconds) > _CLOCK_DIFFERENCE_SECONDS:
+        text = f"it refuses signatures, as the clock of this machine differs by {seconds:+.0f} s; correct the clock"
+        return StorageError(f"{place}: cannot be reached at the moment ({text})", kind="storage-unavailable")
     if isinstance(error, _FINAL_TYPES):
         return StorageError(f"{place}: {text}")
     if isinstance(error, ConnectionError | TimeoutError) or number in _TRANSIENT:
@@ -287,6 +295,20 @@ def _http_status(error: Exception) -> int | None:
         getattr(source, name, None) for source in (error, response) for name in ("status", "status_code", "code")
     ]
     return next((status for status in map(_status, candidates) if status is not None), None)
+
+
+def _clock_difference(error: Exception) -> float | None:
+    """Return the seconds by which the clock is ahead of that of an S3 storage that refused a request (403), if known."""
+    for source in (error, error.__cause__):
+        response = getattr(source, "response", None)
+        details = response.get("ResponseMetadata") if isinstance(response, dict) else None
+        if isinstance(details, dict) and details.get("HTTPStatusCode") == 403:
+            try:
+                # A HEAD request has no other sign of it than this header.
+                return time.time() - parsedate_to_datetime(details["HTTPHeaders"]["date"]).timestamp()
+            except (KeyError, TypeError, ValueError):
+                return None
+    return None
 
 
 def _status(value: object) -> int | None:

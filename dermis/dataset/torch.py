@@ -22,14 +22,15 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from dermis.bundle import open_bundle
-from dermis.dataset.request import classes_of
+from dermis.dataset.privacy import pass_gate
+from dermis.dataset.request import PrivacyOptions, classes_of
 from dermis.directions.edit import Edit, bundle_offset
 from dermis.errors import RequestError, escape
 from dermis.imaging import Images
@@ -37,15 +38,18 @@ from dermis.latents import MAX_SEED
 from dermis.network_config import NoiseMode
 
 if TYPE_CHECKING:
+    from dermis.authenticity.checker import Checker
     from dermis.synthesizer import Synthesizer
 
 GeneratedSample = tuple[Any, int]
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+_DIGEST_DIGITS = 15  # first digits of a bundle's digest, as in the states of `dermis_client.torch`
 
 
 def to_float_tensor(image: Images) -> torch.Tensor:
     """Return an image uint8 [H, W, 3] as float32 [3, H, W] between 0 and 1, as `ToTensor` of torchvision does."""
-    return torch.from_numpy(image.copy()).permute(2, 0, 1).float().div_(255)
+    # NumPy computes in this thread. The threads of torch would wait actively for more work, on the cores of the generator.
+    return torch.from_numpy(np.divide(image.transpose(2, 0, 1), np.float32(255), dtype=np.float32, order="C"))
 
 
 class GeneratedDataset(IterableDataset[GeneratedSample]):
@@ -56,7 +60,13 @@ class GeneratedDataset(IterableDataset[GeneratedSample]):
     `num_workers=0`, or 1 to generate while the model trains. Workers need
     `multiprocessing_context="spawn"` with a GPU, and after this process has generated images.
 
-    An epoch has `samples` samples, and the next epoch has new ones after `set_epoch(1)`.
+    An epoch has `samples` samples, and the next epoch has new ones after `set_epoch(1)`. `state_dict` and `load_state_dict`
+    continue an interrupted epoch: of this object, if it is iterated in its own process, or through torchdata's
+    StatefulDataLoader, which calls them in each worker. A state of `SyntheticIterable` can be loaded too, and the reverse.
+
+    With a gate, samples that are too near to a training image are left out, as with `on_reject: drop` of a dataset; with the
+    gate "authentic" the others are those of `SyntheticIterable` with `only_authentic`. The bundle needs an index of its
+    training images.
 
     Args:
         bundle: Folder or fsspec URL of a bundle, or the name of an installed one.
@@ -70,12 +80,16 @@ class GeneratedDataset(IterableDataset[GeneratedSample]):
         truncation_cutoff: Number of style vectors that are truncated; None for all.
         noise_mode: "random", "const" or "none".
         edits: Strengths of edits by the name of the direction.
+        gate: None; "authentic": the distance to the nearest training image must be larger than the distance of that one to its
+            nearest other training image; or "min_distance": it must be at least a percentile of these distances.
+        percentile: That percentile, 0 to 100.
+        detect_copies: With a gate, also leave out what the bundle's copy detector finds, if it has one.
         device: "auto", or a name of torch.
         rank: Number of this process; by default that of torch.distributed.
         world_size: Number of processes.
 
     Raises:
-        RequestError: An argument is not valid, or the bundle has no such class or direction.
+        RequestError: An argument is not valid, or the bundle has no such class or direction, or no index for the gate.
         BundleError: The bundle cannot be opened.
     """
 
@@ -93,6 +107,9 @@ class GeneratedDataset(IterableDataset[GeneratedSample]):
         truncation_cutoff: int | None = None,
         noise_mode: NoiseMode = "random",
         edits: Mapping[str, float] | None = None,
+        gate: Literal["authentic", "min_distance"] | None = None,
+        percentile: float = 1.0,
+        detect_copies: bool = True,
         device: str = "auto",
         rank: int | None = None,
         world_size: int | None = None,
@@ -116,6 +133,14 @@ class GeneratedDataset(IterableDataset[GeneratedSample]):
             raise RequestError("truncation_psi", "must be 0 to 2")
         if noise_mode not in get_args(NoiseMode):
             raise RequestError("noise_mode", f'"{escape(noise_mode)}" is none of {", ".join(get_args(NoiseMode))}')
+        if gate not in (None, "authentic", "min_distance"):
+            raise RequestError("gate", f'"{escape(gate)}" is none of authentic, min_distance')
+        if not (math.isfinite(percentile) and 0 <= percentile <= 100):
+            raise RequestError("percentile", "must be 0 to 100")
+        if gate is not None and self._bundle.authenticity is None:
+            raise RequestError(
+                "gate", "the bundle has no index of its training images; make one with dermis index build", "no-index"
+            )
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         self._rank = rank if rank is not None else torch.distributed.get_rank() if distributed else 0
         self._world_size = (
@@ -135,10 +160,15 @@ class GeneratedDataset(IterableDataset[GeneratedSample]):
             "truncation_cutoff": truncation_cutoff,
             "noise_mode": noise_mode,
         }
+        self._gate = None if gate is None else _gate(gate, percentile, detect_copies)
         self._device = device
         self._synthesizer: tuple[int, Synthesizer] | None = None
-        # In shared memory, so that workers that persist between epochs see it.
+        self._checker: Checker | None = None
+        # In shared memory, so that workers that persist between epochs see it, and this process sees that there are some.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self._iterated_by_workers = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self._done, self._position = 0, 0  # chunks of this worker that were given, and samples of the next one
+        self._loaded = False
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the samples of the next iteration: epoch e continues where epoch e - 1 ends.
@@ -150,33 +180,77 @@ class GeneratedDataset(IterableDataset[GeneratedSample]):
             raise RequestError("epoch", "must be at least 0, and needs `samples`, the length of an epoch")
         self._epoch.fill_(epoch)
 
+    def state_dict(self) -> dict[str, int]:
+        """Return the position in this epoch and the beginning of the bundle's digest, for `load_state_dict`.
+
+        Raises:
+            RequestError: Workers of a DataLoader iterate, so that this process does not know the position.
+        """
+        if get_worker_info() is None and self._iterated_by_workers.item():
+            raise RequestError(
+                "num_workers",
+                "the workers of the DataLoader iterate, so this process does not know their position: use torchdata's "
+                "StatefulDataLoader and its state_dict, or num_workers=0",
+            )
+        position = {"epoch": int(self._epoch.item()), "chunks": self._done, "offset": self._position}
+        return {**position, "digest": self._digest}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue at a position of `state_dict`, with the next iteration, at the same number of workers and ranks.
+
+        Raises:
+            RequestError: The state is of another bundle, or is not one.
+        """
+        try:
+            epoch, chunks, offset = (int(state[name]) for name in ("epoch", "chunks", "offset"))
+        except (KeyError, TypeError, ValueError):
+            raise RequestError("state", "is not a state of this class") from None
+        if state.get("digest", 0) not in (0, self._digest):
+            raise RequestError("state", f"is of another bundle than {self._bundle.location}; open the one of the state")
+        if min(epoch, chunks, offset) < 0:
+            raise RequestError("state", "has a negative position")
+        self._epoch.fill_(epoch)
+        self._done, self._position = chunks, offset
+        self._loaded = True
+
+    @property
+    def _digest(self) -> int:
+        return int(self._bundle.digest[:_DIGEST_DIGITS], 16)
+
     def __len__(self) -> int:
         """Return the number of samples of an epoch at this rank.
 
         Raises:
-            TypeError: The stream has no end.
+            TypeError: The stream has no end, or a gate.
         """
-        if self._samples is None:
-            raise TypeError("a stream without an end has no length")
+        if self._samples is None or self._gate is not None:
+            raise TypeError("a stream without an end, or with a gate, has no length")
         whole, rest = divmod(self._samples, self._chunk)
         own = self._chunk * len(range(self._rank, whole, self._world_size))
         return own + (rest if whole % self._world_size == self._rank else 0)
 
     def __iter__(self) -> Iterator[GeneratedSample]:
         """Yield (item, label) of the samples of this rank and worker."""
+        if not self._loaded:
+            self._done = self._position = 0
+        self._loaded = False
         worker = get_worker_info()
+        self._iterated_by_workers.fill_(worker is not None)
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         begin = self._first_index + int(self._epoch.item()) * (self._samples or 0)
-        position = 0
         while True:
-            start = ((number + position * workers) * self._world_size + self._rank) * self._chunk
+            start = ((number + self._done * workers) * self._world_size + self._rank) * self._chunk
             size = self._chunk if self._samples is None else min(self._chunk, self._samples - start)
             if size <= 0:
                 return
-            yield from self._generate(begin + start, size)
-            position += 1
+            for image, label in self._generate(begin + start, size)[self._position :]:
+                self._position += 1
+                yield self._transform(image), label
+            self._done += 1
+            self._position = 0
 
-    def _generate(self, start: int, size: int) -> Iterator[GeneratedSample]:
+    def _generate(self, start: int, size: int) -> list[tuple[Images, int]]:
+        """Generate a chunk: the images that pass the gate and their labels, in the order of the stream."""
         counts = Counter(self._label(start + position) for position in range(size))
         labels = [
             label for label in sorted(counts) for _ in range(counts[label])
@@ -191,10 +265,11 @@ class GeneratedDataset(IterableDataset[GeneratedSample]):
         )
         if images.shape[-1] == 1:
             images = np.repeat(images, 3, axis=-1)
-        order = list(range(size))
-        random.Random(f"{self._seed} {start}").shuffle(order)
-        for place in order:
-            yield self._transform(images[place]), labels[place]
+        places = list(range(size))
+        if self._gate is not None:
+            places = np.flatnonzero(pass_gate(self._checker_here(), images, self._gate)).tolist()
+        random.Random(f"{self._seed} {start}").shuffle(places)
+        return [(images[place], labels[place]) for place in places]
 
     def _label(self, index: int) -> int:
         """The class of a sample: a sequence that has the shares of the classes in every section, not only on average.
@@ -220,5 +295,19 @@ class GeneratedDataset(IterableDataset[GeneratedSample]):
             self._synthesizer = os.getpid(), Synthesizer(self._bundle, device=self._device)
         return self._synthesizer[1]
 
+    def _checker_here(self) -> Checker:
+        """The comparison with the training images in this process, after `_synthesizer_here`."""
+        if self._checker is None:
+            from dermis.authenticity.checker import Checker
+
+            self._checker = Checker(self._bundle, device=self._device)
+        return self._checker
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_synthesizer": None}
+        return {**self.__dict__, "_synthesizer": None, "_checker": None}
+
+
+def _gate(condition: Literal["authentic", "min_distance"], percentile: float, detect_copies: bool) -> PrivacyOptions:
+    return PrivacyOptions(
+        gate=condition, percentile=float(percentile), detect_copies=detect_copies, on_reject="drop", tries=1
+    )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import os
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Set
@@ -12,7 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from dermis.dataset.manifest import ARCHIVE, MANIFEST, METADATA, SIGNATURE, read_manifest
+from dermis.dataset.canonical_hashes import canonical_croissant, listing_sha256
+from dermis.dataset.containers import read_container
+from dermis.dataset.manifest import (
+    ARCHIVE,
+    CROISSANT,
+    MANIFEST,
+    METADATA,
+    PREVIEW,
+    SIGNATURE,
+    Manifest,
+    read_manifest,
+)
+from dermis.dataset.plan import plan
 from dermis.dataset.store import Store, hash_file
 from dermis.errors import StorageError, escape
 from dermis.files import NotRegularError, open_regular
@@ -30,12 +44,14 @@ class Report:
         changed: Files that differ from the manifest, or are not regular files.
         missing: Files that are listed but do not exist.
         extra: Files that exist but are not listed.
+        canonical: The digest of the dataset without the signatures of images; empty if they are not signed.
     """
 
     checked: int
     changed: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
+    canonical: str = ""
 
     @property
     def ok(self) -> bool:
@@ -59,7 +75,8 @@ def verify(location: str | Path) -> Report:
     if Path(location).is_file() and zipfile.is_zipfile(location):
         return _verify_archive(Path(location))
     store = Store(location)
-    listed = {file.name: file for file in read_manifest(store).files}
+    manifest = read_manifest(store)
+    listed = {file.name: file for file in manifest.files}
     changed: list[str] = []
     missing: list[str] = []
     entries = set(store.entries())
@@ -69,6 +86,7 @@ def verify(location: str | Path) -> Report:
             (changed if name in entries else missing).append(name)
         elif size != file.bytes or _sha256(store, name) != file.sha256:
             changed.append(name)
+    changed += _canonically_changed(store, manifest, {*changed, *missing})
     extra = entries - listed.keys() - {MANIFEST, SIGNATURE}
     if ARCHIVE in listed and ARCHIVE not in [*changed, *missing] and store.folder:
         unpacked = {name for name in extra if name.startswith("images/")}
@@ -77,7 +95,37 @@ def verify(location: str | Path) -> Report:
             missing += sorted(known - unpacked)
             changed += different
             extra -= known
-    return Report(len(listed), tuple(sorted(changed)), tuple(sorted(missing)), tuple(sorted(extra)))
+    digest = "" if manifest.canonical is None else manifest.canonical.digest
+    return Report(len(listed), tuple(sorted(changed)), tuple(sorted(missing)), tuple(sorted(extra)), digest)
+
+
+def _canonically_changed(store: Store, manifest: Manifest, wrong: Set[str]) -> list[str]:
+    """Return the files, except those that are known to be wrong, whose canonical hashes differ from their content.
+
+    If the digest of the manifest differs from these hashes, manifest.json itself is changed.
+    """
+    if manifest.canonical is None:
+        return []
+    hashes = manifest.canonical.files
+    changed = [] if manifest.with_canonical(hashes) == manifest else [MANIFEST]
+    layout = plan(manifest.request, manifest.bundle_digest, manifest.class_names)
+    for name, sha256 in hashes.items():
+        if name in wrong:
+            continue
+        try:
+            if name == PREVIEW:
+                found = canonical_sha256(store.read(name))
+            elif name == CROISSANT:
+                found = hashlib.sha256(canonical_croissant(store.read(name), hashes)).hexdigest()
+            else:
+                with store.open(name) as container:
+                    images = read_container(layout, container)
+                    found = listing_sha256((image, canonical_sha256(data)) for image, data in images)
+        except (OSError, ValueError, zipfile.BadZipFile, tarfile.TarError, zlib.error):
+            found = ""
+        if found != sha256:
+            changed.append(name)
+    return changed
 
 
 def _sha256(store: Store, name: str) -> str | None:

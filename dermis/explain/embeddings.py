@@ -6,7 +6,7 @@ Maaten and Hinton 2008) by openTSNE.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from dermis.classifier.preprocess import to_input
 from dermis.errors import DataError, DermisError, install_command
 from dermis.explain.nearest import unit
+from dermis.image_metadata import ImageOrigin
 from dermis.imaging import Images
 
 if TYPE_CHECKING:
@@ -116,6 +117,17 @@ def embed(
             raise DataError(f"{item.id}: is the id of two images; give them different ids")
         seen.add(item.id)
     return Embedded(tuple(items), np.concatenate(features), np.concatenate(calibrated), np.concatenate(thumbnails))
+
+
+def origin_of_items(items: Sequence[Item]) -> ImageOrigin | None:
+    """The origin of a sheet that shows these images; None if none of them is generated."""
+    sources = sorted({item.source for item in items if item.kind == GENERATED})
+    if not sources:
+        return None
+    all_generated = all(item.kind == GENERATED for item in items)
+    return ImageOrigin(
+        ", ".join(sources), source_type="trainedAlgorithmicMedia" if all_generated else "compositeSynthetic"
+    )
 
 
 def map_in_3d(

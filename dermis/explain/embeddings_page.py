@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dermis.bundle.classifier import NOTICE, ClassifierDescription
 from dermis.errors import DataError
-from dermis.explain.embeddings import GENERATED, Embedded
+from dermis.explain.embeddings import GENERATED, Embedded, origin_of_items
 from dermis.imaging import Images, contact_sheet, encode
 
 SPRITE_SIDE = 8192  # px; all browsers, and TensorBoard, can decode it
@@ -54,8 +54,8 @@ def embeddings_page(
     Raises:
         DataError: The thumbnails do not fit into one picture.
     """
-    sheet = sprite(embedded.thumbnails)
     items = embedded.items
+    picture = encode(sprite(embedded.thumbnails), "webp", QUALITY, origin_of_items(items))
     real = any(item.kind != GENERATED for item in items)
     predicted = [description.class_at(p, threshold) for p in embedded.calibrated]
     classified = [
@@ -85,7 +85,7 @@ def embeddings_page(
         "ids": [item.id for item in items],
         "side": int(embedded.thumbnails.shape[1]),
         "columns": _columns(len(items)),
-        "sprite": "data:image/webp;base64," + base64.b64encode(encode(sheet, "webp", QUALITY)).decode(),
+        "sprite": "data:image/webp;base64," + base64.b64encode(picture).decode(),
         "positions": _packed(positions, np.float32),
         "k": int(neighbours.shape[1]),
         "neighbours": _packed(neighbours, np.uint32),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dermis.dataset.store import storage_errors
-from dermis.explain.embeddings import Embedded
+from dermis.explain.embeddings import Embedded, origin_of_items
 from dermis.explain.embeddings_page import sprite
 from dermis.files import atomic_write
 from dermis.imaging import encode
@@ -24,7 +24,7 @@ def write_projector(folder: Path, embedded: Embedded, predicted: list[str]) -> N
         StorageError: The folder cannot be written.
         DataError: The picture of thumbnails would be too large.
     """
-    picture = encode(sprite(embedded.thumbnails))
+    picture = encode(sprite(embedded.thumbnails), origin=origin_of_items(embedded.items))
     side = embedded.thumbnails.shape[1]
     text = io.StringIO()
     np.savetxt(text, embedded.features, fmt="%.6g", delimiter="\t")

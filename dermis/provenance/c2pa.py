@@ -15,13 +15,17 @@ from typing import Any, Literal
 
 from dermis import __version__
 from dermis.errors import SignatureError, escape, install_command
-from dermis.image_metadata import SOURCE_TYPE_PREFIX, ImageOrigin
+from dermis.image_metadata import NAMESPACE, NAMESPACES, SOURCE_TYPE_PREFIX, ImageOrigin, standard_properties
 from dermis.imaging import MEDIA_TYPES, ImageFormat
 from dermis.provenance.canonical import canonical_sha256
 from dermis.provenance.signing import EXTRA
 
-ORIGIN = "dermis.image-origin"
-"""Label of the assertion with the fields of `ImageOrigin` and the SHA-256 of the canonical file."""
+METADATA = "cawg.metadata"
+"""Label of the metadata assertion of the Creator Assertions Working Group, which generic viewers show. It has the standard
+properties of the XMP and, in the namespace of dermis, the fields of `ImageOrigin` and the SHA-256 of the canonical file."""
+FORMER_ORIGIN = "dermis.image-origin"
+"""Label of the assertion of former versions with these fields. Labels that are not registered must begin with a domain name."""
+_PREFIX = "dermis:"
 
 State = Literal["signed", "unsigned", "tampered", "unknown signer"]
 
@@ -147,10 +151,10 @@ def verify_image(data: bytes, context: Any) -> Verified:
         return Verified("tampered", reason=f"its manifest cannot be read: {escape(error)}")
     manifest = document.get("manifests", {}).get(document.get("active_manifest"), {})
     failures = [str(each.get("code")) for each in _failures(document)]
-    origin = next((each["data"] for each in manifest.get("assertions", ()) if each.get("label") == ORIGIN), None)
+    origin = _origin(manifest)
     info = manifest.get("signature_info", {})
     signer = escape(", ".join(filter(None, (info.get("common_name"), info.get("issuer")))))
-    if isinstance(origin, dict) and origin.get("canonical_sha256") != canonical_sha256(data):
+    if origin is not None and origin.get("canonical_sha256") != canonical_sha256(data):
         failures.append("the file differs from the one that was signed")
     wrong = [code for code in failures if not code.startswith("signingCredential.")]
     if wrong:
@@ -158,6 +162,20 @@ def verify_image(data: bytes, context: Any) -> Verified:
     if state == "Trusted":
         return Verified("signed", signer, origin)
     return Verified("unknown signer", signer, origin, ", ".join(dict.fromkeys(failures)))
+
+
+def _origin(manifest: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what dermis says of the image in a manifest, of this or a former version; None if it says nothing."""
+    for each in manifest.get("assertions", ()):
+        label, data = each.get("label"), each.get("data")
+        if not isinstance(data, dict):
+            continue
+        if label == FORMER_ORIGIN:
+            return data
+        context = data.get("@context")
+        if label == METADATA and isinstance(context, dict) and context.get(_PREFIX[:-1]) == NAMESPACE:
+            return {name.removeprefix(_PREFIX): value for name, value in data.items() if name.startswith(_PREFIX)}
+    return None
 
 
 def _failures(document: Any) -> list[dict[str, Any]]:
@@ -180,6 +198,11 @@ def _definition(origin: ImageOrigin, sha256: str) -> dict[str, Any]:
         "attribution": escape(origin.attribution, 500),
         "canonical_sha256": sha256,
     }
+    metadata = {
+        "@context": dict(NAMESPACES),
+        **standard_properties(origin),
+        **{_PREFIX + name: value for name, value in fields.items() if value not in (None, "")},
+    }
     action = {
         "action": "c2pa.created",
         "digitalSourceType": SOURCE_TYPE_PREFIX + origin.source_type,
@@ -189,7 +212,7 @@ def _definition(origin: ImageOrigin, sha256: str) -> dict[str, Any]:
         "claim_generator_info": [{"name": "dermis", "version": __version__}],
         "assertions": [
             {"label": "c2pa.actions.v2", "data": {"actions": [action]}},
-            {"label": ORIGIN, "data": {name: value for name, value in fields.items() if value not in (None, "")}},
+            {"label": METADATA, "data": metadata, "kind": "Json"},
         ],
     }
 

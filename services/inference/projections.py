@@ -124,7 +124,7 @@ def project_images(
         video = None
         if result.frames is not None:
             last_frames = np.repeat(result.frames[-1:], _REPEATED_LAST_FRAMES, axis=0)
-            video = encode_video(np.concatenate([result.frames, last_frames]), "gif")
+            video = encode_video(np.concatenate([result.frames, last_frames]), "gif", origin=origin)
         provenance = {"bundle": projector.bundle.digest}
         files[number] = ProjectionFiles(to_bytes(result, provenance), encode(result.image, origin=origin), video)
     return [files[number] for number in range(len(targets))]

@@ -1,4 +1,4 @@
-"""The benchmark with mixed load on a real service, in a short form. It asserts no time and no rate."""
+"""The benchmark with mixed load on a real service for five minutes. It asserts no time and no rate."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ PROCESSES = {"supervisor", "gateway", "Generator", "Classifier", "Authenticity",
 }
 
 
+# The benchmark looks for growth by 2 % in an hour. In the four minutes after the first fifth that is 0.1 %, which is less than
+# what the calls of one moment need. Four minutes can show growth by 4 %; slower growth needs the hour of the benchmark.
+MAX_GROWTH = 0.6
+
+
 @pytest.mark.full
 def test_mixed_load_has_no_errors_and_too_much_load_is_refused_with_a_time() -> None:
     if find_spec("locust") is None:
@@ -39,22 +44,23 @@ def test_mixed_load_has_no_errors_and_too_much_load_is_refused_with_a_time() -> 
     # Few calls may wait and the load is far too large, so that there are refusals on a machine of any speed.
     result = run(
         DEMO,
-        minutes=0.75,
+        minutes=5,
         step_seconds=10.0,
         overload_seconds=15.0,
         callers=(4,),
         overload_share=4.0,
         settings={"MAX_WAITING_IMAGE_CALLS": "4", "MAX_ACTIVE_DATASETS": "2", "MAX_ACTIVE_PROJECTIONS": "1"},
     )
+    # An error, a wrong content, a refusal without Retry-After, a process that was restarted, or growth.
+    assert result.failures(MAX_GROWTH) == []
     for phase in (result.warm_up, *result.steps, result.soak, result.overload):
-        assert phase.wrong == [], "an error, a wrong content, or a refusal without Retry-After"
         assert phase.calls > phase.refused > -1
-    assert result.restarted == []
     assert result.overload.refused
     assert {int(status) for status in result.overload.statuses} <= {200, 202, 204, 429, 503}
     assert set(result.soak.routes) >= ROUTES
     assert {each.name for each in result.growth} >= PROCESSES
-    assert all(each.samples > 1 and each.rss >= each.pss > 1 for each in result.growth)
+    lasting = [each for each in result.growth if each.name in PROCESSES]
+    assert all(each.samples > 100 and each.slope is not None and each.rss >= each.pss > 1 for each in lasting)
     assert {each.name for each in result.memory if len(each.times) == len(each.rss) == len(each.pss) > 1} >= PROCESSES
     document = json.loads(json.dumps(result.document(), allow_nan=False))
     assert document["capacity_operations_per_second"] == result.steps[0].completed > 0

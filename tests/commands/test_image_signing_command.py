@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +51,8 @@ def test_signed_dataset_has_the_hashes_of_the_unsigned_one(
     assert run(*asked, *keys, "--no-c2pa", "--out", plain)[0] == 0
     assert run(*asked, *keys, "--out", signed)[0] == 0
     assert (plain / "metadata.csv").read_bytes() == (signed / "metadata.csv").read_bytes()
-    assert run("verify", signed)[0] == 0 and dermis_client.verify(signed).ok
+    status, verified, _ = run("verify", signed)
+    assert status == 0 and dermis_client.verify(signed).ok and dermis_client.verify(plain).ok
     status, out, _ = run("verify", "--provenance", signed, "--trusted", clinic.authority)
     assert status == 0 and "9 images: 9 signed; signers: Clinic, Test" in out
     assert run("verify", "--provenance", signed, "--trusted", signers["Other"].authority)[0] == 1
@@ -59,7 +63,30 @@ def test_signed_dataset_has_the_hashes_of_the_unsigned_one(
     )
     assert status == 1 and "--c2pa-certificate" in err and not again.exists()
     repeat = ("generate", "--manifest", signed / "manifest.json", "--bundle", tiny_bundle.location, *keys)
-    assert "byte for byte, but for its signature" in run(*repeat, "--out", again)[1]
+    assert "byte for byte, but for the signatures of images" in run(*repeat, "--out", again)[1]
+    manifests = [json.loads((folder / "manifest.json").read_text()) for folder in (signed, again)]
+    containers = {path.name for path in signed.iterdir() if path.name.startswith(("images.zip", "data-"))}
+    for manifest in manifests:  # the digest as the documentation says, without dermis
+        canonical = manifest.pop("canonical")
+        assert canonical["files"].keys() == {*containers, "preview.png", "croissant.json"}
+        for entry in manifest["files"]:
+            if entry["name"] in canonical["files"]:
+                entry |= {"bytes": 0, "sha256": canonical["files"][entry["name"]]}
+        text = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        assert canonical["digest"] == hashlib.sha256(text.encode()).hexdigest()
+    assert f"digest without the signatures of images {canonical['digest']}" in verified
+    assert manifests[0] == manifests[1]
+    assert (signed / "manifest.json").read_bytes() != (again / "manifest.json").read_bytes()
+    if file_format != "imagefolder":  # names and hashes of all images, in order
+        with (signed / "metadata.csv").open(newline="") as table:
+            lines = [f"{row['sha256']}  {row['file_name']}\n" for row in csv.DictReader(table)]
+        assert canonical["files"][min(containers)] == hashlib.sha256("".join(lines[:4]).encode()).hexdigest()
+    assert "canonical" not in json.loads((plain / "manifest.json").read_text())
+    false = json.loads((again / "manifest.json").read_text())
+    false["canonical"]["files"]["preview.png"] = "0" * 64
+    (again / "manifest.json").write_text(json.dumps(false))
+    status, out, _ = run("verify", again)
+    assert status == 1 and out.splitlines() == ["changed manifest.json", "changed preview.png"]
     if file_format == "imagefolder":
         archive = signed / "images.zip"
         assert run("verify", archive)[0] == 0 and dermis_client.verify(archive).ok

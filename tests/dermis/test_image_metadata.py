@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from dermis.dataset.verify import verify
 from dermis.directions.edit import Edit
 from dermis.image_metadata import NAMESPACE, ImageOrigin, metadata_bytes, origin_of, xmp_packet
 from dermis.imaging import ImageFormat, decode, encode
+from dermis.video import encode_video
 from painted_dataset import IDENTITY, make, paint, planned
 
 XMP, DC = "http://ns.adobe.com/xap/1.0/", "http://purl.org/dc/elements/1.1/"
@@ -57,6 +59,43 @@ def test_metadata_is_standard_xmp_and_leaves_the_pixels(image_format: ImageForma
     if image_format == "png":
         with Image.open(io.BytesIO(marked)) as image:
             assert image.info["Software"].startswith("dermis ") and "demo" in image.info["Source"]
+
+
+FRAMES = np.random.default_rng(1).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("loops", [1, 40])
+def test_films_have_the_metadata_of_images_and_all_their_frames(loops: int) -> None:
+    origin = ImageOrigin("demo" * loops, "ab" * 32, "CC-BY-NC-4.0", "HAM10000").of_sample(7)
+    marked = encode_video(FRAMES, "gif", origin=origin)
+    assert marked.partition(b"XMP DataXMP")[2].startswith(xmp_packet(origin) + b"\x01\xff\xfe")
+    assert marked.startswith(encode_video(FRAMES, "gif")[:-1])
+    with Image.open(io.BytesIO(marked)) as film:
+        assert film.n_frames == 3 and film.info["loop"] == 0  # type: ignore[attr-defined]
+        film.seek(2)
+        assert np.asarray(film.convert("RGB")).shape == (16, 16, 3)
+    # A program that does not know XMP follows the lengths of sub-blocks and comes to the end of the file.
+    place = marked.index(b"XMP DataXMP") + len(b"XMP DataXMP")
+    while marked[place]:
+        place += 1 + marked[place]
+    assert marked[place:] == b"\0;"
+
+
+def test_mp4_has_the_metadata_in_a_box_of_its_own() -> None:
+    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg", reason="imageio-ffmpeg is not installed")
+    origin = ImageOrigin("demo", "ab" * 32).of_sample(7)
+    marked = encode_video(FRAMES, "mp4", origin=origin)
+    place, boxes = 0, {}
+    while place < len(marked):
+        size, kind = int.from_bytes(marked[place : place + 4], "big"), marked[place + 4 : place + 8]
+        boxes[kind] = marked[place + 8 : place + size]
+        place += size
+    assert place == len(marked) and {b"ftyp", b"moov", b"mdat"} < boxes.keys()
+    assert boxes[b"uuid"] == bytes.fromhex("be7acfcb97a942e89c71999491e3afac") + xmp_packet(origin)
+    assert marked.startswith(encode_video(FRAMES, "mp4"))
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "film.mp4").write_bytes(marked)
+        assert imageio_ffmpeg.count_frames_and_secs(f"{folder}/film.mp4")[0] == 3
 
 
 @pytest.mark.parametrize("text", ["\0\x1b[2J\u202e\ud800", '"/><script>&amp;]]>', "\u76ae\U0001f600" * 9000])

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import httpx
 import numpy as np
 import psycopg
@@ -23,21 +24,23 @@ from dermis.bundle import open_bundle
 from dermis.imaging import encode
 from gated_dataset import REQUEST, make_directly
 from launched_service import ROOT, Launched
-from real_servers import running_postgres
+from real_servers import running_postgres, running_s3
 from tiny_index import make_complete_bundle
 
 pytest.importorskip("faiss", reason="FAISS is not installed")
 
 SMALL = {"model": "tiny", "classes": {"benign": 5}, "seed": 1}
-COMMANDS = {"sqlite": ("sqlite3", "sqlite3"), "postgresql": ("pg_dump", "postgresql-client")}
+KINDS = ("sqlite", "postgresql", "bucket")
+COMMANDS = {"sqlite": ("sqlite3", "sqlite3"), "bucket": ("rclone", "rclone")}
 
 
-def documented(number: int) -> list[str]:
-    """The lines of one of the blocks of commands in the section on backups: SQLite, PostgreSQL, and restoring both."""
+def documented(kind: str) -> tuple[list[str], list[str]]:
+    """The commands of the section on backups, for a backup and for its restore."""
     section = (ROOT / "docs/deployment.md").read_text().partition("\n## Backup\n")[2]
     blocks = re.findall(r"^```bash no-run\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 4
-    return str(blocks[number]).splitlines()
+    assert len(blocks) == 2 * len(KINDS)
+    number = KINDS.index(kind)
+    return str(blocks[number]).splitlines(), str(blocks[len(KINDS) + number]).splitlines()
 
 
 def run_commands(lines: list[str], values: Mapping[str, str], *, accepted: tuple[int, ...] = (0,)) -> str:
@@ -59,21 +62,36 @@ def postgres(request: pytest.FixtureRequest) -> Iterator[Postgres | None]:
         yield server
 
 
+@pytest.fixture
+def bucket(request: pytest.FixtureRequest) -> Iterator[str | None]:
+    """The URL of a folder of a bucket, whose server rclone knows as `storage`."""
+    if request.node.callspec.params["kind"] != "bucket":
+        yield None
+        return
+    with running_s3() as server, pytest.MonkeyPatch.context() as patch:
+        configuration = {"TYPE": "s3", "PROVIDER": "Other", "ENV_AUTH": "true", "ENDPOINT": server.endpoint}
+        for name, value in configuration.items():
+            patch.setenv(f"RCLONE_CONFIG_STORAGE_{name}", value)
+        yield server.url("places")
+
+
 class Place:
     """A data folder, or a database and a storage, with the variables that name them."""
 
-    def __init__(self, folder: Path, postgres: Postgres | None, database: str) -> None:
+    def __init__(self, folder: Path, postgres: Postgres | None, bucket: str | None) -> None:
         folder.mkdir()
+        self._folder = folder
         self.variables = {"DERMIS_DATA_DIR": str(folder / "data")}
-        self.storage = folder / "data" / "datasets"
+        self.storage = str(folder / "data" / "datasets")
         if postgres is not None:
             with psycopg.connect(postgres.url.replace("+psycopg", ""), autocommit=True) as connection:
-                connection.execute(f"CREATE DATABASE {database}".encode())
-            url = postgres.url_of(database)
-            self.storage = folder / "storage"
-            self.variables |= {"DERMIS_DATABASE_URL": url, "DERMIS_STORAGE_URL": str(self.storage)}
+                connection.execute(f"CREATE DATABASE {folder.name}".encode())
+            url = postgres.url_of(folder.name)
+            self.storage = str(folder / "storage") if bucket is None else f"{bucket}/{folder.name}"
+            self.variables |= {"DERMIS_DATABASE_URL": url, "DERMIS_STORAGE_URL": self.storage}
             self.variables["DATABASE"] = url.replace("+psycopg", "")
-        self.storage.mkdir(parents=True)
+        if bucket is None:
+            Path(self.storage).mkdir(parents=True)
 
     @property
     def settings(self) -> dict[str, str]:
@@ -81,27 +99,42 @@ class Place:
         named = {name.removeprefix("DERMIS_").lower(): value for name, value in self.variables.items()}
         return {name: value for name, value in named.items() if name != "database"}
 
+    def files(self) -> list[str]:
+        """The paths of all files in the storage."""
+        files, root = fsspec.core.url_to_fs(self.storage)
+        files.invalidate_cache()
+        return list(files.find(root))
+
+    def remove(self) -> None:
+        """Remove the data folder and the files in the storage, as when they are lost."""
+        files, root = fsspec.core.url_to_fs(self.storage)
+        files.rm(root, recursive=True)
+        shutil.rmtree(self._folder)
+
 
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("kind", "moment"),
-    [("sqlite", "running"), ("sqlite", "ended between the copies"), ("postgresql", "running")],
+    [("sqlite", "running"), ("sqlite", "ended between the copies"), ("postgresql", "running"), ("bucket", "running")],
 )
 def test_service_is_restored_from_a_backup_that_was_made_while_it_worked(
-    kind: str, moment: str, postgres: Postgres | None, launch: Callable[..., Launched], tmp_path: Path
+    kind: str,
+    moment: str,
+    postgres: Postgres | None,
+    bucket: str | None,
+    launch: Callable[..., Launched],
+    tmp_path: Path,
 ) -> None:
-    program, package = COMMANDS[kind]
-    if kind == "sqlite" and shutil.which(program) is None:
-        pytest.skip(f"{program} is not installed (Debian package {package})")
+    if kind in COMMANDS and shutil.which(COMMANDS[kind][0]) is None:
+        pytest.skip(f"{COMMANDS[kind][0]} is not installed (Debian package {COMMANDS[kind][1]})")
+    # rclone needs longer than tar, and the dataset has to be unfinished when it ends.
+    request = REQUEST if kind != "bucket" else REQUEST | {"classes": {"benign": 1500, "malignant": 1000}}
     training = np.random.default_rng(0).integers(0, 256, (50, 16, 16, 3), dtype=np.uint8)
     made = Path(make_complete_bundle(tmp_path / "made", training).location)
     (tmp_path / "bundles").mkdir()
     bundle = made.rename(tmp_path / "bundles" / "tiny")
-    old, new, backup = (
-        Place(tmp_path / "old", postgres, "old"),
-        Place(tmp_path / "new", postgres, "new"),
-        tmp_path / "b",
-    )
+    old, new = (Place(tmp_path / name, postgres, bucket) for name in ("old", "new"))
+    backup = tmp_path / "b"
     backup.mkdir()
     variables = {"BACKUP": str(backup)}
     running = launch(str(bundle.parent), free_port(), executor_id="one", **old.settings)
@@ -111,11 +144,11 @@ def test_service_is_restored_from_a_backup_that_was_made_while_it_worked(
     kept = files_of(running.client, finished)
     photograph = [("files", ("a.png", encode(training[0]), "image/png"))]
     projection = running.client.post("/v1/projections?steps=1000", files=photograph).json()
-    dataset = running.client.post("/v1/datasets", json=REQUEST).json()
+    dataset = running.client.post("/v1/datasets", json=request).json()
     running.wait_until(lambda: running.progress(dataset)["progress"]["shards_done"] >= 4)
     head = trail_of(old)["head"]
 
-    of_database, of_files = documented(0 if kind == "sqlite" else 1)
+    (of_database, of_files), restoring = documented(kind)
     run_commands([of_database], variables | old.variables)
     if moment != "running":
         running.wait_until(lambda: running.progress(dataset)["state"] == "succeeded")
@@ -123,13 +156,12 @@ def test_service_is_restored_from_a_backup_that_was_made_while_it_worked(
     assert running.progress(dataset)["state"] == ("running" if moment == "running" else "succeeded")
     running.process.kill()
     running.process.wait()
-    shutil.rmtree(tmp_path / "old")
+    old.remove()
 
-    lines = documented(2 if kind == "sqlite" else 3)
-    assert lines[-1] == "dermis audit verify"
-    assert "intact" in run_commands(lines, variables | new.variables)
+    assert restoring[-1] == "dermis audit verify"
+    assert "intact" in run_commands(restoring, variables | new.variables)
     again = launch(str(bundle.parent), free_port(), executor_id="two", lease_seconds="3", **new.settings)
-    direct = make_directly(open_bundle(bundle), tmp_path / "direct")
+    direct = make_directly(open_bundle(bundle), tmp_path / "direct", request)
     again.wait_until(again.ready)
     assert files_of(again.client, finished) == kept
     again.wait_until(lambda: again.progress(dataset)["state"] in ("succeeded", "failed"))
@@ -138,7 +170,7 @@ def test_service_is_restored_from_a_backup_that_was_made_while_it_worked(
     again.wait_until(lambda: again.client.get(f"/v1/projections/{projection['id']}").json()["state"] == "failed")
     error = again.client.get(f"/v1/projections/{projection['id']}").json()["error"]
     assert error["type"] == "urn:dermis:problem:upload-interrupted"
-    assert not list(new.storage.rglob("pr_*/*.safetensors"))
+    assert not [path for path in new.files() if "/pr_" in path and path.endswith(".safetensors")]
     again.client.post("/v1/datasets", json=SMALL)
     result = trail_of(new, "--head", head)
     assert result["intact"] and result["entries"] >= 4, result

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import httpx
 import numpy as np
 import pytest
 from dermis_client import DermisClient
+from typer.testing import CliRunner
 
 from benchmarks.components import free_port
+from commands.main import app
 from dermis.bundle import open_bundle
 from dermis.dataset.store import Store
 from dermis.imaging import encode
@@ -53,25 +56,30 @@ def storage(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
-def replica(tmp_path: Path, storage: str) -> Iterator[Callable[..., Launched]]:
-    """A function that starts a replica with a data folder of its own, on one database and one bucket."""
+def shared(storage: str) -> Iterator[dict[str, str]]:
+    """The settings of all replicas: one database and one bucket."""
     with running_postgres() as database:
-        shared = {"database_url": database.url, "storage_url": storage, "lease_seconds": "3"}
-        replicas = launching(tmp_path)
-        launch = next(replicas)
+        yield {"database_url": database.url, "storage_url": storage, "lease_seconds": "3"}
 
-        def start(name: str, **settings: str) -> Launched:
-            own = {"data_dir": str(tmp_path / name), "executor_id": name}
-            return launch(str(tmp_path / "bundles"), free_port(), **shared, **own, **settings)
 
-        yield start
-        for _ in replicas:  # stops them
-            pass
+@pytest.fixture
+def replica(tmp_path: Path, shared: dict[str, str]) -> Iterator[Callable[..., Launched]]:
+    """A function that starts a replica with a data folder of its own."""
+    replicas = launching(tmp_path)
+    launch = next(replicas)
+
+    def start(name: str, **settings: str) -> Launched:
+        own = {"data_dir": str(tmp_path / name), "executor_id": name}
+        return launch(str(tmp_path / "bundles"), free_port(), **shared, **own, **settings)
+
+    yield start
+    for _ in replicas:  # stops them
+        pass
 
 
 @pytest.mark.full
 def test_gateways_and_workers_make_the_files_of_one_machine(
-    replica: Callable[..., Launched], storage: str, tmp_path: Path
+    replica: Callable[..., Launched], shared: dict[str, str], storage: str, tmp_path: Path
 ) -> None:
     training = np.random.default_rng(0).integers(0, 256, (50, 16, 16, 3), dtype=np.uint8)
     made = Path(make_complete_bundle(tmp_path / "made", training).location)
@@ -101,11 +109,25 @@ def test_gateways_and_workers_make_the_files_of_one_machine(
     worker.wait_until(worker.ready)
     assert worker.client.get("/v1/datasets").status_code == 404
     assert "dermis_" in worker.client.get("/metrics").text
-    states = [event for event in events(second.client, dataset) if event.startswith("event:")]
-    assert states
-    second.wait_until(lambda: second.progress(dataset)["state"] == "succeeded")
+    names, records = zip(*events(second.client, dataset), strict=True)
+    assert names == ("progress",) * (len(names) - 1) + ("succeeded",)
+    assert records[-1] == second.progress(dataset) == first.progress(dataset)
+    done = [record["progress"]["shards_done"] for record in records]
+    assert done == sorted(done) and done[-1] == 20
+    assert (records[-1]["state"], records[-1]["progress"]["samples_done"]) == ("succeeded", 500)
     files = first.client.get(dataset["links"]["files"]).json()["data"]
     assert {file["name"]: first.client.get(file["url"]).content for file in files} == direct
+
+    # What an operator sees, from the database and the bucket alone.
+    state = status(shared | {"bundles": str(bundle.parent)})
+    processes = {(each["name"], each["role"], each["state"]) for each in state["workers"]}
+    gateways = {("gateway-1", "gateway", "alive"), ("gateway-2", "gateway", "alive")}
+    assert processes == gateways | {("worker-2", "worker", "alive")}
+    assert state["jobs"]["dataset"]["succeeded"] == 1 and state["running_shards"] == 0
+    stored = {"location": storage, "free_bytes": None, "problem": None}
+    assert state["storage"] == stored | {"stored_bytes": sum(map(len, direct.values()))}
+    assert state["database"]["schema"] == state["database"]["newest_known_schema"]
+    assert [each["digest"] for each in state["bundles"]] == [open_bundle(bundle).digest]
 
     # Downloads past a gateway, also of the rest of a file.
     redirect = second.client.get(files[0]["url"])
@@ -136,7 +158,19 @@ def test_gateways_and_workers_make_the_files_of_one_machine(
     assert all(second.client.get(url).status_code == 200 for url in latents.values() if isinstance(url, str))
 
 
-def events(client: httpx.Client, dataset: dict[str, Any]) -> list[str]:
-    """The lines of the event stream of a dataset, until it ends."""
+def events(client: httpx.Client, dataset: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The names and data of the event stream of a dataset, until it ends."""
     with client.stream("GET", dataset["links"]["events"], timeout=300) as stream:
-        return list(stream.iter_lines())
+        fields = [line.partition(": ") for line in stream.iter_lines()]
+    names = [value for name, _, value in fields if name == "event"]
+    records = [json.loads(value) for name, _, value in fields if name == "data"]
+    return list(zip(names, records, strict=True))
+
+
+def status(settings: Mapping[str, str]) -> dict[str, Any]:
+    """What `dermis admin status --json` prints with the settings of a service."""
+    environment = {f"DERMIS_{name.upper()}": value for name, value in settings.items()}
+    result = CliRunner().invoke(app, ["admin", "status", "--json"], env=environment, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    document: dict[str, Any] = json.loads(result.output)
+    return document

@@ -63,6 +63,13 @@ def board_expressions() -> list[str]:
     return [text.replace("$__rate_interval", "5m").replace("$namespace", ".*") for text in texts]
 
 
+def scaler_expression() -> str:
+    """The query by which the component `prometheus-scaler` lets KEDA read the queue depth."""
+    component = yaml.safe_load((ROOT / "k8s/components/prometheus-scaler/kustomization.yaml").read_text())
+    ((operation,), _) = (yaml.safe_load(each["patch"]) for each in component["patches"])
+    return str(operation["value"][0]["metadata"]["query"])
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("observed")
@@ -140,7 +147,7 @@ def test_gpu_memory_is_that_of_used_devices(monkeypatch: pytest.MonkeyPatch) -> 
 def test_alerts_board_and_page_name_the_metrics_that_exist(served: Service) -> None:
     text = served.client.get("/metrics").text
     existing = sample_names(text)
-    expressions = [*(rule["expr"] for rule in rules()), *board_expressions()]
+    expressions = [*(rule["expr"] for rule in rules()), *board_expressions(), scaler_expression()]
     used = {name for expression in expressions for name in NAME.findall(expression)}
     assert used - existing == set()
     listed = re.findall(r"^\| `(dermis_[a-z0-9_]+)", PAGE, re.MULTILINE)
@@ -170,7 +177,8 @@ def test_promtool_accepts_rules_board_and_metrics(served: Service, tmp_path: Pat
     shutil.copy(FOLDER / "rules-test.yaml", tmp_path)
     promtool("check", "rules", "rules.yaml")
     promtool("test", "rules", "rules-test.yaml")
-    recorded = [{"record": f"panel_{number}", "expr": text} for number, text in enumerate(board_expressions())]
+    expressions = [*board_expressions(), scaler_expression()]
+    recorded = [{"record": f"panel_{number}", "expr": text} for number, text in enumerate(expressions)]
     (tmp_path / "board.yaml").write_text(yaml.safe_dump({"groups": [{"name": "board", "rules": recorded}]}))
     promtool("check", "rules", "board.yaml")
     own = "\n".join(

@@ -8,23 +8,24 @@ from typing import Any
 
 import pytest
 
-from dermis.imaging import Images
 from training.loggers import Loggers
 
 
 class KeptLogger:
-    """Keeps curves, and the options that were logged."""
+    """Keeps curves, the names of pictures, and the options that were logged."""
 
     def __init__(self) -> None:
         self.points: list[tuple[dict[str, float], int]] = []
         self.options: dict[str, Any] = {}
+        self.pictures: list[tuple[str, int]] = []
         self.closed = False
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         self.points.append((dict(values), step))
 
-    def image(self, name: str, image: Images, step: int) -> None:
-        pass
+    def image(self, name: str, png: bytes, step: int) -> None:
+        assert png.startswith(b"\x89PNG")
+        self.pictures.append((name, step))
 
     def close(self) -> None:
         self.closed = True

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from dermis.errors import TrainingError
-from dermis.imaging import Images
+from dermis.image_metadata import ImageOrigin
+from dermis.imaging import encode
 from training.loggers import Loggers, check_loggers, open_loggers, without_secrets
 
 SECRET = "s3cr3t-value"
+PICTURE = encode(np.full((8, 8, 3), 200, np.uint8), origin=ImageOrigin("demo"))
 
 
 class Broken:
@@ -27,7 +29,7 @@ class Broken:
         if step >= self.at:
             raise ConnectionError(f"https://me:{SECRET}@mlflow.example/api is down, key {SECRET}\nmore")
 
-    def image(self, name: str, image: Images, step: int) -> None:
+    def image(self, name: str, png: bytes, step: int) -> None:
         self.calls += 1
 
     def close(self) -> None:
@@ -41,7 +43,7 @@ class Kept:
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         self.points.append((dict(values), step))
 
-    def image(self, name: str, image: Images, step: int) -> None:
+    def image(self, name: str, png: bytes, step: int) -> None:
         pass
 
     def close(self) -> None:
@@ -88,7 +90,7 @@ def write_run(name: str, out: Path, step: int) -> None:
     with open_loggers([name], out, step, {"seed": 7, "batch": 16}) as loggers:
         assert loggers
         loggers.scalars({"loss/G": 0.25, "loss/D": 1.5}, step + 10)
-        loggers.image("samples", np.full((8, 8, 3), 200, np.uint8), step + 10)
+        loggers.image("samples", PICTURE, step + 10)
         assert loggers, "no logger has failed"
 
 
@@ -105,7 +107,8 @@ def test_mlflow_run_is_continued_in_the_file_of_the_run_folder(tmp_path: Path, m
         (10, 0.25),
         (20, 0.25),
     ]
-    assert {path.name for path in (tmp_path / "mlflow").rglob("*.png")} == {"000000010.png", "000000020.png"}
+    pictures = {path.name: path.read_bytes() for path in (tmp_path / "mlflow").rglob("*.png")}
+    assert pictures == {"000000010.png": PICTURE, "000000020.png": PICTURE}  # with its metadata
     assert not any(str(tmp_path) in value for value in run.data.tags.values())
 
 
@@ -120,7 +123,7 @@ def test_wandb_writes_offline_without_secrets(tmp_path: Path, monkeypatch: pytes
     files = [path for path in (tmp_path / "wandb").rglob("*") if path.is_file()]
     (run,) = [path.read_bytes() for path in files if path.suffix == ".wandb"]
     assert all(name in run for name in (b"loss/G", b"loss/D", b"samples", b"batch", b"seed"))
-    assert any(path.suffix == ".png" for path in files)
+    assert [path.read_bytes() for path in files if path.suffix == ".png"] == [PICTURE]
     assert not any(SECRET.encode() in path.read_bytes() for path in files)
     kept = (tmp_path / "wandb-run").read_text()
     write_run("wandb", tmp_path, 10)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Unpack
 
@@ -15,18 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis.errors import DataError
+from training.data.attributes import ITA_CLASS, preferred_spellings, value_of
 from training.data.images import load_images
 from training.data.sources import ReadOptions, Record, Source, read_source
-from training.data.splits import group_of, read_split, split_by_patient
-from training.data.tables import value_of
+from training.data.splits import group_of, read_split, read_split_values, split_by_patient
 
 CLASS_NAMES = ("benign", "malignant")
 SHARES: Mapping[str, float] = {"train": 0.65, "validation": 0.15, "test": 0.2}
 UNKNOWN = "unknown"
 AGE_BANDS = ((0, 30), (30, 50), (50, 70), (70, 200))
 ATTRIBUTES = ("source", "sex", "age", "site")
-SKIN_ATTRIBUTES = {"skin_type": "skin_type", "skin_tone": "ita_class"}
-"""Attributes that only some collections have, and their columns. `dermis data prepare` estimates the skin tone."""
+SKIN_ATTRIBUTES = {"skin_type": "skin_type", "skin_tone": ITA_CLASS}
+"""Attributes that only some collections have, and their columns. `dermis data prepare` and `split --skin-tone` estimate the
+skin tone."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,12 @@ def load_real(
     if absent:
         raise DataError(f"{path}: has no {absent[0]} images; a classifier needs images of both classes")
     parts = _parts(source, split, shares, split_seed)
+    if split is not None:
+        source = _with_skin_tones(source, read_split_values(split, ITA_CLASS))
+    spellings = preferred_spellings(value_of(record.row, "source") for record in source.records)
     decoded = {}
     for name, ids in parts.items():
-        part = _part(source.select(ids), size, cache, progress)
+        part = _part(source.select(ids), size, cache, progress, spellings)
         if 0 in part.classes.values():
             raise DataError(f"{path}: the part {name} has {part.classes}; each part needs images of both classes")
         decoded[name] = part
@@ -162,10 +166,23 @@ def _check_groups(source: Source, part_of: Mapping[str, str]) -> None:
             )
 
 
-def _part(source: Source, size: int, cache: Path | None, progress: bool) -> RealPart:
+def _with_skin_tones(source: Source, tones: Mapping[str, str]) -> Source:
+    """The source with the skin tones that a split has, by id, unless it has its own."""
+    records = tuple(
+        replace(record, row={**record.row, ITA_CLASS: tones[record.id]})
+        if tones.get(record.id) and not value_of(record.row, ITA_CLASS)
+        else record
+        for record in source.records
+    )
+    return replace(source, records=records)
+
+
+def _part(source: Source, size: int, cache: Path | None, progress: bool, spellings: Mapping[str, str]) -> RealPart:
+    """Decode one part. spellings: the spelling of each source in lower case."""
     dataset = load_images(source, size, cache=cache, progress=progress)
     to_label = np.array([CLASS_NAMES.index(name) for name in dataset.class_names], dtype=np.int64)
     attributes = {name: tuple(_attribute(record, name) for record in source.records) for name in ATTRIBUTES}
+    attributes["source"] = tuple(spellings.get(value.casefold(), value) for value in attributes["source"])
     for name, column in SKIN_ATTRIBUTES.items():
         values = tuple(value_of(record.row, column) or UNKNOWN for record in source.records)
         if set(values) - {UNKNOWN}:

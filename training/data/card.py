@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from dermis.skin_tone import CLASSES
-from training.data.tables import METADATA_COLUMNS
+from training.data.attributes import METADATA_COLUMNS
 
 
 def data_card(

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dermis.errors import DataError, escape, quote
-from training.data.diagnoses import BENIGN, MALIGNANT, binary_class, is_no, is_yes
+from training.data.diagnoses import BENIGN, MALIGNANT, binary_class, is_no, is_yes, other_malignancy
 
 _NO_CLASS = frozenset({"", "na", "n/a", "nan", "none", "null"})
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9 ._-]+")  # characters that class names in a bundle cannot have
+_LEVELS = " / "  # between the values of an image, from general to specific
 _MAX_LISTED_VALUES = 10
+_MAX_LISTED_IN_NOTE = 5
 _MAX_NAME_LENGTH = 64
 
 
@@ -85,10 +87,35 @@ def class_of(values: Sequence[Sequence[str]], rules: ClassRules) -> tuple[tuple[
     names = _binary_names(counts, rules) if rules.binary else _plain_names(counts, rules)
     origins: Counter[tuple[str, str]] = Counter()
     for row, count in counts.items():
-        origins[" / ".join(dict.fromkeys(filter(None, row))), names[row]] += count
+        origins[_LEVELS.join(dict.fromkeys(filter(None, row))), names[row]] += count
     listed = [ClassOrigin(rules.column, value, name, count) for (value, name), count in origins.items()]
     listed.sort(key=lambda each: (each.class_name == "", each.class_name, -each.count, each.value))
     return tuple(names[tuple(_spaced(value) for value in row)] for row in values), tuple(listed)
+
+
+def benign_but_malignant(origins: Sequence[ClassOrigin]) -> str:
+    """Describe the images of the class benign with another cancer than melanoma or a precursor of one; "" if there are none."""
+    parts = []
+    for kind, text in (("cancer", "another cancer than melanoma"), ("precancer", "a precursor or an uncertain lesion")):
+        counts: Counter[str] = Counter()
+        for origin in origins:
+            if origin.class_name == BENIGN and other_malignancy(origin.value) == kind:
+                counts[_most_specific(origin.value)] += origin.count
+        if counts:
+            listed = ", ".join(
+                f"{quote(value)} ({count:,})" for value, count in counts.most_common(_MAX_LISTED_IN_NOTE)
+            )
+            more = f" and {len(counts) - _MAX_LISTED_IN_NOTE} more" if len(counts) > _MAX_LISTED_IN_NOTE else ""
+            parts.append(f"{counts.total():,} images of {text}: {listed}{more}")
+    if not parts:
+        return ""
+    return f"the class benign has {'; and '.join(parts)}. Leave such images out with --map VALUE= and --skip-unlabelled"
+
+
+def _most_specific(value: str) -> str:
+    """The last level of a diagnosis, without the columns that repeat all levels ("Malignant::...")."""
+    levels = value.split(_LEVELS)
+    return next((level for level in reversed(levels) if "::" not in level), levels[-1])
 
 
 def contradiction(classes: Sequence[str], diagnoses: Sequence[str]) -> list[int]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dermis.artefacts import NAMES, Artefacts
+from training.data.attributes import value_of
 from training.data.sources import Record
 
 MIN_IMAGES = 20
@@ -58,7 +59,7 @@ def mine_concepts(
         positives: dict[tuple[str, str], list[Record]] = defaultdict(list)
         negatives: dict[tuple[str, str], list[Record]] = defaultdict(list)
         for record, scores in zip(records, artefacts, strict=True):
-            group = record.row.get("source", ""), record.class_name
+            group = value_of(record.row, "source").casefold(), record.class_name
             (positives if name in scores.present else negatives)[group].append(record)
         shown = [
             (group, i) for group in sorted(positives) for i in range(min(len(positives[group]), len(negatives[group])))

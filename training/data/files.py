@@ -226,8 +226,12 @@ def list_files(path: Path) -> Listing:
     return Listing(path, images, tables, archives, ignored, tuple(empty))
 
 
-def list_members(archive: ImageFile) -> dict[str, ImageFile]:
+def list_members(archive: ImageFile, *, tables: bool = False) -> dict[str, ImageFile]:
     """List the images inside a zip, tar or Parquet file of a folder by their names in it.
+
+    Args:
+        archive: The file.
+        tables: List the tables instead, which only a zip can have.
 
     Raises:
         DataError: It cannot be read.
@@ -236,6 +240,8 @@ def list_members(archive: ImageFile) -> dict[str, ImageFile]:
     if archive.member:
         raise DataError(f"{path / archive.member}: an archive inside a zip is not read; unpack it")
     try:
+        if tables and path.suffix != ".zip":
+            return {}
         if path.suffix == ".parquet":
             import pyarrow.parquet as pq
 
@@ -251,7 +257,8 @@ def list_members(archive: ImageFile) -> dict[str, ImageFile]:
     members: dict[str, ImageFile] = {}
     for name in names:
         plain = _member_path(name)
-        if has_image_suffix(plain) and not _is_system(plain):
+        wanted = plain.lower().endswith(TABLE_SUFFIXES) if tables else has_image_suffix(plain)
+        if wanted and not _is_system(plain):
             if plain in members:
                 raise DataError(f"{path}: has two files {escape(plain)}; pack it again with one of them")
             members[plain] = ImageFile(path, name)

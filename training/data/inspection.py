@@ -8,11 +8,11 @@ import multiprocessing
 import os
 import signal
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,17 +23,18 @@ from dermis.errors import DataError
 from dermis.files import atomic_write
 from dermis.image_reading import read_training_image
 from dermis.imaging import encode
-from dermis.skin_tone import CLASSES, skin_tone_of, tone_class
+from dermis.skin_tone import CLASSES, skin_tone, skin_tone_of, tone_class
 from training.data.artefacts import Summary, artefact_sheet, summarise
+from training.data.attributes import ITA, ITA_CLASS, METADATA_COLUMNS, preferred_spellings, value_of
 from training.data.images import BROKEN_IMAGE
 from training.data.sources import Record, Source
 from training.data.splits import write_rows
-from training.data.tables import METADATA_COLUMNS, value_of
 
 CHECKED = ("patient_id", "lesion_id", *METADATA_COLUMNS)
 _MIN_IMAGES_FOR_PROCESSES = 64  # for fewer images, starting processes takes longer than the measurement
 _NO_CLASS = "(no class)"
 _Measured = tuple[tuple[int, int], Artefacts, float | None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def inspect_source(source: Source, *, workers: int | None = None, progress: bool
     sizes: Counter[tuple[int, int]] = Counter()
     broken: list[tuple[str, str]] = []
     with_images = () if source.layout == "table" else records
-    for record, result in zip(with_images, _measure_all(with_images, workers, progress), strict=True):
+    for record, result in zip(with_images, _measure_all(with_images, workers, progress, _measure), strict=True):
         if isinstance(result, str):
             broken.append((record.id, result))
         else:
@@ -77,7 +78,9 @@ def inspect_source(source: Source, *, workers: int | None = None, progress: bool
             artefacts.append(result[1])
             skin_tones.append(result[2])
     classes = Counter(map(_class, records))
-    origins = [record.row.get("source", "") or "(unknown)" for record in opened]
+    named = [value_of(record.row, "source") for record in opened]
+    spellings = preferred_spellings(named)
+    origins = [spellings[name.casefold()] or "(unknown)" for name in named]
     return Inspection(
         source,
         {name: classes[name] for name in sorted(classes)},
@@ -90,6 +93,37 @@ def inspect_source(source: Source, *, workers: int | None = None, progress: bool
         summarise(artefacts, origins) if len(set(origins)) > 1 else None,
         tuple(broken),
     )
+
+
+def with_skin_tones(
+    source: Source, *, workers: int | None = None, progress: bool = True
+) -> tuple[Source, tuple[tuple[str, str], ...]]:
+    """Estimate the skin tone of each image, and add it to its metadata as the columns `ita` and `ita_class`.
+
+    Images that have these columns already, as in a prepared set, are not opened.
+
+    Returns:
+        The source with the columns, and id and reason of each image that cannot be opened. Its columns are empty, as are those
+        of an image without visible skin.
+
+    Raises:
+        DataError: The source is a table without images.
+    """
+    if source.layout == "table":
+        raise DataError(f"{source.path}: has no images, so their skin tones cannot be estimated; leave out --skin-tone")
+    unknown = [record for record in source.records if not value_of(record.row, ITA_CLASS)]
+    tones = dict(zip((r.id for r in unknown), _measure_all(unknown, workers, progress, _tone), strict=True))
+    records, broken = [], []
+    for record in source.records:
+        angle = tones.get(record.id)
+        if isinstance(angle, str):
+            broken.append((record.id, angle))
+            angle = None
+        known = {} if record.id not in tones else {ITA: "", ITA_CLASS: ""}
+        if angle is not None:
+            known = {ITA: f"{angle:.1f}", ITA_CLASS: tone_class(angle)}
+        records.append(replace(record, row={**record.row, **known}))
+    return replace(source, records=tuple(records)), tuple(broken)
 
 
 def attribute_counts(inspection: Inspection) -> dict[str, dict[str, dict[str, int]]]:
@@ -140,18 +174,20 @@ def write_inspection(inspection: Inspection, out: Path) -> None:
         raise DataError(f"{out}: cannot be written ({error.strerror})") from error
 
 
-def _measure_all(records: Sequence[Record], workers: int | None, progress: bool) -> list[_Measured | str]:
+def _measure_all(
+    records: Sequence[Record], workers: int | None, progress: bool, measure: Callable[[Record], T]
+) -> list[T]:
     show = functools.partial(tqdm, desc="inspecting", total=len(records), disable=not progress, unit="img")
     workers = workers or os.cpu_count() or 1
     # Without the metadata, which the other processes do not need.
     bare = [Record(record.id, "", "", "", record.image, {}) for record in records]
     if workers == 1 or len(records) < _MIN_IMAGES_FOR_PROCESSES:
-        return list(show(map(_measure, bare)))
+        return list(show(map(measure, bare)))
     # Spawned, not forked, as this process can have threads. Only this process handles Ctrl-C.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
     try:
-        return list(show(pool.map(_measure, bare, chunksize=16)))
+        return list(show(pool.map(measure, bare, chunksize=16)))
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -165,6 +201,14 @@ def _measure(record: Record) -> _Measured | str:
     rgb = working_size(pixels)
     frame = frame_mask(rgb)
     return (pixels.shape[1], pixels.shape[0]), artefacts_of(rgb, frame), skin_tone_of(rgb, frame)
+
+
+def _tone(record: Record) -> float | str | None:
+    """The individual typology angle of one image, None without visible skin, or the reason why it cannot be opened."""
+    try:
+        return skin_tone(_pixels(record))
+    except BROKEN_IMAGE as error:
+        return " ".join(str(error).split())
 
 
 def _pixels(record: Record) -> NDArray[np.uint8]:

@@ -24,13 +24,12 @@ from dermis.errors import DataError
 from dermis.files import atomic_write
 from dermis.image_reading import ImageError, read_training_image
 from dermis.skin_tone import skin_tone, tone_class
+from training.data.attributes import ITA, ITA_CLASS, METADATA_COLUMNS, value_of
 from training.data.card import data_card
 from training.data.images import BROKEN_IMAGE, DECODER_VERSION, in_threads
 from training.data.sources import Record, Source
-from training.data.tables import METADATA_COLUMNS, csv_text, value_of
+from training.data.tables import csv_text
 
-ITA, ITA_CLASS = "ita", "ita_class"
-"""Columns of the individual typology angle, in degrees, and of its class, which are estimated from the image."""
 COLUMNS = (
     "file_name", "isic_id", "class", "label", "patient_id", "lesion_id", *METADATA_COLUMNS, ITA, ITA_CLASS, "source",
 )  # fmt: skip

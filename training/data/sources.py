@@ -15,7 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, TypedDict, get_args
 
 from dermis.errors import DataError, escape, quote
-from training.data.class_names import ClassOrigin, ClassRules, class_of
+from training.data.attributes import value_of
+from training.data.class_names import ClassOrigin, ClassRules, benign_but_malignant, class_of
 from training.data.files import (
     ARCHIVE,
     BROKEN_LINK,
@@ -36,7 +37,7 @@ from training.data.folders import (
     why_no_class_folders,
     wrapper,
 )
-from training.data.related_tables import JoinedTable, join_related_tables
+from training.data.related_tables import JoinedTable, add_metadata, is_supplement_of, join_related_tables
 from training.data.tables import (
     ID_COLUMNS,
     Table,
@@ -47,7 +48,6 @@ from training.data.tables import (
     read_grid,
     read_image_names,
     read_table,
-    value_of,
 )
 
 Layout = Literal["isic", "imagefolder", "stylegan", "table"]
@@ -176,6 +176,7 @@ class _Options:
             count_images=None
             if listing is None
             else lambda names: sum(bool(listing.find(name)) for name in names if name),
+            complete=lambda grid: add_metadata(grid, file, listing),
         )
 
 
@@ -240,9 +241,18 @@ def _with_table(path: Path, file: Path | ImageFile, listing: Listing, options: _
     if generated or not listing.images:
         # The images of a generated data set, or of HAM10000 in its original form, are in archives next to the table.
         members: dict[str, ImageFile] = {}
+        tables: dict[str, ImageFile] = {}
         for archive in listing.archives.values():
             members.update(list_members(archive))
-        listing = replace(listing, images={**listing.images, **members}, files=listing.file_count, _index={})
+            if not generated:  # ISIC 2024 has a table among the images
+                tables.update(list_members(archive, tables=True))
+        listing = replace(
+            listing,
+            images={**listing.images, **members},
+            tables={**tables, **listing.tables},
+            files=listing.file_count,
+            _index={},
+        )
     table = options.table(file, listing)
     main = file if isinstance(file, ImageFile) else ImageFile(file.resolve())
     table_folder = _folder_in(path, main)
@@ -313,8 +323,7 @@ def _of_table(
     repeated = [name for name, count in Counter(record.id for record in records).items() if count > 1]
     if repeated:
         raise DataError(f"{table.file}: {escape(repeated[0])} is in more than one row; keep one of them")
-    notes = [table.note] if table.note else []
-    notes += joined.notes
+    notes = [*table.notes, *joined.notes]
     if elsewhere:
         name, file = elsewhere[0]
         notes.append(
@@ -381,6 +390,7 @@ def _find_table(path: Path, listing: Listing, class_column: str | None) -> Image
     chosen = at_top or candidates
     if len(chosen) > 1 and listing.images:
         chosen = {name: file for name, file in chosen.items() if _names_images(file, listing)} or chosen
+    chosen = {name: file for name, file in chosen.items() if not any(is_supplement_of(name, each) for each in chosen)}
     if len(chosen) > 1:
         raise DataError(f"{path}: {' and '.join(sorted(chosen))} both have classes; choose one with --metadata")
     if not at_top and chosen and listing.images and not _names_images(next(iter(chosen.values())), listing):
@@ -546,6 +556,8 @@ def _report(
     notes: Sequence[str],
     not_listed: tuple[str, ...] = (),
 ) -> SourceReport:
+    if cancers := benign_but_malignant(origins):
+        notes = [*notes, cancers]
     if listing is None:
         return SourceReport(recognised, origins=origins, notes=tuple(notes))
     texts = tuple(name for name, why in listing.ignored.items() if why == NOT_AN_IMAGE)

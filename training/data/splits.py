@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from dermis.errors import DataError
 from dermis.files import atomic_write
 from training.data.sources import SPLIT, Record, Source
-from training.data.tables import ID_COLUMNS, csv_text, find_column, read_image_names
+from training.data.tables import ID_COLUMNS, csv_text, find_column, read_grid, read_image_names
 
 TRAIN_VALIDATION: Mapping[str, float] = {"train": 0.8, "validation": 0.2}
 TRAIN_VALIDATION_TEST: Mapping[str, float] = {"train": 0.7, "validation": 0.1, "test": 0.2}
@@ -332,6 +332,21 @@ def read_split(folder: Path) -> dict[str, str]:
                 raise DataError(f"{folder}: {record_id} is in both {parts[record_id]} and {name}")
             parts[record_id] = name
     return parts
+
+
+def read_split_values(folder: Path, column: str) -> dict[str, str]:
+    """Read the values of a column by id, from a folder that `write_split` wrote. Parts without the column have none.
+
+    Raises:
+        DataError: The folder has no split.
+    """
+    values: dict[str, str] = {}
+    for name in dict.fromkeys(read_split(folder).values()):
+        grid = read_grid(folder / f"{name}.csv")
+        id_column = find_column(grid.header, ID_COLUMNS)
+        if id_column is not None and column in grid.header:
+            values |= dict(zip(grid.column(id_column), grid.column(column), strict=True))
+    return values
 
 
 def _summary(part: SplitPart, whole: SplitPart) -> dict[str, Any]:

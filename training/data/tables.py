@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from dermis.errors import DataError, escape, quote
+from training.data.attributes import GROUP_COLUMNS, ONE_HOT_COLUMNS, SYNONYMS, TWO_OF_2017, is_one_hot
 from training.data.class_names import ClassOrigin, ClassRules, class_of, contradiction
 from training.data.diagnoses import binary_class, is_no, is_yes
 from training.data.files import TABLE_SUFFIXES, ImageFile, plain_id
@@ -35,34 +36,10 @@ CLASS_COLUMNS = (
     "target", "benign_malignant", "malignant", "diagnosis_1", "class", "label", "dx", "diagnosis", "diagnostic", "disease",
     "iddx_1", "melanoma",
 )  # fmt: skip
-ONE_HOT_COLUMNS = ("MEL", "NV", "BCC", "AK", "AKIEC", "BKL", "DF", "VASC", "SCC", "UNK")
-TWO_OF_2017 = ("melanoma", "seborrheic_keratosis")  # neither is a nevus
 
-# Columns with the same meaning under different names.
-METADATA_COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "diagnosis": (
-        "diagnosis", "dx", "diagnosis_3", "diagnosis_2", "diagnosis_1", "diagnostic", "disease", "iddx_full", "iddx_3",
-        "iddx_2", "iddx_1",
-    ),
-    "age_approx": ("age_approx", "age", "age_approximate"),
-    "sex": ("sex", "gender"),
-    "anatom_site": (
-        "anatom_site", "anatom_site_general_challenge", "anatom_site_general", "anatom_site_1", "localization", "location",
-        "region",
-    ),
-    "skin_type": (
-        "skin_type", "fitzpatrick_skin_type", "fitzpatrick_scale", "fitzpatrick", "fitzpatrick_type", "fitspatrick",
-        "skin_tone",
-    ),
-}  # fmt: skip
-GROUP_COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "patient_id": ("patient_id", "patient", "patientid", "patient_uid", "subject_id", "subject"),
-    "lesion_id": ("lesion_id", "lesion", "lesionid", "lesion_uid", "case_num", "case_id", "group_id"),
-}
 _RIGHTS = ("copyright_license", "attribution", "source")
-_SYNONYMS: Mapping[str, tuple[str, ...]] = {**METADATA_COLUMNS, **GROUP_COLUMNS}
 _KNOWN = {
-    *ID_COLUMNS, *CLASS_COLUMNS, *TWO_OF_2017, *_RIGHTS, *(name for names in _SYNONYMS.values() for name in names),
+    *ID_COLUMNS, *CLASS_COLUMNS, *TWO_OF_2017, *_RIGHTS, *(name for names in SYNONYMS.values() for name in names),
 }  # fmt: skip
 _DETAILED = re.compile(r"(?:diagnosis|iddx)_[1-9]")  # matches columns of the Archive from general (1) to specific
 # In these columns 0 and 1, or false and true, mean benign and malignant. In other columns they are names of classes.
@@ -72,19 +49,13 @@ _TRUTH_COLUMNS = frozenset(
 _BINARY_COLUMNS = ("target", "melanoma", "is_melanoma", "dx", "diagnosis", "diagnostic", "disease", "class", "label")
 # Columns of diagnoses, which are compared with the classes of another column.
 _DIAGNOSIS_COLUMNS = ("iddx_full", "diagnosis_3", "diagnosis", "dx", "diagnostic", "disease")
-_NO_VALUE = frozenset({"", "na", "n/a", "nan", "none", "null", "unknown", "-"})
-# DDI has groups of two Fitzpatrick types. In Fitzpatrick17k -1 is no type.
-_SKIN_TYPES = {
-    **{str(number): name for number, name in enumerate(("I", "II", "III", "IV", "V", "VI"), 1)},
-    "12": "I-II", "34": "III-IV", "56": "V-VI", "-1": "",
-}  # fmt: skip
 _ISIC_NAME = re.compile(r"ISIC_\d{3,}(?:_downsampled)?(?:\.\w+)?", re.IGNORECASE)
 _EXCEL_TEXT = re.compile(r'^="(.*)"$')  # a form of cells by which Excel keeps the leading zeros of ids
 _HEADERLESS = ("image", "target")
 _BEGINNING_BYTES = 1 << 16
 _MAX_BYTES = 512 << 20  # of a table, decompressed; that of SLICE-3D has less than half
 _MAX_COLUMNS = 10_000
-_MAX_CELLS = 50_000_000  # SLICE-3D has 22 million
+MAX_CELLS = 50_000_000  # SLICE-3D has 22 million
 _PIECE = 1 << 20
 
 
@@ -99,9 +70,10 @@ class Table:
     ids: tuple[str, ...]  # names without folders and suffixes
     classes: tuple[str, ...]  # "" for a row without a class
     rows: tuple[dict[str, str], ...]
+    own_columns: tuple[str, ...]  # without those that were added from other tables
     kind: str = ""  # name of the known data set, such as "ISIC 2018 task 3"; "" if it is not known
     origins: tuple[ClassOrigin, ...] = ()  # how values became classes
-    note: str = ""  # message to the user about the classes
+    notes: tuple[str, ...] = ()  # messages to the user
 
 
 @dataclass(frozen=True)
@@ -112,6 +84,12 @@ class Grid:
     cells: tuple[tuple[str, ...], ...]  # one tuple for each row, as long as the header
     first_row: int  # line number of the first row in the file: 2 after a header
     has_header: bool = True
+    added_columns: int = 0  # the last columns, which are from other tables
+
+    @property
+    def own_header(self) -> tuple[str, ...]:
+        """The columns of the file itself."""
+        return self.header[: len(self.header) - self.added_columns]
 
     def column(self, name: str) -> list[str]:
         i = self.header.index(name)
@@ -126,6 +104,7 @@ def read_table(
     image_column: str | None = None,
     mapping: Mapping[str, str] | None = None,
     count_images: Callable[[Sequence[str]], int] | None = None,
+    complete: Callable[[Grid], tuple[Grid, tuple[str, ...]]] | None = None,
 ) -> Table:
     """Read a table with one row for each image.
 
@@ -140,12 +119,15 @@ def read_table(
         image_column: Column that names the images; by default, the one of ID_COLUMNS that names most images.
         mapping: Classes by value; takes precedence over all other rules.
         count_images: Counts the names that are images; None if there are no images to compare with.
+        complete: Adds the columns of other tables, and returns notes for the user.
 
     Raises:
         DataError: The table is not valid; the message names the file and the column, row or value.
     """
     where = file.path / file.member if isinstance(file, ImageFile) else file
-    grid = read_grid(file)
+    grid, notes = read_grid(file), ()
+    if complete is not None:
+        grid, notes = complete(grid)
     id_column, names, ids = _images(where, grid, image_column, count_images)
     column = None if class_column is None else _named(where, grid, class_column, "--class-column")
     used, values = _values(where, grid, column, binary)
@@ -155,12 +137,12 @@ def read_table(
     has_truth_values = used in _TRUTH_COLUMNS
     rules = ClassRules(where, used, binary=binary, has_truth_values=has_truth_values, mapping=mapping or {})
     classes, origins = class_of(values, rules)
-    note = ""
     if binary and used in ("target", "label", "class", "benign_malignant", "malignant"):
         note = _compare(where, grid, names, classes, used, class_column is not None)
+        notes = (note, *notes) if note else notes
     rows = tuple(dict(zip(grid.header, row, strict=True)) for row in grid.cells)
     kind = table_kind(grid.header, named=grid.has_header)
-    return Table(where, id_column, used, tuple(names), tuple(ids), classes, rows, kind, origins, note)
+    return Table(where, id_column, used, tuple(names), tuple(ids), classes, rows, grid.own_header, kind, origins, notes)
 
 
 def read_image_names(file: Path, image_column: str | None = None) -> tuple[list[str], list[str]]:
@@ -195,7 +177,7 @@ def has_images(header: Sequence[str]) -> bool:
 
 
 def has_classes(header: Sequence[str]) -> bool:
-    return find_column(header, CLASS_COLUMNS) is not None or _is_one_hot(header)
+    return find_column(header, CLASS_COLUMNS) is not None or is_one_hot(header)
 
 
 def table_kind(header: Sequence[str], *, named: bool = True) -> str:
@@ -214,6 +196,8 @@ def table_kind(header: Sequence[str], *, named: bool = True) -> str:
         ("ISIC 2017 part 3", {"image_id", *TWO_OF_2017}),
         ("ISIC 2020", {"image_name", "target", "benign_malignant"}),
         ("ISIC 2024 (SLICE-3D)", {"isic_id", "target", "iddx_full"}),
+        ("ISIC 2024 (SLICE-3D)", {"isic_id", "malignant", "iddx_full"}),
+        ("ISIC 2024 (SLICE-3D)", {"isic_id", "tbp_tile_type"}),
         ("HAM10000", {"lesion_id", "image_id", "dx"}),
         ("BCN20000", {"bcn_filename", "diagnosis"}),
         ("PAD-UFES-20", {"img_id", "diagnostic"}),
@@ -223,48 +207,6 @@ def table_kind(header: Sequence[str], *, named: bool = True) -> str:
         ("ISIC Archive", {"isic_id", "diagnosis_1"}),
     )
     return next((name for name, needed in known if needed <= columns), "")
-
-
-def value_of(row: Mapping[str, str], name: str) -> str:
-    """Value of a row in a column with this name or another name of the same meaning; "" if missing or unknown.
-
-    A skin type is written as a Roman numeral, or as a range of two, in place of the numbers of most tables.
-    """
-    for column in _SYNONYMS.get(name, (name,)):
-        value = row.get(column, "").strip()
-        if name == "skin_type":
-            value = _skin_type(value)
-        if value.lower() not in _NO_VALUE:
-            return value
-    return _diagnosis_of_classes(row) if name == "diagnosis" else ""
-
-
-def _diagnosis_of_classes(row: Mapping[str, str]) -> str:
-    """The diagnosis in tables that have it in the columns of the classes: one-hot, and the labels of Fitzpatrick17k."""
-    if "three_partition_label" in row:
-        return row.get("label", "").strip()
-    if _is_one_hot(tuple(row)):
-        hot = [name for name in ONE_HOT_COLUMNS if _is_hot(row.get(name, ""))]
-        return hot[0].lower() if hot and hot[0] != "UNK" else ""
-    if set(TWO_OF_2017) <= row.keys():
-        return next((name.replace("_", " ") for name in TWO_OF_2017 if is_yes(row[name])), "nevus")
-    return ""
-
-
-def _is_hot(value: str) -> bool:
-    try:
-        return float(value.replace(",", ".") or 0) > 0.5
-    except ValueError:
-        return False
-
-
-def _skin_type(value: str) -> str:
-    """A Fitzpatrick type as "I" to "VI", or two as "I-II"; another text, such as a name of a skin tone, as it is."""
-    plain = re.sub(r"^(?:fitzpatrick|skin|fst|type|[\s_])+", "", value, flags=re.IGNORECASE)
-    known = _SKIN_TYPES.get(plain.removesuffix(".0"))
-    if known is not None:
-        return known
-    return plain.upper() if plain.upper() in _SKIN_TYPES.values() else value
 
 
 def read_grid(file: Path | ImageFile, max_rows: int | None = None) -> Grid:
@@ -295,7 +237,7 @@ def read_grid(file: Path | ImageFile, max_rows: int | None = None) -> Grid:
                     f"{where}: line {reader.line_num} has {len(row):,} columns, more than {_MAX_COLUMNS:,}; "
                     "keep the needed ones in a copy"
                 )
-            if count > _MAX_CELLS:
+            if count > MAX_CELLS:
                 raise _too_many_cells(where)
             if any(cell.strip() for cell in row):
                 rows.append((reader.line_num, [_EXCEL_TEXT.sub(r"\1", cell.strip()) for cell in row]))
@@ -309,7 +251,7 @@ def read_grid(file: Path | ImageFile, max_rows: int | None = None) -> Grid:
     _, first = rows[0]
     has_header = not _has_no_header(first)
     header, body = (_header(first), rows[1:]) if has_header else (list(_HEADERLESS), rows)
-    if len(header) * len(body) > _MAX_CELLS:  # short rows are filled up
+    if len(header) * len(body) > MAX_CELLS:  # short rows are filled up
         raise _too_many_cells(where)
     cells = []
     for number, row in body:
@@ -323,7 +265,7 @@ def read_grid(file: Path | ImageFile, max_rows: int | None = None) -> Grid:
 
 
 def _too_many_cells(where: Path) -> DataError:
-    return DataError(f"{where}: has more than {_MAX_CELLS:,} cells; keep the needed columns in a copy")
+    return DataError(f"{where}: has more than {MAX_CELLS:,} cells; keep the needed columns in a copy")
 
 
 def _read(file: Path | ImageFile, where: Path, *, beginning: bool) -> bytes:
@@ -412,7 +354,7 @@ def _id_column(
 ) -> str:
     if image_column is not None:
         return _named(where, grid, image_column, "--image-column")
-    known = [name for name in ID_COLUMNS if name in grid.header]
+    known = [name for name in ID_COLUMNS if name in grid.own_header]
     if not known:
         hint = ""
         if count_images is not None and grid.cells:
@@ -444,7 +386,7 @@ def _values(where: Path, grid: Grid, column: str | None, binary: bool) -> tuple[
             return f"{detailed[0]} to {detailed[-1]}", list(paths)
         if set(TWO_OF_2017) <= set(header):
             return TWO_OF_2017[0], [(value,) for value in grid.column(TWO_OF_2017[0])]
-        if "target" not in header and _is_one_hot(header):
+        if "target" not in header and is_one_hot(header):
             return "MEL, NV, ...", [(code,) for code in _one_hot(where, grid)]
         chosen = find_column(header, _BINARY_COLUMNS) or next(iter(detailed), None)
         if chosen is None:
@@ -454,9 +396,11 @@ def _values(where: Path, grid: Grid, column: str | None, binary: bool) -> tuple[
         return chosen, [(value,) for value in grid.column(chosen)]
     if set(TWO_OF_2017) <= set(header):
         return ", ".join(TWO_OF_2017), [(name,) for name in _two_of_2017(where, grid)]
-    chosen = find_column(header, CLASS_COLUMNS)
+    one_hot = is_one_hot(header)
+    chosen = find_column(grid.own_header, CLASS_COLUMNS)
+    if chosen is None and not one_hot:
+        chosen = find_column(header, CLASS_COLUMNS)
     if chosen is None:
-        one_hot = _is_one_hot(header)
         return (
             ("MEL, NV, ...", [(code,) for code in _one_hot(where, grid)])
             if one_hot
@@ -465,15 +409,11 @@ def _values(where: Path, grid: Grid, column: str | None, binary: bool) -> tuple[
     return chosen, [(value,) for value in grid.column(chosen)]
 
 
-def _is_one_hot(columns: Sequence[str]) -> bool:
-    return "MEL" in columns and "NV" in columns
-
-
 def _named_one_hot(grid: Grid) -> list[str]:
     """The class of each row if all columns except ids are named after classes, as in tables of Roboflow; otherwise empty."""
     ids = {*ID_COLUMNS, *(name for group in GROUP_COLUMNS.values() for name in group)}
-    names = [name for name in grid.header if name not in ids]
-    if len(names) < 2 or _is_one_hot(names) or set(names) == {*TWO_OF_2017} or not all(map(binary_class, names)):
+    names = [name for name in grid.own_header if name not in ids]
+    if len(names) < 2 or is_one_hot(names) or set(names) == {*TWO_OF_2017} or not all(map(binary_class, names)):
         return []
     rows = list(zip(*(grid.column(name) for name in names), strict=True))
     if not all(all(is_yes(value) or is_no(value) for value in row) and sum(map(is_yes, row)) == 1 for row in rows):

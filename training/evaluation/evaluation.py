@@ -17,6 +17,7 @@ from dermis.bundle import Bundle, amend_bundle, load_generator, trained_on
 from dermis.devices import resolve_device
 from dermis.errors import DataError
 from dermis.features import FeatureExtractor
+from dermis.image_metadata import origin_of
 from dermis.metrics.intervals import LEVEL
 from dermis.metrics.path_length import PerceptualDistance, Sampling, path_lengths
 from dermis.metrics.perceptual import feature_distance, lpips
@@ -263,4 +264,4 @@ def _page(
         even=UNSELECTED,
     )
     samples = {name: draw.samples(label, GRID) for label, name in classes.items()}
-    return report_page(bundle.name, metrics, bundle.class_names, samples, closest, even, interpolations)
+    return report_page(origin_of(bundle), metrics, bundle.class_names, samples, closest, even, interpolations)

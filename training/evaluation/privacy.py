@@ -26,10 +26,10 @@ from dermis.privacy.generator_attacks import Logits, discriminator_scores, optim
 from dermis.privacy.power import PLANTED_SHARE
 from dermis.privacy.questions import Attribute
 from dermis.synthesizer import Synthesizer
+from training.data.attributes import value_of
 from training.data.embedding import embed_array, progress_bar
 from training.data.images import ImageDataset
 from training.data.sources import MANIFEST, Record
-from training.data.tables import value_of
 from training.evaluation.copies import recompressed
 from training.evaluation.features import labels_in_proportion, real_features
 from training.evaluation.holdout import check_holdout, groups_of

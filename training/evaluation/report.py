@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from dermis.errors import DermisError
 from dermis.files import atomic_write
 from dermis.html_page import Section, html_page, picture, table
+from dermis.image_metadata import ImageOrigin
 from dermis.imaging import Images, as_rgb, contact_sheet
 from training.evaluation.pictures import STEPS, Match
 from training.evaluation.table import copies, held_out_text, path_length_text, space_tables
@@ -54,7 +56,7 @@ def write_report(folder: Path, page: str) -> Path:
 
 
 def report_page(
-    name: str,
+    origin: ImageOrigin,
     metrics: Mapping[str, Any],
     class_names: Sequence[str],
     samples: Mapping[str, Images],
@@ -65,7 +67,7 @@ def report_page(
     """Make the page.
 
     Args:
-        name: Name of the bundle.
+        origin: The bundle, which the files of the pictures name.
         metrics: metrics.json in version 2.
         class_names: Names of the classes; empty without classes.
         samples: Generated images by caption.
@@ -99,7 +101,7 @@ to the last: 0 for a copy, near 1 if no {kind} image is much nearer than the oth
 whether the first one shows the same lesion.</p>
 """
     return html_page(
-        f"Evaluation of {name}",
+        f"Evaluation of {origin.generator}",
         [
             Section("numbers", "Numbers", numbers),
             Section(
@@ -111,25 +113,25 @@ whether the first one shows the same lesion.</p>
                 "samples",
                 "Samples",
                 '<p class="note">The first samples of the seed, not selected.</p>\n'
-                + "".join(_sheet(caption, images, COLUMNS, scale) for caption, images in samples.items()),
+                + "".join(_sheet(caption, images, COLUMNS, scale, origin) for caption, images in samples.items()),
             ),
             Section(
                 "like-copies",
                 "Most like a copy",
-                like_copies + "".join(_match(match, class_names, scale, kind) for match in closest),
+                like_copies + "".join(_match(match, class_names, scale, kind, origin) for match in closest),
             ),
             Section(
                 "others",
                 f"Nearest {kind} images of other samples",
                 '<p class="note">Samples at equal intervals among all generated ones, not selected.</p>\n'
-                + "".join(_match(match, class_names, scale, kind) for match in unselected),
+                + "".join(_match(match, class_names, scale, kind, origin) for match in unselected),
             ),
             Section(
                 "interpolations",
                 "Interpolations",
                 '<p class="note">Straight lines in w between two samples. The images of a generator that has learnt the '
                 "distribution change smoothly; those of one that memorises jump from one training image to the next.</p>\n"
-                + "".join(_sheet(caption, images, STEPS, scale) for caption, images in interpolations.items()),
+                + "".join(_sheet(caption, images, STEPS, scale, origin) for caption, images in interpolations.items()),
             ),
         ],
         warnings=[
@@ -145,16 +147,17 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     return table([head[0] or "measure", *head[1:]], body, classes="sortable numbers")
 
 
-def _match(match: Match, class_names: Sequence[str], scale: int, kind: str) -> str:
+def _match(match: Match, class_names: Sequence[str], scale: int, kind: str, origin: ImageOrigin) -> str:
     gap = np.full((match.image.shape[0], 4, 3), 255, dtype=np.uint8)
     row = np.concatenate([as_rgb(match.image[None])[0], gap, *as_rgb(match.neighbours)], axis=1)
     distances = ", ".join(f"{d:.2f}" for d in match.distances)
     of_class = f" of {html.escape(class_names[match.label])}" if class_names else ""
     alt = f"sample {match.sample} and its nearest {kind} images"
-    return f"""<figure>{picture(row, alt, width=row.shape[1] * scale)}<figcaption>sample {match.sample}{of_class}, distance
+    shown = picture(row, alt, width=row.shape[1] * scale, origin=replace(origin, source_type="compositeSynthetic"))
+    return f"""<figure>{shown}<figcaption>sample {match.sample}{of_class}, distance
 ratio {match.distance_ratio:.2f}<br>distances {distances}</figcaption></figure>"""
 
 
-def _sheet(caption: str, images: Images, columns: int, scale: int) -> str:
+def _sheet(caption: str, images: Images, columns: int, scale: int, origin: ImageOrigin) -> str:
     sheet = contact_sheet(as_rgb(images), columns)
-    return f"<h3>{html.escape(caption)}</h3>{picture(sheet, caption, width=sheet.shape[1] * scale)}"
+    return f"<h3>{html.escape(caption)}</h3>{picture(sheet, caption, width=sheet.shape[1] * scale, origin=origin)}"

@@ -16,7 +16,6 @@ import torch
 from tqdm import tqdm
 
 from dermis.errors import TrainingError
-from dermis.imaging import Images
 from dermis.networks import Generator as GeneratorNetwork
 from training.checkpoint import checkpoint_path, locked
 from training.data.images import ImageDataset
@@ -35,7 +34,7 @@ NOT_PUBLIC = (
     "--from: with --dp the first weights must not have been trained on private images, since epsilon does not cover them; if "
     "they were trained on public images only, add --dp-public-start"
 )
-Snapshot = Callable[[Path, GanState], Images | None]
+Snapshot = Callable[[Path, GanState], bytes | None]
 """Called with the run folder and the state; it returns a grid of samples, uint8 [H, W, 3], if it has made one."""
 
 
@@ -108,9 +107,9 @@ def train(
         divergence_check = DivergenceCheck(checkpoint)
 
         def snapshot() -> None:
-            grid = on_snapshot(out, state) if on_snapshot is not None else None
-            if grid is not None:
-                logged.image("samples", grid, state.progress.nimg)
+            png = on_snapshot(out, state) if on_snapshot is not None else None
+            if png is not None:
+                logged.image("samples", png, state.progress.nimg)
 
         def save() -> None:
             if ranks.first:

@@ -49,7 +49,7 @@ def write_snapshot(
     *,
     with_discriminator: bool = False,
     measurements: Measurements | None = None,
-) -> Callable[[Path, GanState], Images]:
+) -> Callable[[Path, GanState], bytes]:
     """Return the callback of `train`: it writes samples-<kimg>.png and, after the first step, `bundle`, and returns the grid.
 
     Args:
@@ -93,21 +93,22 @@ def write_snapshot(
             replace=True,
         )
 
-    def write(out: Path, state: GanState) -> Images:
+    def write(out: Path, state: GanState) -> bytes:
         progress = state.progress
         grid = contact_sheet(sample_grid(state.G_ema, device), columns=GRID)
         made_by = ImageOrigin(origin.name, licence=origin.licence, attribution=origin.attribution)
-        write_file(out / f"samples-{progress.nimg // 1000:06d}.png", encode(grid, origin=made_by))
+        png = encode(grid, origin=made_by)
+        write_file(out / f"samples-{progress.nimg // 1000:06d}.png", png)
         picture = encode(grid, "webp", 75, made_by)  # a twentieth of the PNG's size, to keep the bundle small
         if progress.nimg == 0:
-            return grid
+            return png
         bundle(out / "bundle", state, picture, {})
         if measurements is not None and measurements.due(out, progress, config.total_kimg):
             metrics, best = measurements.record(out, progress, out / "bundle")
             bundle(out / "bundle", state, picture, metrics)
             if best:
                 bundle(out / "best", state, picture, metrics)
-        return grid
+        return png
 
     return write
 

@@ -206,3 +206,13 @@ def test_ctrl_c_prints_how_to_continue(gateway: FakeGateway, tmp_path: Path, sta
     again = f"dermis-client datasets {'wait' if stage == 'waiting' else 'download'} {identifier}"
     assert program.returncode == 130
     assert again in err and "Traceback" not in err
+
+
+def test_repeated_requests_are_on_stderr_and_unknown_choices_are_refused(gateway: FakeGateway, run: Run) -> None:
+    gateway.faults = [Fault("GET /v1/models", status=503)]
+    status, out, err = run("models")
+    assert status == 0 and "demo" in out and err.startswith("GET /v1/models: attempt 2 of 4 follows in ")
+    for option, choices in (("--keep", "all, agreeing"), ("--gate", "min_distance"), ("--on-reject", "resample")):
+        status, _, err = run(*CREATE, option, "other")
+        assert status == 2 and f"Invalid value for '{option}'" in err and choices.split(", ")[0] in err
+    assert not gateway.requests("POST")

@@ -24,7 +24,6 @@ from dermis_client import (
     DermisClient,
     InvalidRequestError,
     errors,
-    resources,
 )
 from dermis_client._cli_text import format_report
 from dermis_client.resources import dataset_flows
@@ -71,15 +70,16 @@ def test_async_client_creates_downloads_and_deletes_dataset(gateway: FakeGateway
     assert dermis_client.verify(tmp_path)
 
 
-RESOURCES = [
-    "datasets", "images", "classifications", "authenticity", "embeddings", "edits", "projections", "models", "webhooks",
-]  # fmt: skip
+_CLIENTS = (DermisClient("http://localhost"), AsyncDermisClient("http://localhost"))
+TWINS = [
+    (dermis_client.Dataset, dermis_client.AsyncDataset),
+    (DermisClient, AsyncDermisClient),
+    *((type(ours), type(getattr(_CLIENTS[1], name))) for name, ours in vars(_CLIENTS[0]).items() if name[0] != "_"),
+]
 
 
-@pytest.mark.parametrize("name", ["Dataset", "DermisClient", *(name.capitalize() for name in RESOURCES)])
-def test_both_clients_have_the_same_methods_and_arguments(name: str) -> None:
-    module = dermis_client if hasattr(dermis_client, f"Async{name}") else getattr(resources, name.lower())
-    sync, twin = getattr(module, name), getattr(module, f"Async{name}")
+@pytest.mark.parametrize(("sync", "twin"), TWINS, ids=lambda kind: kind.__name__)
+def test_both_clients_have_the_same_methods_and_arguments(sync: type, twin: type) -> None:
     methods = {n for n, m in vars(sync).items() if inspect.isfunction(m) and not n.startswith("_")}
     assert methods == {n for n, m in vars(twin).items() if inspect.isfunction(m) and not n.startswith("_")}
     for method in methods | {"__init__"}:
@@ -274,6 +274,23 @@ def test_images_have_class_seed_and_index(gateway: FakeGateway, tmp_path: Any) -
         gateway.faults = [Fault("POST /v1/images", status=200, body=bad)]
         with pytest.raises(errors.IntegrityError, match="SHA-256"):
             client.images.generate({"a": 1})
+
+
+def test_pixels_are_decoded_from_image_files_of_an_earlier_service(gateway: FakeGateway) -> None:
+    classes = {"malignant": 2, "benign": 1}
+    with DermisClient(gateway.url) as client:
+        pixels = client.images.generate_pixels(classes, seed=1, start_index=10, noise_mode="const")
+        assert gateway.requests("POST /v1/images")[0]["accept"] == "application/x-npz, application/json;q=0.5"
+        images = client.images.generate(classes, seed=1, start_index=10)
+        assert [(item.class_name, item.seed, item.index) for item in pixels.data] == [
+            ("malignant", 1, 10), ("malignant", 1, 11), ("benign", 1, 12),
+        ]  # fmt: skip
+        assert (pixels.model, pixels.width, pixels.height, len(pixels)) == (images.model, 8, 8, 3)
+        assert pixels.content == b"".join(image.tobytes() for image in images.images)
+        assert [pixels.image(i).tobytes() for i in range(3)] == [image.tobytes() for image in images.images]
+        gateway.change = lambda answer: answer | {"data": []}
+        with pytest.raises(errors.APIResponseError, match="images of one size"):
+            client.images.generate_pixels({"benign": 1})
 
 
 # Waiting

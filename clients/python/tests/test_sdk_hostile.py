@@ -30,6 +30,7 @@ CALLS: dict[str, tuple[str, Call]] = {
     "list": ("GET /v1/datasets", lambda client, _: list(client.datasets.list())),
     "create": ("POST /v1/datasets", lambda client, _: client.datasets.create({"benign": 1})),
     "images": ("POST /v1/images", lambda client, _: client.images.generate({"benign": 1})),
+    "pixels": ("POST /v1/images", lambda client, _: client.images.generate_pixels({"benign": 1})),
     "files": ("GET .*/files$", lambda client, folder: client.datasets.download(newest(client), folder)),
     "file": ("GET .*/images.zip", lambda client, folder: client.datasets.download(newest(client), folder)),
     "events": ("GET .*/events", lambda client, _: list(client.datasets.events(newest(client)))),
@@ -285,6 +286,70 @@ def test_an_archive_of_another_kind_of_compression_is_refused(tmp_path: Path) ->
     with pytest.raises(errors.IntegrityError):
         extract_images(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["images.zip"]
+
+
+def npz(members: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+def npy(header: str, data: bytes) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + data
+
+
+def header(shape: str, dtype: str = "|u1", fortran_order: bool = False) -> str:
+    return f"{{'descr': '{dtype}', 'fortran_order': {fortran_order}, 'shape': {shape}}}"
+
+
+PIXELS = {
+    "metadata.json": b'{"model": {"name": "m", "digest": "d"}, "data": [{"class": "benign", "seed": 0, "index": 0}]}',
+    "images.xmp": b"<x/>",
+    "images.npy": npy(header("(1, 2, 2, 3)"), bytes(range(12))),
+}
+
+
+@pytest.mark.parametrize(
+    ("body", "error", "message"),
+    [
+        (npz(PIXELS)[:-30], errors.IntegrityError, "incomplete or damaged"),
+        (npz(PIXELS).replace(bytes(range(12)), bytes(12)), errors.IntegrityError, "incomplete or damaged .*CRC"),
+        (b"", errors.IntegrityError, "incomplete or damaged"),
+        (npz(PIXELS, zipfile.ZIP_DEFLATED), errors.APIResponseError, "compressed"),
+        (npz({**PIXELS, "metadata.json": b"{}"}), errors.APIResponseError, "model"),
+        (npz({"metadata.json": PIXELS["metadata.json"]}), errors.APIResponseError, "has no images.xmp"),
+        *(
+            (npz({**PIXELS, "images.npy": array}), errors.APIResponseError, message)
+            for array, message in [
+                (b"", "NumPy's format"),
+                (PIXELS["images.npy"][:-1], "11 bytes of pixels"),
+                (PIXELS["images.npy"] + b"x", "13 bytes of pixels"),
+                (npy(header("(2, 2, 1, 3)"), bytes(12)), "2 images, and 1 class"),
+                (npy(header("(1, 2, 2, 3)", "|O"), bytes(12)), "uint8"),
+                (npy(header("(1, 2, 2, 3)", "|u1", True), bytes(12)), "uint8"),
+                (npy(header("(1, 2, 2, 3)") + "+1", bytes(12)), "uint8"),
+                (npy("(" * 9000, bytes(12)), "uint8"),
+                (npy(header("(1, 3, 4)"), bytes(12)), "not .images, height, width, 3."),
+                (npy(header("(1, -2, -2, 3)"), bytes(12)), "not .images, height, width, 3."),
+                (npy(header(f"(1, {10**9}, {10**9}, 3)"), bytes(12)), "images of"),
+                (npy(header("'\x1b[2J' * 3"), bytes(12)), "uint8"),
+            ]
+        ),
+    ],
+)
+def test_pixels_that_are_damaged_or_of_another_form_are_refused(
+    gateway: FakeGateway, body: bytes, error: type[errors.DermisError], message: str
+) -> None:
+    with DermisClient(gateway.url) as client:
+        answer = partial(Fault, "POST /v1/images", status=200, media_type="application/x-npz")
+        gateway.faults = [answer(body=npz(PIXELS))]
+        assert client.images.generate_pixels({"benign": 1}).content == bytes(range(12))
+        gateway.faults = [answer(body=body)]
+        with pytest.raises(error, match=message) as caught:
+            client.images.generate_pixels({"benign": 1})
+        assert str(caught.value).isprintable()
 
 
 def test_image_with_huge_dimensions_is_not_decoded(gateway: FakeGateway) -> None:

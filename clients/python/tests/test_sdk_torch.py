@@ -17,10 +17,12 @@ from PIL import Image
 
 pytest.importorskip("torch", reason="torch is not installed")
 
+import torch
 from dermis_client.errors import APIConnectionError, IntegrityError, InvalidRequestError, ServerError
 from dermis_client.images import ImagesResult
 from dermis_client.models import ModelRef, Problem
-from dermis_client.torch import SyntheticDataset, SyntheticIterable
+from dermis_client.pixels import pixels_of
+from dermis_client.torch import SyntheticDataset, SyntheticIterable, to_tensor
 from torch.utils.data import DataLoader
 
 SHARES = {"benign": 3.0, "malignant": 1.0}
@@ -65,10 +67,18 @@ class FakeClient:
             raise APIConnectionError("no answer")
         names = [name for name, count in classes.items() for _ in range(count)]
         images = [
-            SimpleNamespace(class_name=name, image=Image.new("RGB", (1, 1), (index % 256, index // 256, seed)))
+            SimpleNamespace(
+                class_name=name,
+                seed=seed,
+                index=index,
+                image=Image.new("RGB", (1, 1), (index % 256, index // 256, seed)),
+            )
             for index, name in enumerate(names, start_index)
         ]
         return self._answer("generate", start_index, images)
+
+    def generate_pixels(self, classes: Mapping[str, int], **options: Any) -> Any:
+        return pixels_of(self.generate(classes, **options))
 
     def check_generated(self, classes: Mapping[str, int], *, start_index: int, **_: Any) -> Any:
         verdicts = [
@@ -120,6 +130,29 @@ def test_samples_that_are_not_authentic_are_left_out() -> None:
     ]
     with pytest.raises(InvalidRequestError, match="noise_mode: only_authentic"):
         stream(only_authentic=True, noise_mode="const")
+
+
+class FilesClient(FakeClient):
+    """A client that must not be asked for pixels."""
+
+    def generate_pixels(self, classes: Mapping[str, int], **options: Any) -> Any:
+        raise AssertionError
+
+
+def test_items_are_tensors_of_the_pixels_or_of_image_files() -> None:
+    items = list(stream(samples=8, transform=None))
+    image, _ = items[0]
+    assert (image.dtype, image.shape, image.is_contiguous()) == (torch.float32, (3, 1, 1), True)
+    indices = [round(float(image[0] * 255)) for image, _ in items]
+    assert [(index, label) for index, (_, label) in zip(indices, items, strict=True)] == list(stream(samples=8))
+    every = Image.frombytes("RGB", (128, 2), bytes(value for value in range(256) for _ in range(3)))
+    expected = torch.arange(256, dtype=torch.uint8).reshape(2, 128).float().div_(255)
+    assert torch.equal(to_tensor(every), expected.expand(3, 2, 128))  # the values of ToTensor, bit for bit
+    for option in ({"image_format": "jpeg"}, {"image_quality": 80}, {"provenance": {"c2pa": True}}):
+        files = list(stream(samples=8, transform=None, client=FilesClient, **option))
+        assert all(torch.equal(one, other) for (one, _), (other, _) in zip(files, items, strict=True))
+    with pytest.raises(AssertionError):
+        list(stream(samples=8, client=FilesClient, image_format=None))
 
 
 def test_errors_reach_the_training() -> None:

@@ -35,7 +35,7 @@ from dermis_client.studies import NewInvitation, StudyImages
 from dermis_studio import markup, scales, snippets, sources
 from dermis_studio.app import _name_numbers, number_refused
 from dermis_studio.pages import classify, embedding_map, map_points, models, strips, studies, study_view
-from dermis_studio.samples import SampleRef, words_of
+from dermis_studio.samples import SampleRef, enlarged, words_of
 from dermis_studio.sources import SourceFields
 from PIL import Image
 
@@ -433,6 +433,33 @@ def test_thumbnails_are_in_the_order_of_the_points() -> None:
     for column, row, channel in ((1, 0, 0), (2, 0, 1), (3, 0, 2), (4, 1, 0)):
         pixel = image.getpixel((int((column + 0.5) * side), int((row + 0.5) * side)))
         assert isinstance(pixel, tuple) and pixel[channel] > 200 and sum(pixel) < 400, (column, row)
+
+
+def generated(index: int) -> EditedImage:
+    """An image of the service with the part of its XMP that sheets look at."""
+    xmp = b'<a Iptc4xmpExt:DigitalSourceType="http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"/>'
+    content = encoded(Image.new("RGB", (8, 8), (index, 0, 0)), "WEBP", xmp=xmp, lossless=True)
+    row = {"sample": 0, "strength": index, "media_type": "image/webp", "sha256": "0" * 64}
+    return EditedImage.model_validate(row | {"b64": base64.b64encode(content).decode()})
+
+
+def test_pictures_that_can_be_saved_say_that_they_are_synthetic() -> None:
+    term = b"digitalsourcetype/trainedAlgorithmicMedia"
+    images = [generated(index) for index in range(3)]
+    links = re.findall(r'download="([^"]+)" href="data:[^,]+,([^"]+)"', strips.drawn(images, "age"))
+    saved = {name: base64.b64decode(data) for name, data in links}
+    with Image.open(io.BytesIO(saved["age.png"])) as strip:
+        assert strip.size == (28, 8) and term in strip.info["xmp"] and strip.getpixel((20, 0)) == (2, 0, 0)
+    assert term in saved["age.webp"]
+    shown = enlarged(images[0].content, "image/webp", "an image", "")
+    pictures = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', shown)]
+    assert pictures and all(term in data for data in pictures)
+    own = map_points.thumbnail(Image.new("RGB", (64, 64), "red"))
+    for others, expected in (([], term), ([own], b"digitalsourcetype/compositeSynthetic")):
+        sheet = map_points._sheet([map_points.thumbnail(images[0].image), *others])
+        assert sheet is not None and expected in base64.b64decode(sheet.partition(",")[2])
+    plain = map_points._sheet([own])
+    assert plain is not None and b"digitalsourcetype" not in base64.b64decode(plain.partition(",")[2])
 
 
 def test_chart_of_distances_ends_at_the_last_step() -> None:

@@ -213,7 +213,7 @@ def _picture(
     count = len(strengths)
     if media_type == _GIF:
         frames = [contact_sheet(images[place::count], columns=8, padding=0) for place in range(count)]
-        return animation(np.stack([*frames, *frames[-2:0:-1]]), body.frame_ms)
+        return animation(np.stack([*frames, *frames[-2:0:-1]]), body.frame_ms, _origin_of_sheet(body, bundle))
     image_format = next(name for name, kind in MEDIA_TYPES.items() if kind == media_type)
     single = len(images) == 1
     sheet = images[0] if single else contact_sheet(images, columns=count if count > 1 else 8)

@@ -16,16 +16,18 @@ from starlette.responses import Response
 from dermis.bundle import Bundle
 from dermis.dataset.request import classes_of
 from dermis.errors import RequestError
-from dermis.image_metadata import ImageOrigin, origin_of
+from dermis.image_metadata import SOURCE_TYPE_PREFIX, ImageOrigin, origin_of, png_texts
 from dermis.imaging import MEDIA_TYPES, ImageFormat, contact_sheet
 from dermis.latents import MAX_INDEX
+from dermis.pixel_archive import MEDIA_TYPE as PIXELS
+from dermis.pixel_archive import pixel_archive
 from services.gateway.auth.authentication import requires
 from services.gateway.auth.principal import Principal
 from services.gateway.dependencies import ContextDep, choose_media_type, model_header, read_model, served_bundle
 from services.gateway.openapi import GENERATION_PROBLEMS, content, headers, json_body, problems
 from services.gateway.sampling import Encode, check_classes, check_cutoff, check_edits, encoder, generate_within_limits
 from services.gateway.schemas.common import model_ref
-from services.gateway.schemas.images import ImagesRequest, Sample, SampleList
+from services.gateway.schemas.images import ImagesRequest, PixelMetadata, PixelSample, Sample, SampleList
 from services.inference.samples import Image, Options, Samples, pack_rows
 
 router = APIRouter(prefix="/v1/images", tags=["images"])
@@ -43,8 +45,8 @@ _IMAGE_TYPES = tuple(MEDIA_TYPES.values())
     responses={
         200: {
             "description": "JSON with every image; if the Accept header prefers an image, the image itself, or a contact sheet "
-            "of several images.",
-            "content": content(*_IMAGE_TYPES),
+            f"of several images; if it prefers {PIXELS}, the pixels and labels of all images as arrays of NumPy.",
+            "content": content(*_IMAGE_TYPES, PIXELS),
             "headers": headers("X-Dermis-Model"),
         },
         **problems(*GENERATION_PROBLEMS),
@@ -54,9 +56,12 @@ async def generate_images(request: Request, context: ContextDep, principal: _Sen
     """Generate images of a seed's sequence. The same request returns the same images."""
     body = await read_model(request, ImagesRequest)
     preferred = MEDIA_TYPES[body.image_format]
-    offers = ["application/json", preferred, *(kind for kind in _IMAGE_TYPES if kind != preferred)]
+    offers = ["application/json", preferred, *(kind for kind in _IMAGE_TYPES if kind != preferred), PIXELS]
     media_type = choose_media_type(request, offers)
     encode_image = encoder(context, body.provenance)
+    if media_type == PIXELS and body.provenance is not None and body.provenance.c2pa:
+        message = f"{PIXELS} has no signed images; leave the option out, or accept another media type"
+        raise RequestError("provenance.c2pa", message, "invalid-request")
     bundle = await served_bundle(context, principal, body.model)
     names = class_of_each(body, bundle, context.settings.max_images)
     rows = rows_of(body, bundle, names)
@@ -64,6 +69,9 @@ async def generate_images(request: Request, context: ContextDep, principal: _Sen
         context, request, principal, bundle, len(names), lambda: context.inference.generator.images(rows)
     )
     response_headers = model_header(bundle) | {"Vary": "Accept"}
+    if media_type == PIXELS:
+        data = await asyncio.to_thread(pixels_response, body, bundle, names, images)
+        return Response(data, media_type=PIXELS, headers=response_headers)
     if media_type != "application/json":
         image_format = next(name for name, kind in MEDIA_TYPES.items() if kind == media_type)
         data = await asyncio.to_thread(_one_image, body, bundle, images, image_format, encode_image)
@@ -120,6 +128,29 @@ def _one_image(
     sheet = images[0] if len(images) == 1 else contact_sheet(np.stack(images))
     origin = _origin(body, bundle, body.start_index if len(images) == 1 else None)
     return encode_image(sheet, image_format, body.image_quality, origin).data
+
+
+def pixels_response(body: ImagesRequest, bundle: Bundle, names: Sequence[str], images: Sequence[Image]) -> bytes:
+    """The images of a call as an archive of pixels.
+
+    Args:
+        body: The request.
+        bundle: The model.
+        names: Class of each sample.
+        images: The images.
+    """
+    origin, class_names = _origin(body, bundle, None), list(classes_of(bundle))
+    metadata = PixelMetadata(
+        model=model_ref(bundle),
+        class_names=class_names,
+        digital_source_type=SOURCE_TYPE_PREFIX + origin.source_type,
+        description=png_texts(origin)["Description"],
+        data=[
+            PixelSample(**{"class": name}, seed=body.seed, index=body.start_index + i) for i, name in enumerate(names)
+        ],
+    )
+    labels = [class_names.index(name) for name in names]
+    return pixel_archive(images, labels, metadata.model_dump_json(by_alias=True).encode(), origin)
 
 
 def _origin(body: ImagesRequest, bundle: Bundle, index: int | None) -> ImageOrigin:

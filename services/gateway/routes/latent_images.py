@@ -158,7 +158,7 @@ async def _answer(
 
     def encoded() -> bytes:
         if media_type == _GIF:
-            return animation(np.concatenate([images, images[-2:0:-1]]), body.frame_ms)
+            return animation(np.concatenate([images, images[-2:0:-1]]), body.frame_ms, origin)
         if media_type != _JSON:
             image_format = next(name for name, kind in MEDIA_TYPES.items() if kind == media_type)
             sheet = images[0] if len(images) == 1 else contact_sheet(images, columns=_COLUMNS)

@@ -58,6 +58,27 @@ class Sample(ResponseBody):
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
 
+class PixelSample(ResponseBody):
+    """One generated image of an archive of pixels."""
+
+    class_: str = Field(alias="class", serialization_alias="class")
+    seed: int
+    index: int
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+
+class PixelMetadata(ResponseBody):
+    """`metadata.json` of an archive of pixels. Entry i of `data` describes image i and its label."""
+
+    object: Literal["list"] = "list"
+    model: ModelRef
+    class_names: list[str] = Field(description="The classes of the model, by label.")
+    digital_source_type: str = Field(description="IPTC's term for how the images were made.")
+    description: str = Field(description="The same in words.")
+    data: list[PixelSample]
+
+
 class SampleList(ResponseBody):
     """The images of one call."""
 

@@ -13,24 +13,24 @@ import numpy as np
 import pytest
 import torch
 from dermis_client import DermisClient
-from dermis_client.images import ImagesResult
-from dermis_client.models import ModelRef
+from dermis_client.pixels import PixelsResult, read_pixels
 from dermis_client.torch import SyntheticIterable
-from PIL import Image
 from torch.utils.data import DataLoader
 
 from benchmarks.components import free_port
-from dermis.bundle import amend_bundle, open_bundle
+from dermis.authenticity.checker import Checker
+from dermis.bundle import Bundle, amend_bundle, open_bundle
 from dermis.bundle.directions import Direction
 from dermis.dataset.torch import GeneratedDataset
 from dermis.directions.fit import oriented
 from dermis.errors import BundleError, RequestError
 from dermis.synthesizer import Synthesizer
 from launched_service import Launched
-from services.gateway.routes.images import class_of_each, rows_of
+from services.gateway.routes.images import class_of_each, pixels_response, rows_of
 from services.gateway.schemas.images import ImagesRequest
 from services.inference.samples import generate_rows
 from tiny import make_bundle
+from tiny_index import make_complete_bundle
 
 SHARES = {"malignant": 1.0, "benign": 3.0}  # not in the order of the bundle
 OPTIONS: dict[str, Any] = {"samples": 40, "seed": 5, "chunk": 16, "truncation_psi": 0.8, "edits": {"axis": 0.5}}
@@ -62,17 +62,13 @@ class ServiceCode:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def generate(self, classes: dict[str, int], **options: Any) -> ImagesResult:
+    def generate_pixels(self, classes: dict[str, int], **options: Any) -> PixelsResult:
         edits = [{"direction": name, "strength": strength} for name, strength in options.pop("edits").items()]
         body = ImagesRequest.model_validate({"classes": classes, "edits": edits, **options})
         names = class_of_each(body, self.bundle, 64)
         with Synthesizer(self.bundle, threads=1) as synthesizer:
             images = list(generate_rows({self.bundle.digest: synthesizer}, rows_of(body, self.bundle, names)))
-        data = [
-            SimpleNamespace(class_name=name, image=Image.fromarray(image))
-            for name, image in zip(names, images, strict=True)
-        ]
-        return ImagesResult.model_construct(model=ModelRef(name="tiny", digest=self.bundle.digest), data=data)
+        return read_pixels(pixels_response(body, self.bundle, names, images))
 
 
 def test_samples_are_those_of_the_code_of_the_service_bit_for_bit(bundle: str) -> None:
@@ -116,6 +112,66 @@ def test_ranks_share_the_samples_and_a_copy_has_the_same(bundle: str) -> None:
     assert same(list(pickle.loads(pickle.dumps(parts[1]))), ranks[1])
 
 
+def test_interrupted_stream_continues_also_with_a_state_of_the_client(
+    bundle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = GeneratedDataset(bundle, SHARES, **OPTIONS)
+    whole = list(data)
+    samples = iter(data)
+    begun = [next(samples) for _ in range(19)]
+    state = data.state_dict()
+    assert state["chunks"] == 1 and state["offset"] == 3
+    data.load_state_dict(state)
+    assert same(begun + list(data), whole) and same(list(data), whole), "the iteration after it begins again"
+    client: Any = partial(ServiceCode, bundle)
+    remote = SyntheticIterable(SHARES, **OPTIONS, client=client, prefetch=1)
+    remote.load_state_dict(state)
+    assert same(begun + list(remote), whole)
+    assert remote.state_dict() == data.state_dict()
+    with pytest.raises(RequestError, match="state: is of another bundle"):
+        data.load_state_dict({**state, "digest": state["digest"] + 1})
+    with pytest.raises(RequestError, match="state: is not a state"):
+        data.load_state_dict({"epoch": 0})
+
+    with monkeypatch.context() as worker:
+        worker.setattr("dermis.dataset.torch.get_worker_info", lambda: SimpleNamespace(id=0, num_workers=2))
+        next(iter(data))
+        assert data.state_dict()["offset"] == 1
+    with pytest.raises(RequestError, match="num_workers: .*StatefulDataLoader"):
+        data.state_dict()
+    next(iter(data))
+    assert data.state_dict()["offset"] == 1
+
+
+@pytest.fixture(scope="module")
+def indexed(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle whose training images are near to every fourth sample of the stream."""
+    root = tmp_path_factory.mktemp("indexed")
+    with Synthesizer(make_bundle(root / "plain" / "tiny"), threads=1) as synthesizer:
+        generated = synthesizer.images([0] * 24, list(range(24)), [0] * 24)
+    others = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
+    return make_complete_bundle(root, np.concatenate([generated[::4], others]))
+
+
+def test_gate_leaves_out_copies_of_training_images(indexed: Bundle) -> None:
+    options: dict[str, Any] = {"samples": 24, "chunk": 8}
+    everything = list(GeneratedDataset(indexed.location, {"benign": 1}, **options))
+    gated = GeneratedDataset(indexed.location, {"benign": 1}, **options, gate="min_distance", percentile=0)
+    kept = list(gated)
+    with Checker(indexed, device="cpu", threads=1) as checker:
+        images = [image.permute(1, 2, 0).mul(255).round().byte().numpy() for image, _ in everything]
+        distances = checker.check(images).distances
+    assert indexed.authenticity is not None
+    assert len(kept) == int((distances >= indexed.authenticity.radii[0]).sum()) and 0 < len(kept) <= 18
+    assert all(any(torch.equal(image, other) for other, _ in everything) for image, _ in kept)
+    with pytest.raises(TypeError, match="gate"):
+        len(gated)
+    samples = iter(gated)
+    begun = [next(samples) for _ in range(3)]
+    gated.load_state_dict(gated.state_dict())
+    assert same(begun + list(gated), kept)
+
+
 @pytest.mark.full
 def test_spawned_workers_generate_each_sample_once_also_after_this_process_has(bundle: str) -> None:
     data = GeneratedDataset(bundle, SHARES, **OPTIONS)
@@ -140,6 +196,9 @@ def test_spawned_workers_generate_each_sample_once_also_after_this_process_has(b
         ({"benign": 1}, {"samples": 0}, "samples: must be at least 1"),
         ({"benign": 1}, {"seed": -1}, "seed: must be 0 to"),
         ({"benign": 1}, {"edits": {"nose": 1}}, "nose"),
+        ({"benign": 1}, {"gate": "authentic"}, "gate: the bundle has no index"),
+        ({"benign": 1}, {"gate": "near"}, 'gate: "near" is none of'),
+        ({"benign": 1}, {"percentile": 101}, "percentile: must be 0 to 100"),
         ({"benign": 1}, {"noise_mode": "loud"}, '"loud" is none of const, random, none'),
     ],
 )

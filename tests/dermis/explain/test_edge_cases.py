@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 import tiny_classifier
@@ -149,6 +150,9 @@ def test_edge_cases_command_lists_only_held_out_parts(tmp_path: Path, monkeypatc
         assert f"ISIC_{int(row['id'][-7:]) ^ 1:07d}" not in row["neighbours"].split("; ")
     result = run.invoke(app, f"{base} --generator bundle --generate 20 --out drawn".split())
     assert result.exit_code == 0, (result.output, result.exception)
+    assert Image.open("real/edge-cases.png").info.get("xmp") is None
+    xmp = Image.open("drawn/edge-cases.png").info["xmp"]
+    assert b"digitalsourcetype/trainedAlgorithmicMedia" in xmp and b"AISystemUsed" in xmp
     rows = rows_of("drawn/edge-cases.csv")
     assert all(row["id"] == f"GEN_0_{int(row['index']):08d}" for row in rows)
     for wrong, what in (

@@ -172,7 +172,10 @@ def test_page_holds_its_data_and_loads_no_other_resource() -> None:
 def test_page_labels_generated_images_and_limits_thumbnails() -> None:
     embedded = some_embedded()
     generated = embedded.select(np.arange(0, 30, 2))
-    assert "generated" in a_page(generated)[1]["warning"]
+    _, data, *_ = a_page(generated)
+    assert "generated" in data["warning"]
+    with Image.open(io.BytesIO(base64.b64decode(data["sprite"].partition(",")[2]))) as picture:
+        assert b"digitalsourcetype/trainedAlgorithmicMedia" in picture.info["xmp"]
     with pytest.raises(DataError, match="16 do; give fewer images or --thumbnail 1638"):
         sprite(np.broadcast_to(np.uint8(0), (17, 2048, 2048, 3)))
 
@@ -184,6 +187,7 @@ def test_tensorboard_files_hold_same_embedding(tmp_path: Path) -> None:
     header, *rows = [line.split("\t") for line in (tmp_path / "metadata.tsv").read_text().splitlines()]
     assert [row[header.index("id")] for row in rows] == [item.id for item in embedded.items]
     assert {len(row) for row in rows} == {len(header)}
+    assert b"digitalsourcetype/compositeSynthetic" in Image.open(tmp_path / "sprite.png").info["xmp"]
     picture = np.asarray(Image.open(tmp_path / "sprite.png"))
     assert (picture[8:16, 0:8] == embedded.thumbnails[6]).all()  # six columns
     tensorboard = pytest.importorskip("tensorboard.plugins.projector.projector_config_pb2")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from dermis.errors import SignatureError
 from dermis.image_metadata import ImageOrigin
 from dermis.imaging import MEDIA_TYPES, ImageFormat, decode, encode
 from dermis.provenance.c2pa import ImageSigner, ImageVerifier
-from dermis.provenance.canonical import canonical
+from dermis.provenance.canonical import canonical, canonical_sha256
 from signers import TestSigner, make_signer
 
 c2pa = pytest.importorskip("c2pa", reason="c2pa-python is not installed")
@@ -48,6 +49,39 @@ def test_signing_adds_a_manifest_and_changes_nothing_else(
     assert action["action"] == "c2pa.created"
     assert action["digitalSourceType"].endswith("/digitalsourcetype/trainedAlgorithmicMedia")
     assert manifest["claim_generator_info"][0]["name"] == "dermis"
+    # Licence and attribution are where viewers that do not know dermis look: the metadata assertion of the CAWG.
+    (metadata,) = (each["data"] for each in manifest["assertions"] if each["label"] == "cawg.metadata")
+    assert metadata["dc:rights"] == "Licence: CC-BY-NC-4.0. Attribution: HAM10000"
+    assert metadata["@context"]["dc"] == "http://purl.org/dc/elements/1.1/"
+    assert {each["label"].split(".")[0] for each in manifest["assertions"]} == {"c2pa", "cawg"}  # registered namespaces
+
+
+@pytest.mark.parametrize(
+    ("label", "data", "known"),
+    [
+        ("dermis.image-origin", {"bundle": "ab" * 32, "seed": 7}, True),  # of former versions
+        ("cawg.metadata", {"@context": {"dermis": "urn:dermis:image-origin:1/"}, "dermis:seed": 7}, True),
+        ("cawg.metadata", {"@context": {"dermis": "https://other.example/"}, "dermis:seed": 7}, False),
+        ("com.litware.origin", {"seed": 7, "canonical_sha256": "0" * 64}, False),
+    ],
+)
+def test_origin_is_read_from_this_and_former_versions_only(
+    signers: dict[str, TestSigner], monkeypatch: pytest.MonkeyPatch, label: str, data: dict[str, Any], known: bool
+) -> None:
+    plain = encode(PIXELS, "png", 95, ORIGIN)
+    data = dict(data)
+    if known:
+        data["dermis:canonical_sha256" if "@context" in data else "canonical_sha256"] = canonical_sha256(plain)
+    kind = {"kind": "Json"} if "@context" in data else {}
+    action = {"action": "c2pa.created", "digitalSourceType": "http://c2pa.org/digitalsourcetype/empty"}
+    assertions = [{"label": "c2pa.actions.v2", "data": {"actions": [action]}}, {"label": label, "data": data, **kind}]
+    definition = {"claim_generator_info": [{"name": "other", "version": "1"}], "assertions": assertions}
+    signer = ImageSigner(signers["Clinic"].certificate, signers["Clinic"].key)
+    monkeypatch.setattr("dermis.provenance.c2pa._definition", lambda origin, sha256: definition)
+    signed = signer.sign(plain, "png", ORIGIN)
+    result = ImageVerifier([signers["Clinic"].authority]).verify(signed)
+    assert result.state == "signed" and (result.origin is not None) == known
+    assert not known or (result.origin is not None and result.origin["seed"] == 7)
 
 
 @pytest.mark.parametrize("image_format", FORMATS)

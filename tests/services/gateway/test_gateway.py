@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from dermis_client import DatasetReport
 from PIL import Image
@@ -324,6 +325,31 @@ def test_images_have_requested_media_type(served: Service) -> None:
     two = post(None, classes={"benign": 1, "malignant": 1}).json()["data"]
     assert [(one["class"], one["index"]) for one in two] == [("benign", 0), ("malignant", 1)]
     assert two[1]["sha256"] == later.json()["data"][0]["sha256"]
+
+
+def test_pixels_are_those_of_the_png_files(served: Service) -> None:
+    body = {"classes": {"malignant": 2, "benign": 1}, "seed": 3, "start_index": 4, "truncation_psi": 0.7}
+    files = served.client.post("/v1/images", json=body).json()
+    answer = served.client.post(
+        "/v1/images", json=body, headers={"Accept": "application/x-npz, application/json;q=0.5"}
+    )
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "application/x-npz")
+    assert answer.headers["x-dermis-model"] == f"tiny@{files['model']['digest']}" and answer.headers["vary"] == "Accept"
+    archive = np.load(io.BytesIO(answer.content), allow_pickle=False)
+    pictures = [Image.open(io.BytesIO(base64.b64decode(one["b64"]))) for one in files["data"]]
+    assert np.array_equal(archive["images"], np.stack([np.asarray(picture) for picture in pictures]))
+    metadata = json.loads(archive["metadata.json"])
+    names = ("class", "seed", "index")
+    assert metadata["data"] == [{name: one[name] for name in names} for one in files["data"]]
+    assert [metadata["class_names"][label] for label in archive["labels"]] == ["malignant", "malignant", "benign"]
+    assert metadata["model"] == files["model"]
+    assert metadata["digital_source_type"].endswith("/trainedAlgorithmicMedia")
+    assert b"trainedAlgorithmicMedia" in archive["images.xmp"] and b'dermis:seed="3"' in archive["images.xmp"]
+    npz = {"Accept": "application/x-npz"}
+    problem(served.client.post("/v1/images", json={"classes": {"benign": 9}}, headers=npz), 422, "request-too-large")
+    for accept in ("*/*", "application/*"):
+        answer = served.client.post("/v1/images", json=body, headers={"Accept": accept})
+        assert answer.headers["content-type"] == "application/json"
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,8 @@ def test_edits_are_returned_as_sheet_or_animation(running: Service) -> None:
     assert shown("image/png").size == (3 * 16 + 4 * 2, 2 * 16 + 3 * 2)
     moving = shown("image/gif")
     assert moving.size == (32, 16) and moving.n_frames == 4  # there and back  # type: ignore[attr-defined]
+    moving.fp.seek(0)  # type: ignore[union-attr]
+    assert b"digitalsourcetype/trainedAlgorithmicMedia" in moving.fp.read()  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

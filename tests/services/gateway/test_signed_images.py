@@ -54,6 +54,10 @@ def test_images_are_signed_unless_the_request_refuses(running: Service, signer: 
         assert "canonical_sha256" not in without
     sheet = running.client.post("/v1/images", json=body, headers={"Accept": f"image/{image_format}"}).content
     assert state(sheet, signer) == "signed"
+    npz = {"Accept": "application/x-npz"}
+    assert running.client.post("/v1/images", json=body, headers=npz).status_code == 200
+    refused = running.client.post("/v1/images", json=body | {"provenance": {"c2pa": True}}, headers=npz)
+    assert refused.status_code == 422 and refused.json()["errors"][0]["field"] == "provenance.c2pa"
     edits = {"samples": [{"class": "benign", "seed": 5, "index": 1}], "image_format": image_format}
     (edited,) = running.client.post("/v1/edits", json=edits).json()["data"]
     assert edited["canonical_sha256"] == plain[1]["sha256"]

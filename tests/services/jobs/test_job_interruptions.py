@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +217,10 @@ class ClientError(Exception):
     """As botocore's."""
 
     def __init__(self, status: int) -> None:
-        self.response = {"Error": {"Code": "x"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+        self.response: dict[str, dict[str, Any]] = {
+            "Error": {"Code": "x"},
+            "ResponseMetadata": {"HTTPStatusCode": status},
+        }
 
 
 @pytest.mark.parametrize(
@@ -250,6 +254,19 @@ class ClientError(Exception):
 def test_errors_of_a_storage_are_transient_final_or_unrelated(error: Exception, remote: bool, kind: str | None) -> None:
     storage_problem = storage_error(error, "s3://bucket/x", remote=remote)
     assert (None if storage_problem is None else storage_problem.kind) == kind
+
+
+@pytest.mark.parametrize(
+    ("seconds", "kind"), [(3600, "storage-unavailable"), (-3600, "storage-unavailable"), (60, "storage")]
+)
+def test_refusal_because_of_a_wrong_clock_is_transient(seconds: float, kind: str) -> None:
+    refused = ClientError(403)
+    refused.response["ResponseMetadata"]["HTTPHeaders"] = {"date": formatdate(time.time() - seconds, usegmt=True)}
+    error = PermissionError("Forbidden")
+    error.__cause__ = refused
+    storage_problem = storage_error(error, "s3://bucket/x", remote=True)
+    assert storage_problem is not None and storage_problem.kind == kind
+    assert ("the clock of this machine differs by" in str(storage_problem)) == (kind == "storage-unavailable")
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EBUSY, "SlowDown"), EndpointConnectionError("s3.example.com")])

@@ -111,7 +111,7 @@ BINARY_TABLES = {
     "derm7pt": ("case_num,diagnosis,derm,clinic\n1,melanoma (less than 0.76 mm),A/a.jpg,A/c.jpg\n"
                 "2,reed or spitz nevus,A/b.jpg,A/d.jpg\n", {}, "mb"),
     "Fitzpatrick17k": ("md5hash,fitzpatrick_scale,label,three_partition_label\na,3,malignant melanoma,malignant\n"
-                       "b,3,lyme disease lupus,non-neoplastic\n", {}, "mb"),
+                       "b,3,lyme disease,non-neoplastic\n", {}, "mb"),
     "mapped to no class": ("image,dx\na,mel\nb,bkl\nc,AIMP odd\n", {"mapping": {"aimp odd": ""}}, "mb-"),
 }  # fmt: skip
 

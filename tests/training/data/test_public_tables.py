@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,13 +17,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dermis.errors import DataError
 from dermis.skin_tone import skin_tone, tone_class
 from training.classifier.data import load_real
-from training.data.inspection import attribute_counts, inspect_source
+from training.data.attributes import SYNONYMS, value_of
+from training.data.inspection import attribute_counts, inspect_source, with_skin_tones
 from training.data.prepare import prepare
 from training.data.sources import Source, read_source
 from training.data.splits import split_by_patient, write_split
-from training.data.tables import value_of
 
 SLICE_3D = (
     "isic_id,target,patient_id,age_approx,sex,anatom_site_general,clin_size_long_diam_mm,image_type,tbp_tile_type,tbp_lv_A,"
@@ -33,6 +35,10 @@ SLICE_3D = (
     "tbp_lv_stdLExt,tbp_lv_symm_2axis,tbp_lv_symm_2axis_angle,tbp_lv_x,tbp_lv_y,tbp_lv_z,attribution,copyright_license,"
     "lesion_id,iddx_full,iddx_1,iddx_2,iddx_3,iddx_4,iddx_5,mel_mitotic_index,mel_thick_mm,tbp_lv_dnn_lesion_confidence"
 )
+# The tables of the official release together have the columns of Kaggle's table, with malignant in place of target.
+SUPPLEMENT_2024 = "isic_id,attribution,copyright_license," + SLICE_3D[SLICE_3D.index("lesion_id,") :]
+METADATA_2024 = SLICE_3D.replace("isic_id,target,", "isic_id,attribution,copyright_license,")
+METADATA_2024 = METADATA_2024[: METADATA_2024.index(",attribution,copyright_license,lesion_id")]
 PAD_UFES_20 = (
     "patient_id,lesion_id,smoke,drink,background_father,background_mother,age,pesticide,gender,skin_cancer_history,"
     "cancer_history,has_piped_water,has_sewage_system,fitspatrick,region,diameter_1,diameter_2,diagnostic,itch,grew,hurt,"
@@ -60,6 +66,7 @@ class Collection:
     classes: tuple[str, ...]
     binary: tuple[str, ...]
     notes: str = ""
+    recognised: str = ""  # by default the key in COLLECTIONS
 
 
 COLLECTIONS = {
@@ -108,7 +115,7 @@ COLLECTIONS = {
             "ISIC_0000001,85.0,head/neck,BCN_0000001,male\nISIC_0000002,,,,\n",
         },
         ("ISIC_2019_Training_Input/ISIC_0000001.jpg", "ISIC_2019_Training_Input/ISIC_0000002.jpg"),
-        {"lesion_id": "BCN_0000001", "diagnosis": "scc", "age_approx": "85.0", "sex": "male", "anatom_site": "head/neck"},
+        {"lesion_id": "BCN_0000001", "diagnosis": "scc", "age_approx": "85", "sex": "male", "anatom_site": "head/neck"},
         ("scc", "mel"),
         ("benign", "malignant"),
         "ISIC_2019_Training_Metadata.csv adds",
@@ -139,11 +146,39 @@ COLLECTIONS = {
             )
         },
         ("train-image/image/ISIC_0000001.jpg", "train-image/image/ISIC_0000002.jpg"),
-        {"patient_id": "IP_0000001", "lesion_id": "IL_0000001", "age_approx": "60.0", "sex": "male",
+        {"patient_id": "IP_0000001", "lesion_id": "IL_0000001", "age_approx": "60", "sex": "male",
          "anatom_site": "posterior torso",
          "diagnosis": "Malignant::Malignant epidermal proliferations::Basal cell carcinoma"},
         ("malignant", "benign"),
         ("benign", "benign"),
+    ),
+    "ISIC 2024, official": Collection(
+        {
+            "ISIC_2024_Training_GroundTruth.csv": "isic_id,malignant\nISIC_0000001,1.0\nISIC_0000002,0.0\n",
+            "ISIC_2024_Training_Supplement.csv": _table(
+                SUPPLEMENT_2024,
+                {"isic_id": "ISIC_0000001", "attribution": "Clinic", "lesion_id": "IL_0000001",
+                 "iddx_full": "Malignant::Malignant epidermal proliferations::Basal cell carcinoma",
+                 "iddx_1": "Malignant", "iddx_2": "Malignant epidermal proliferations", "iddx_3": "Basal cell carcinoma"},
+                {"isic_id": "ISIC_0000002", "iddx_1": "Indeterminate", "iddx_2": "Indeterminate melanocytic proliferations",
+                 "iddx_3": "Atypical melanocytic neoplasm",
+                 "iddx_full": "Indeterminate::Indeterminate melanocytic proliferations::Atypical melanocytic neoplasm"},
+            ),
+            "ISIC_2024_Training_Input/metadata.csv": _table(
+                METADATA_2024,
+                {"isic_id": "ISIC_0000001", "attribution": "Clinic", "patient_id": "IP_0000001", "age_approx": "60",
+                 "sex": "male", "anatom_site_general": "posterior torso", "tbp_tile_type": "3D: XP"},
+                {"isic_id": "ISIC_0000002", "patient_id": "IP_0000002"},
+            ),
+        },
+        ("ISIC_2024_Training_Input/ISIC_0000001.jpg", "ISIC_2024_Training_Input/ISIC_0000002.jpg"),
+        {"patient_id": "IP_0000001", "lesion_id": "IL_0000001", "age_approx": "60", "sex": "male",
+         "anatom_site": "posterior torso",
+         "diagnosis": "Malignant::Malignant epidermal proliferations::Basal cell carcinoma"},
+        ("malignant", "benign"),
+        ("benign", "benign"),
+        "ISIC_2024_Training_Supplement.csv adds lesion_id, iddx_full",
+        "ISIC 2024 (SLICE-3D)",
     ),
     "HAM10000": Collection(
         {
@@ -152,7 +187,7 @@ COLLECTIONS = {
             "HAM_0000002,ISIC_0000002,mel,histo,65.0,male,back,rosendahl\n"
         },
         ("HAM10000_images_part_1/ISIC_0000001.jpg", "HAM10000_images_part_2/ISIC_0000002.jpg"),
-        {"lesion_id": "HAM_0000001", "diagnosis": "akiec", "age_approx": "50.0", "sex": "female",
+        {"lesion_id": "HAM_0000001", "diagnosis": "akiec", "age_approx": "50", "sex": "female",
          "anatom_site": "lower extremity"},
         ("akiec", "mel"),
         ("benign", "malignant"),
@@ -164,7 +199,7 @@ COLLECTIONS = {
             "BCN_0000000002.jpg,,,MEL,BCN_0000019,2013-01-01,,train\n"
         },
         ("BCN_20k_train/bcn_20k_train/BCN_0000000001.jpg", "BCN_20k_train/bcn_20k_train/BCN_0000000002.jpg"),
-        {"lesion_id": "BCN_0003884", "diagnosis": "BCC", "age_approx": "55.0", "sex": "male",
+        {"lesion_id": "BCN_0003884", "diagnosis": "BCC", "age_approx": "55", "sex": "male",
          "anatom_site": "anterior torso"},
         ("BCC", "MEL"),
         ("benign", "malignant"),
@@ -179,8 +214,8 @@ COLLECTIONS = {
             )
         },
         ("imgs_part_1/PAT_1516_1765_530.png", "imgs_part_2/PAT_46_881_939.png"),
-        {"patient_id": "PAT_1516", "lesion_id": "1765", "diagnosis": "NEV", "age_approx": "8", "sex": "FEMALE",
-         "anatom_site": "ARM", "skin_type": "III"},
+        {"patient_id": "PAT_1516", "lesion_id": "1765", "diagnosis": "NEV", "age_approx": "8", "sex": "female",
+         "anatom_site": "arm", "skin_type": "III"},
         ("NEV", "MEL"),
         ("benign", "malignant"),
     ),
@@ -247,7 +282,7 @@ def _collection(folder: Path, name: str) -> Source:
 @pytest.mark.parametrize("name", COLLECTIONS)
 def test_public_collection_is_recognised_and_its_columns_are_mapped(tmp_path: Path, name: str) -> None:
     collection, source = COLLECTIONS[name], _collection(tmp_path, name)
-    assert source.report.recognised == name
+    assert source.report.recognised == (collection.recognised or name)
     assert [record.image is not None for record in source.records] == [True, True]
     assert tuple(record.class_name for record in source.records) == collection.classes
     binary = read_source(tmp_path, binary=True)
@@ -258,6 +293,79 @@ def test_public_collection_is_recognised_and_its_columns_are_mapped(tmp_path: Pa
         read[attribute] = value_of(first.row, attribute)
     assert read == dict.fromkeys(read, "") | collection.first
     assert collection.notes in " ".join(source.report.notes)
+
+
+def test_tables_of_isic_2024_are_joined_wherever_they_are(tmp_path: Path) -> None:
+    _collection(tmp_path / "isic", "ISIC 2024, official")
+    truth = tmp_path / "isic" / "ISIC_2024_Training_GroundTruth.csv"
+    supplement = tmp_path / "isic" / "ISIC_2024_Training_Supplement.csv"
+    images = tmp_path / "isic" / "ISIC_2024_Training_Input"
+
+    def attributes(path: Path, metadata: Path | None = None) -> tuple[str, ...]:
+        source = read_source(path, metadata=metadata, binary=True)
+        first = source.records[0]
+        assert source.report.recognised == "ISIC 2024 (SLICE-3D)"
+        return first.class_name, first.patient_id, first.lesion_id, value_of(first.row, "sex")
+
+    whole = ("benign", "IP_0000001", "IL_0000001", "male")
+    assert attributes(tmp_path / "isic", truth) == whole
+    assert attributes(images, truth) == whole
+    assert attributes(images, supplement) == whole
+    assert attributes(images, images / "metadata.csv") == whole
+    assert attributes(truth) == whole, "the table alone"
+    packed = shutil.make_archive(str(images), "zip", tmp_path / "isic", images.name)
+    shutil.rmtree(images)
+    assert attributes(tmp_path / "isic") == whole, "images and metadata in a zip beside the tables"
+    assert attributes(Path(packed), truth) == whole
+    assert attributes(truth) == whole
+
+    supplement.write_text(
+        supplement.read_text().replace("isic_id,", "isic_id,patient_id,", 1).replace("_0000001,", "_0000001,IP_9,", 1)
+    )
+    with pytest.raises(
+        DataError, match="Supplement.csv: gives ISIC_0000001 the patient_id 'IP_9', and another table 'IP_0000001'"
+    ):
+        read_source(tmp_path / "isic")
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "expected"),
+    [
+        ("gender", " FEMALE", "female"),
+        ("sex", "Female", "female"),
+        ("sex", "F", "female"),
+        ("sex", "m", "male"),
+        ("localization", "Upper  Extremity", "upper extremity"),
+        ("anatom_site_general", "upper_extremity", "upper extremity"),
+        ("anatom_site_general", "Head / Neck", "head/neck"),
+        ("region", "ARM", "arm"),
+        ("age", "55.0", "55"),
+        ("age_approx", "57.5", "57.5"),
+        ("fitzpatrick", "Dark", "dark"),
+        ("dx", "Nevus", "Nevus"),
+        *((column, value, "") for column in ("sex", "age", "region", "dx", "fitzpatrick", "lesion_id") for value in (
+            " ", "unknown", "UNK", "N/A", "n/a", "NaN", "<NA>", "Not specified", "None", "?", "-",
+        )),
+    ],
+)  # fmt: skip
+def test_attributes_are_written_in_one_way(column: str, value: str, expected: str) -> None:
+    name = next(name for name, columns in SYNONYMS.items() if column in columns)
+    assert value_of({column: value}, name) == expected
+
+
+def test_groups_of_a_classifier_do_not_depend_on_spelling(tmp_path: Path) -> None:
+    rows = ["image,diagnosis,sex,site,source"]
+    for number in range(24):
+        _skin(tmp_path / "mixed" / f"{number:02d}.png", (224, 180, 160))
+        sex = ("male", "MALE", " Male ", "M")[number % 4]
+        source = "clinic a" if number == 5 else "Clinic A"
+        rows.append(f"{number:02d},{'nevus' if number % 3 else 'melanoma'},{sex},{('arm', 'ARM')[number % 2]},{source}")
+    (tmp_path / "mixed" / "metadata.csv").write_text("\n".join(rows).replace("site", "anatom_site") + "\n")
+    shares = {"train": 0.5, "validation": 0.25, "test": 0.25}
+    data = load_real(tmp_path / "mixed", 16, shares=shares, progress=False)
+    for part in data.parts.values():
+        assert set(part.attributes["sex"]) == {"male"} and set(part.attributes["site"]) == {"arm"}
+        assert set(part.attributes["source"]) == {"Clinic A"}
 
 
 @pytest.mark.parametrize(
@@ -312,3 +420,18 @@ def test_skin_types_and_tones_are_in_the_prepared_set_its_splits_and_its_reports
     assert set(data.test.attributes["skin_type"]) <= {"I-II", "V-VI"} and "skin_tone" in data.test.attributes
     plain = load_real(tmp_path / "ddi", 32, shares=shares, progress=False)
     assert "skin_type" in plain.test.attributes and "skin_tone" not in plain.test.attributes
+
+    # A split of the images as they are has the tones only on request, and a classifier uses them.
+    source, broken = with_skin_tones(read_source(tmp_path / "ddi", binary=True), workers=1, progress=False)
+    assert not broken and with_skin_tones(source, workers=1, progress=False) == (source, ())
+    write_split(source, split_by_patient(source.records, shares, 0), tmp_path / "toned")
+    toned = load_real(tmp_path / "ddi", 32, split=tmp_path / "toned", progress=False)
+    assert set(zip(toned.test.attributes["skin_type"], toned.test.attributes["skin_tone"], strict=True)) == {
+        ("I-II", "very light"),
+        ("V-VI", "dark"),
+    }
+    (tmp_path / "ddi" / "000001.png").write_bytes(b"broken")
+    source, broken = with_skin_tones(read_source(tmp_path / "ddi", binary=True), workers=1, progress=False)
+    assert [name for name, _ in broken] == ["000001"] and source.records[1].row["ita_class"] == ""
+    with pytest.raises(DataError, match="--skin-tone"):
+        with_skin_tones(read_source(tmp_path / "ddi" / "ddi_metadata.csv"))

@@ -14,6 +14,7 @@ import torch
 
 from dermis.bundle import load_generator, open_bundle
 from dermis.errors import TrainingError
+from kept_logger import keep_curves
 from tiny_federation import local_grid, tiny_federation, tiny_sites
 from tiny_skin import make_skin
 from training.federated.client.app import app
@@ -60,10 +61,23 @@ def test_federation_of_one_client_equals_ordinary_training(skin: Path, tmp_path:
     )
 
 
-def test_two_equal_clients_give_result_of_single_client(skin: Path, tmp_path: Path) -> None:
+def test_two_equal_clients_give_result_of_single_client_and_log_curves(
+    skin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = keep_curves(monkeypatch, "training.federated.server.rounds")
     one = simulate(tiny_federation(clients=1, min_clients=1), tiny_sites(skin, tmp_path / "a")[:1], tmp_path / "one")
-    two = simulate(tiny_federation(clients=2), tiny_sites(skin, tmp_path / "b", (0, 0)), tmp_path / "two")
+    assert not kept.points, "nothing is logged unless it is requested"
+    federation, sites = tiny_federation(clients=2, start=""), tiny_sites(skin, tmp_path / "b", (0, 0))
+    two = simulate(federation, sites, tmp_path / "two", loggers=["tensorboard"])
     assert _same(one.tensors, two.tensors)
+    records = read_rounds(tmp_path / "two")
+    assert [step for _, step in kept.points] == [line["round"] for line in records] == [1, 2]
+    points, members = kept.points[1][0], records[1]["members"]
+    assert points["loss/G/client-2"] == members["client-2"]["G"]
+    assert points["loss/D"] == pytest.approx((members["client-1"]["D"] + members["client-2"]["D"]) / 2)
+    assert points["round/clients"] == 2 and points["traffic/MB to clients"] == records[1]["bytes_down"] / 1e6
+    assert kept.options["iterations"] == 3 and "start" not in kept.options and kept.closed
+    assert kept.pictures == [("samples", 2)]
 
 
 @pytest.mark.full

@@ -271,7 +271,7 @@ def test_flower_app_config_matches_federation_config() -> None:
     """The app that `flwr run` sends holds the defaults, and no code."""
     assert [path.name for path in APP.iterdir()] == ["pyproject.toml"]
     flower = tomllib.loads((APP / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
-    assert flower["config"] == {"out": "", **FederationConfig().to_run_config()}
+    assert flower["config"] == {"out": "", "log": "", **FederationConfig().to_run_config()}
     config = FederationConfig(strategy="krum", dp_delta=1e-6, rounds=7)
     assert parse_run_config({"out": "x", **config.to_run_config()}) == config
     with pytest.raises(TrainingError, match="rounds: must be a whole number, not 'many'"):

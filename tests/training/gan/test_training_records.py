@@ -191,4 +191,6 @@ def test_training_writes_curves_and_grids_for_tensorboard(tmp_path: Path) -> Non
     assert {"loss/G", "loss/D", "loss/r1", "gradient/D", "augmentation/p"} <= set(tags["scalars"])
     assert [point.step for point in events.Scalars("loss/G")] == [80, 160]
     assert events.Scalars("speed/images per second")[0].value > 0
-    assert [picture.step for picture in events.Images("samples")] == [0, 164]
+    pictures = {picture.step: picture.encoded_image_string for picture in events.Images("samples")}
+    assert pictures == {step: (tmp_path / f"samples-{step // 1000:06d}.png").read_bytes() for step in (0, 164)}
+    assert all(b"digitalsourcetype/trainedAlgorithmicMedia" in png for png in pictures.values())

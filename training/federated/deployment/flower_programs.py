@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import tomli_w
@@ -74,9 +75,18 @@ def supernode_command(invitation: Invitation, certificate: Path, key: Path, site
     ]  # fmt: skip
 
 
-def run_command(server: ServerFolder, federation: FederationConfig, overrides: Path) -> list[str]:
-    """Return the command `flwr run` with the options of a federation, which are written to the file `overrides`."""
-    values = federation.to_run_config() | {"out": str(server.run_folder(federation.name))}
+def run_command(
+    server: ServerFolder, federation: FederationConfig, overrides: Path, loggers: Sequence[str] = ()
+) -> list[str]:
+    """Return the command `flwr run` with the options of a federation, which are written to the file `overrides`.
+
+    Args:
+        server: Its folder.
+        federation: The options.
+        overrides: File for the options.
+        loggers: Names of loggers (`training.loggers`), which the server's process opens.
+    """
+    values = federation.to_run_config() | {"out": str(server.run_folder(federation.name)), "log": ",".join(loggers)}
     write_file(overrides, tomli_w.dumps(values).encode())
     return [program("flwr"), "run", str(APP), CONNECTION, "--run-config", str(overrides), "--stream"]
 

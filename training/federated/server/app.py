@@ -25,4 +25,5 @@ def main(grid: Grid, context: Context) -> None:
     if not isinstance(out, str) or not out:
         raise TrainingError("out: must name a folder of the server, as in --run-config 'out=\"/federation/first\"'")
     federation = parse_run_config(context.run_config)
-    run_federation(grid, federation, Path(out), on_progress=lambda text: _LOG.info("%s", text))
+    loggers = [name for name in str(context.run_config.get("log", "")).split(",") if name]
+    run_federation(grid, federation, Path(out), on_progress=lambda text: _LOG.info("%s", text), loggers=loggers)

@@ -67,7 +67,7 @@ def write_result(federation: FederationConfig, state: GlobalState, out: Path) ->
     }
     grid = contact_sheet(sample_grid(generator, device), columns=GRID)
     made_by = ImageOrigin(federation.name, licence=federation.licence, attribution=federation.attribution)
-    write_file(out / f"samples-{state.round:06d}.png", encode(grid, origin=made_by))
+    write_file(_samples(out, state.round), encode(grid, origin=made_by))
     write_bundle(
         out / FOLDER,
         name=federation.name,
@@ -81,6 +81,15 @@ def write_result(federation: FederationConfig, state: GlobalState, out: Path) ->
         replace=True,
     )
     return out / FOLDER
+
+
+def read_samples(out: Path, round_number: int) -> bytes:
+    """Read the PNG file with the grid of samples of a round that `write_result` wrote."""
+    return _samples(out, round_number).read_bytes()
+
+
+def _samples(out: Path, round_number: int) -> Path:
+    return out / f"samples-{round_number:06d}.png"
 
 
 def _card(federation: FederationConfig, provenance: dict[str, Any]) -> str:

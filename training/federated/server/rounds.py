@@ -34,6 +34,7 @@ from training.federated.messages.replies import (
 from training.federated.messages.secure_aggregation import secure_mean
 from training.federated.messages.serialization import RefusedError, Tensors, check_finite, encode, unpack
 from training.federated.messages.traffic import CountingGrid
+from training.federated.server.curves import curves, logged_options
 from training.federated.server.global_state import FederatedClient, GlobalState, load_global, save_global
 from training.federated.server.privacy import cancel_accounting, privacy_spent, with_privacy
 from training.federated.server.record import (
@@ -54,6 +55,7 @@ from training.federated.server.strategies import (
 )
 from training.federated.tasks import task_of
 from training.federated.tasks.task import FederatedTask
+from training.loggers import Loggers, open_loggers
 
 _REFUSAL_SECONDS = 60.0  # until a refused node is requested to describe itself again
 _DESCRIBE_SECONDS = 900.0  # in which a client must have read and decoded its images
@@ -77,6 +79,7 @@ class _Server:
     state: GlobalState
     strategy: Strategy
     on_progress: Callable[[str], None]
+    loggers: Loggers
     accepted_nodes: set[int] = field(default_factory=set)
     refusal_times: dict[int, float] = field(default_factory=dict)
 
@@ -121,6 +124,7 @@ def run_federation(
     *,
     on_progress: Callable[[str], None] = lambda text: None,
     on_round: OnRound | None = None,
+    loggers: Sequence[str] = (),
 ) -> GlobalState:
     """Run a federation until its last round, or continue the one in `out`.
 
@@ -130,6 +134,7 @@ def run_federation(
         out: Folder of the state, the record and the result.
         on_progress: Called with each line of progress.
         on_round: Returns further entries for the record of a round that is measured.
+        loggers: Where curves and pictures go besides the record (`training.loggers`).
 
     Returns:
         The state after the last round, which is also in `out`.
@@ -145,14 +150,15 @@ def run_federation(
         state = load_global(out, federation) or GlobalState(uuid.uuid4().hex, 0, task.begin(federation))
         accountant_state = (state.privacy or {}).get("accountant")
         strategy = with_privacy(new_strategy(federation), federation, accountant_state)
-        server = _Server(federation, task, CountingGrid(grid), out, state, strategy, on_progress)
-        restore_strategy(getattr(strategy, "strategy", strategy), state.strategy, server.strategy_tensor_names)
-        drop_rounds_after(out, state.round)
-        try:
-            _run_rounds(server, on_round)
-        except TrainingError as error:
-            server.status("stopped", error=str(error))
-            raise
+        with open_loggers(loggers, out, state.round, logged_options(federation)) as logged:
+            server = _Server(federation, task, CountingGrid(grid), out, state, strategy, on_progress, logged)
+            restore_strategy(getattr(strategy, "strategy", strategy), state.strategy, server.strategy_tensor_names)
+            drop_rounds_after(out, state.round)
+            try:
+                _run_rounds(server, on_round)
+            except TrainingError as error:
+                server.status("stopped", error=str(error))
+                raise
     return state
 
 
@@ -164,7 +170,7 @@ def _run_rounds(server: _Server, on_round: OnRound | None) -> None:
         _write_result(server, _connected_clients(server, count))
     if state.round == 0 and federation.evaluate_rounds and not (server.out / ROUNDS).exists():
         nodes = _connected_clients(server, count)
-        append_round(server.out, {"round": 0, **_measurements(server, nodes), **(on_round(state) if on_round else {})})
+        _record(server, {"round": 0, **_measurements(server, nodes), **(on_round(state) if on_round else {})})
     while state.round < federation.rounds:
         start = time.monotonic()
         nodes = _connected_clients(server, count)
@@ -183,12 +189,19 @@ def _run_rounds(server: _Server, on_round: OnRound | None) -> None:
             line |= _measurements(server, nodes)
         if on_round is not None and federation.evaluates(state.round):
             line |= on_round(state)
-        append_round(server.out, line)
+        _record(server, line)
         server.on_progress(summary(line, federation.rounds))
         if state.round % federation.snapshot_rounds == 0 or state.round >= federation.rounds:
             server.status("writing")
             _write_result(server, nodes)
     server.status("finished")
+
+
+def _record(server: _Server, line: Mapping[str, Any]) -> None:
+    """Append the record of a round, and add a point to each curve."""
+    append_round(server.out, line)
+    if server.loggers:
+        server.loggers.scalars(curves(line), line["round"])
 
 
 def _run_round(server: _Server, nodes: Sequence[int]) -> dict[str, Any]:
@@ -380,6 +393,8 @@ def _write_result(server: _Server, nodes: Sequence[int]) -> None:
         from training.federated.server import gan_result
 
         path = gan_result.write_result(federation, state, server.out)
+        if server.loggers:
+            server.loggers.image("samples", gan_result.read_samples(server.out, state.round), state.round)
     else:
         from training.federated.server import classifier_result
 

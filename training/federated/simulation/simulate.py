@@ -98,7 +98,8 @@ def simulate(
     *,
     on_progress: Callable[[str], None] = lambda text: None,
     on_round: OnRound | None = None,
+    loggers: Sequence[str] = (),
 ) -> GlobalState:
     """Run `run_federation` with these clients in this process. The same call continues a federation that was stopped."""
     grid = LocalGrid(app, [site.to_node_config() for site in sites], federation.to_run_config())
-    return run_federation(grid, federation, out, on_progress=on_progress, on_round=on_round)
+    return run_federation(grid, federation, out, on_progress=on_progress, on_round=on_round, loggers=loggers)

@@ -13,6 +13,7 @@ Example:
 
 from dermis_client._client import AsyncDermisClient, DermisClient
 from dermis_client._downloads import Download, DownloadProgress
+from dermis_client._raw import RawResponse
 from dermis_client._version import __version__
 from dermis_client.embeddings import Cube, Embedding, EmbeddingMap, EmbeddingsResult, TrainingImages
 from dermis_client.errors import (
@@ -79,6 +80,8 @@ from dermis_client.models import (
     Webhook,
     WebhookMessage,
 )
+from dermis_client.params import ClassifierParams, EditParams, PrivacyParams, ProvenanceParams, SweepParams
+from dermis_client.pixels import PixelSample, PixelsResult
 from dermis_client.report import (
     DatasetReport,
     ReportAudit,
@@ -115,6 +118,7 @@ __all__ = [
     "BadRequestError",
     "Classification",
     "ClassificationsResult",
+    "ClassifierParams",
     "ConflictError",
     "Cube",
     "Dataset",
@@ -131,6 +135,7 @@ __all__ = [
     "Download",
     "DownloadError",
     "DownloadProgress",
+    "EditParams",
     "EditedImage",
     "EditsResult",
     "Embedding",
@@ -157,15 +162,20 @@ __all__ = [
     "NewWebhook",
     "NotFoundError",
     "PermissionDeniedError",
+    "PixelSample",
+    "PixelsResult",
     "PreviewDistance",
+    "PrivacyParams",
     "Problem",
     "Progress",
     "ProjectedImage",
     "Projection",
     "ProjectionFailed",
     "ProjectionPreview",
+    "ProvenanceParams",
     "QuotaUsage",
     "RateLimitError",
+    "RawResponse",
     "ReaderAgreement",
     "ReaderResults",
     "ReportAudit",
@@ -183,6 +193,7 @@ __all__ = [
     "StudyRate",
     "StudyRates",
     "StudyResults",
+    "SweepParams",
     "TooLargeError",
     "TrainingImages",
     "UnprocessableEntityError",

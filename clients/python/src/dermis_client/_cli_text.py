@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,6 @@ from typing import Annotated, Any
 
 import typer
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from dermis_client._status import describe
 from dermis_client._untrusted import one_line
@@ -20,7 +20,19 @@ from dermis_client.errors import InvalidRequestError
 from dermis_client.folders import VerifyReport
 from dermis_client.latent import AuthenticityResult, Direction, Projection
 from dermis_client.models import ClassificationsResult, DatasetRecord, Model, Usage
+from dermis_client.params import EditParams, SweepParams
 from dermis_client.report import DatasetReport, ReportNumber
+
+
+@contextmanager
+def warnings_on_stderr() -> Iterator[None]:
+    """Print the warnings of the package, which are about requests that are sent again."""
+    logger, handler = logging.getLogger("dermis_client"), logging.StreamHandler()
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def parse_classes(text: str) -> dict[str, int]:
@@ -47,14 +59,9 @@ def format_of(path: Path) -> str:
 
 
 def encode(image: Image.Image, path: Path) -> bytes:
-    """Encode a sheet in the format of the path's suffix, with its XMP."""
-    buffer, kind, xmp = io.BytesIO(), format_of(path), image.info["xmp"]
-    if kind == "PNG":
-        text = PngInfo()
-        text.add_itxt("XML:com.adobe.xmp", xmp.decode())
-        image.save(buffer, kind, pnginfo=text)
-    else:
-        image.save(buffer, kind, xmp=xmp)
+    """Encode a sheet in the format of the path's suffix. Saving it writes its XMP."""
+    buffer = io.BytesIO()
+    image.save(buffer, format_of(path))
     return buffer.getvalue()
 
 
@@ -185,9 +192,9 @@ EditOption = Annotated[
 ]
 
 
-def parse_edits(texts: Sequence[str] | None) -> list[dict[str, Any]] | None:
+def parse_edits(texts: Sequence[str] | None) -> list[EditParams] | None:
     """Parse the values of --edit to [{"direction", "strength", "layers"}]. Raises InvalidRequestError."""
-    edits: list[dict[str, Any]] = []
+    edits: list[EditParams] = []
     for text in texts or ():
         match = re.fullmatch(r"([^=]+)=([+-]?[0-9]*\.?[0-9]+)(?:@([0-9]+)-([0-9]+))?", text)
         if match is None:
@@ -213,7 +220,7 @@ def parse_projection(text: str) -> tuple[str, int]:
     return name, int(image or 0)
 
 
-def parse_sweep(text: str | None) -> dict[str, Any] | None:
+def parse_sweep(text: str | None) -> SweepParams | None:
     """Parse the value of --sweep to {"direction", "strengths"}. Raises InvalidRequestError."""
     if text is None:
         return None
@@ -226,6 +233,11 @@ def parse_sweep(text: str | None) -> dict[str, Any] | None:
     first, last, steps = float(match[2]), float(match[3]), int(match[4])
     strengths = [round(first + (last - first) * k / (steps - 1), 6) for k in range(steps)]
     return {"direction": match[1], "strengths": strengths}
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Return the options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def parse_threshold(text: str | None) -> str | float | None:

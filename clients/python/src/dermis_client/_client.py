@@ -9,7 +9,7 @@ from typing import Any, Self
 import httpx
 
 from dermis_client._flow import Flow, Request, call
-from dermis_client._transport import AsyncTransport, ClientSettings, SyncTransport, settings, with_limits
+from dermis_client._transport import AsyncTransport, ClientSettings, SyncTransport, settings
 from dermis_client.errors import InvalidRequestError
 from dermis_client.resources.authenticity import AsyncAuthenticity, Authenticity
 from dermis_client.resources.classifications import AsyncClassifications, Classifications
@@ -86,6 +86,7 @@ class DermisClient:
         allow_plain_http: bool | None = None,
         timeout: float = 120.0,
         max_retries: int = 3,
+        headers: Mapping[str, str] | None = None,
         http_client: httpx.Client | None = None,
     ) -> None:
         """Create a client; it connects at the first request.
@@ -100,12 +101,14 @@ class DermisClient:
                 DERMIS_ALLOW_PLAIN_HTTP from the environment, or no.
             timeout: Seconds that a request may wait for a response.
             max_retries: Further attempts after a broken connection or a busy service, with growing pauses.
+            headers: Further headers of every request, for instance for a proxy in front of the service. They are not sent
+                after a redirect to another address.
             http_client: Your own httpx.Client, for instance with a proxy. This client does not close it.
 
         Raises:
             InvalidRequestError: An argument is not valid.
         """
-        values = settings(base_url, api_key, token_provider, allow_plain_http, timeout, max_retries)
+        values = settings(base_url, api_key, token_provider, allow_plain_http, timeout, max_retries, headers)
         self._use(SyncTransport(values, http_client))
 
     def _use(self, transport: SyncTransport) -> None:
@@ -122,18 +125,44 @@ class DermisClient:
         """Address of the service, without a trailing slash."""
         return self._transport.settings.base_url
 
-    def with_options(self, *, timeout: float | None = None, max_retries: int | None = None) -> Self:
+    def with_options(
+        self,
+        *,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        token_provider: Callable[[], str] | None = None,
+        allow_plain_http: bool | None = None,
+        timeout: float | None = None,
+        max_retries: int | None = None,
+        headers: Mapping[str, str | None] | None = None,
+    ) -> Self:
         """Return a client with other options and the same connections, for instance for one call that takes long.
 
+        An option that is None stays as it is. The connections end with the client that opened them.
+
         Args:
+            base_url: Address of the service. The credentials are sent there too, unless others are given.
+            api_key: API key in place of the credentials of this client; "" for none.
+            token_provider: A function that returns an access token, in place of the credentials of this client.
+            allow_plain_http: Whether credentials may be sent over http:// to another machine.
             timeout: Seconds that a request may wait for a response.
             max_retries: Further attempts after a broken connection or a busy service.
+            headers: Headers of every request, in addition to those of this client; a value of None removes one.
 
         Raises:
             InvalidRequestError: An argument is not valid.
         """
+        values = self._transport.settings.changed(
+            base_url=base_url,
+            api_key=api_key,
+            token_provider=token_provider,
+            allow_plain_http=allow_plain_http,
+            timeout=timeout,
+            max_retries=max_retries,
+            headers=headers,
+        )
         other = object.__new__(type(self))
-        other._use(SyncTransport(with_limits(self._transport.settings, timeout, max_retries), self._transport.http))
+        other._use(self._transport.with_settings(values))
         return other
 
     def request(
@@ -212,10 +241,11 @@ class AsyncDermisClient:
         allow_plain_http: bool | None = None,
         timeout: float = 120.0,
         max_retries: int = 3,
+        headers: Mapping[str, str] | None = None,
         http_client: httpx.AsyncClient | None = None,
     ) -> None:
         """Create a client; arguments and errors as for DermisClient. `token_provider` may be a coroutine function."""
-        values = settings(base_url, api_key, token_provider, allow_plain_http, timeout, max_retries)
+        values = settings(base_url, api_key, token_provider, allow_plain_http, timeout, max_retries, headers)
         self._use(AsyncTransport(values, http_client))
 
     def _use(self, transport: AsyncTransport) -> None:
@@ -236,10 +266,29 @@ class AsyncDermisClient:
         """Address of the service, without a trailing slash."""
         return self._transport.settings.base_url
 
-    def with_options(self, *, timeout: float | None = None, max_retries: int | None = None) -> Self:
+    def with_options(
+        self,
+        *,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        token_provider: Callable[[], str | Awaitable[str]] | None = None,
+        allow_plain_http: bool | None = None,
+        timeout: float | None = None,
+        max_retries: int | None = None,
+        headers: Mapping[str, str | None] | None = None,
+    ) -> Self:
         """Return a client with other options and the same connections; see DermisClient.with_options."""
+        values = self._transport.settings.changed(
+            base_url=base_url,
+            api_key=api_key,
+            token_provider=token_provider,
+            allow_plain_http=allow_plain_http,
+            timeout=timeout,
+            max_retries=max_retries,
+            headers=headers,
+        )
         other = object.__new__(type(self))
-        other._use(AsyncTransport(with_limits(self._transport.settings, timeout, max_retries), self._transport.http))
+        other._use(self._transport.with_settings(values))
         return other
 
     async def request(

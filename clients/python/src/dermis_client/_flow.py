@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
@@ -25,6 +26,7 @@ from dermis_client.errors import APIConnectionError, APIResponseError, APIStatus
 
 T = TypeVar("T")
 logger = logging.getLogger("dermis_client")
+logger.addHandler(logging.NullHandler())  # the program decides what is shown
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,24 @@ def advance(flow: Flow[Any], result: Any, failure: Exception | None) -> Effect |
         return flow.send(result) if failure is None else flow.throw(failure)
     except StopIteration as end:
         return Return(end.value)
+
+
+def recorded(flow: Flow[T], responses: list[httpx.Response]) -> Flow[T]:
+    """Run a flow, and append each response with a success status that it reads as a whole to a list."""
+    with closing(flow):
+        result: Any = None
+        failure: Exception | None = None
+        while not isinstance(step := advance(flow, result, failure), Return):
+            result = failure = None
+            try:
+                result = yield step
+            except Exception as error:
+                failure = error
+            else:
+                if isinstance(step, Send) and result.is_success:
+                    responses.append(result)
+        value: T = step.value
+        return value
 
 
 def sleep(seconds: float) -> Flow[None]:

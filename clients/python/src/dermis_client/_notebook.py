@@ -29,10 +29,9 @@ def text(value: object, limit: int = 120) -> str:
 
 
 def picture(image: Image.Image, alt: str) -> str:
-    """Return an image as an <img> element whose data it contains: JPEG, with the XMP of the image."""
+    """Return an image as an <img> element whose data it contains: JPEG, with the XMP of a `SyntheticImage`."""
     buffer = io.BytesIO()
-    options = {"xmp": image.info["xmp"]} if isinstance(image.info.get("xmp"), bytes) else {}
-    image.convert("RGB").save(buffer, "JPEG", quality=90, **options)
+    image.convert("RGB").save(buffer, "JPEG", quality=90)
     data = base64.b64encode(buffer.getvalue()).decode()
     return f'<img src="data:image/jpeg;base64,{data}" width="{image.width}" height="{image.height}" alt="{text(alt)}">'
 

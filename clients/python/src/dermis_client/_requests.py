@@ -6,16 +6,31 @@ import ipaddress
 import math
 import operator
 import re
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, SupportsIndex
 from urllib.parse import quote, urlsplit
 
 from dermis_client._response_body import MAX_BYTES
 from dermis_client.errors import InvalidRequestError
+from dermis_client.params import EditParams
 
 _MAX_IMAGE_BYTES = 20 << 20  # an image of 2048 x 2048 px that does not compress, as base64
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]{1,16384}=*")  # RFC 6750, section 2.1
+_IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+_HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,200}")  # RFC 9110, section 5.6.2
+_HEADER_VALUE = re.compile(r"(?! )[\x20-\x7e]{0,8192}(?<! )")
+_OWN_HEADERS = {
+    "authorization": "give api_key or token_provider",
+    "idempotency-key": "give idempotency_key to the call",
+    **dict.fromkeys(
+        ("accept", "accept-encoding", "connection", "content-length", "content-type", "host", "transfer-encoding"),
+        "it depends on the request",
+    ),
+}
+_NUMBERS = {"truncation_psi", "distance", "keep_days"}
+_WHOLE_NUMBERS = {"truncation_cutoff", "image_quality", "shard_size", "start_index"}
 _ID_PREFIX = {"dataset": "ds", "projection": "pr", "webhook": "wh", "message": "msg", "study": "st"}
 
 
@@ -107,35 +122,48 @@ def generation_body(
         classes: Number of images of each class.
         seed: The seed.
         extra_body: Further fields, which replace options of the same name.
-        **options: Further fields. None leaves a field out, so that the service's default applies.
+        **options: Further fields; see `optional_fields`.
 
     Raises:
         InvalidRequestError: A number is not valid.
     """
-    result: dict[str, Any] = {"classes": counts(classes), "seed": whole("seed", seed)}
+    return {"classes": counts(classes), "seed": whole("seed", seed)} | optional_fields(extra_body, **options)
+
+
+def optional_fields(extra_body: Mapping[str, Any] | None, **options: Any) -> dict[str, Any]:
+    """Return fields of a JSON body.
+
+    Args:
+        extra_body: Further fields, which replace options of the same name.
+        **options: The fields. None leaves a field out, so that the service's default applies.
+
+    Raises:
+        InvalidRequestError: A number is not valid.
+    """
+    if options.get("edits") is not None:
+        options["edits"] = edit_options(options["edits"])
+    result: dict[str, Any] = {}
     for name, value in (options | dict(extra_body or {})).items():
         if value is None:
             continue
-        if name == "truncation_psi":
+        if name in _NUMBERS:
             result[name] = finite(name, value)
-        elif name in {"truncation_cutoff", "image_quality", "shard_size", "start_index"}:
+        elif name in _WHOLE_NUMBERS:
             result[name] = whole(name, value)
         else:
-            result[name] = value
+            result[name] = dict(value) if isinstance(value, Mapping) else value
     return result
 
 
-def edit_options(edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None) -> list[dict[str, Any]] | None:
+def edit_options(edits: Sequence[EditParams] | Mapping[str, float]) -> list[dict[str, Any]]:
     """Return the field `edits` as the API expects it.
 
     Args:
-        edits: {"direction": strength}, or a list of {"direction", "strength", "layers"}, or None.
+        edits: {"direction": strength}, or a list of {"direction", "strength", "layers"}.
 
     Raises:
         InvalidRequestError: A strength is not a finite number.
     """
-    if edits is None:
-        return None
     if isinstance(edits, Mapping):
         return [{"direction": name, "strength": finite(f"edits.{name}", strength)} for name, strength in edits.items()]
     return [{**option, "strength": finite("edits.strength", option.get("strength", math.nan))} for option in edits]
@@ -146,15 +174,35 @@ def max_response_bytes(images: int) -> int:
     return MAX_BYTES + max(images, 0) * _MAX_IMAGE_BYTES
 
 
-def checked_key(key: str) -> str:
-    """Return an idempotency key.
+def idempotency_header(key: str | None) -> dict[str, str]:
+    """Return the header with an idempotency key, by default a new one.
 
     Raises:
-        InvalidRequestError: The key is not valid.
+        InvalidRequestError: The key is not one that the service accepts.
     """
-    if not key.isascii() or not key.isprintable() or len(key) > 200:
-        raise InvalidRequestError("idempotency_key: must be up to 200 printable ASCII characters")
-    return key
+    if key is None:
+        return {"Idempotency-Key": uuid.uuid4().hex}
+    if not isinstance(key, str) or not _IDEMPOTENCY_KEY.fullmatch(key):
+        raise InvalidRequestError("idempotency_key: must be 1 to 255 visible ASCII characters, without spaces")
+    return {"Idempotency-Key": key}
+
+
+def checked_headers(headers: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Return headers by their names in lower case.
+
+    Raises:
+        InvalidRequestError: A header cannot be sent, or the client sets it itself. The message contains no value.
+    """
+    result: dict[str, str | None] = {}
+    for name, value in headers.items():
+        if not isinstance(name, str) or not _HEADER_NAME.fullmatch(name):
+            raise InvalidRequestError(f"headers: {name!r} is not the name of a header")
+        if name.lower() in _OWN_HEADERS:
+            raise InvalidRequestError(f"headers: {name} is set by the client: {_OWN_HEADERS[name.lower()]}")
+        if value is not None and not (isinstance(value, str) and _HEADER_VALUE.fullmatch(value)):
+            raise InvalidRequestError(f"headers: the value of {name} must be a line of printable ASCII characters")
+        result[name.lower()] = value
+    return result
 
 
 def job_path(kind: Literal["dataset", "projection", "webhook", "study"], identifier: str, *rest: str) -> str:

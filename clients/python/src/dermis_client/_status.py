@@ -67,4 +67,5 @@ def error_from(response: httpx.Response) -> errors.APIStatusError:
         status_code=status,
         request_id=request_id,
         retry_after=parse_retry_after(response.headers.get("retry-after")),
+        headers=response.headers,
     )

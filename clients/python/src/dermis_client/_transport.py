@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import itertools
 import os
 import platform
 import queue
+import ssl
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, aclosing, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, assert_never
 
 import httpx
@@ -33,6 +36,7 @@ from dermis_client._flow import (
     Sleep,
     Stream,
     advance,
+    recorded,
 )
 from dermis_client._response_body import Body
 from dermis_client._version import __version__
@@ -56,18 +60,72 @@ class ClientSettings:
         base_url: Address of the service, without a trailing slash.
         api_key: Sent as a bearer token, if there is one.
         token_provider: Called before each request for the bearer token, in place of `api_key`.
+        allow_plain_http: Whether credentials may be sent over http:// to another machine.
         timeout: Seconds that a single request may wait for a response.
         max_retries: Further attempts after a failed one.
+        headers: Further headers of every request, by their names in lower case.
     """
 
     base_url: str
     api_key: str | None
     token_provider: TokenProvider | None
+    allow_plain_http: bool
     timeout: float
     max_retries: int
+    headers: dict[str, str]
 
     def __repr__(self) -> str:
         return f"base_url={self.base_url!r}, timeout={self.timeout:g}, max_retries={self.max_retries}"
+
+    def changed(
+        self,
+        *,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        token_provider: TokenProvider | None = None,
+        allow_plain_http: bool | None = None,
+        timeout: float | None = None,
+        max_retries: int | None = None,
+        headers: Mapping[str, str | None] | None = None,
+    ) -> ClientSettings:
+        """Return the settings with other values; None leaves a value as it is.
+
+        Args:
+            base_url: See the attributes.
+            api_key: In place of the credentials so far; "" for none.
+            token_provider: In place of the credentials so far.
+            allow_plain_http: See the attributes.
+            timeout: See the attributes.
+            max_retries: See the attributes.
+            headers: Added to the headers so far; a value of None removes a header.
+
+        Raises:
+            InvalidRequestError: A value is not valid, or credentials would be sent over plain HTTP to another machine.
+        """
+        url = self.base_url if base_url is None else _requests.base_url_from(base_url)
+        if api_key and token_provider is not None:
+            raise InvalidRequestError("give either api_key or token_provider, not both")
+        key, provider = self.api_key, self.token_provider
+        if token_provider is not None:
+            key, provider = None, token_provider
+        elif api_key is not None:
+            key, provider = api_key or None, None
+        if key is not None:
+            _requests.checked_token("api_key", key)
+        allowed = self.allow_plain_http if allow_plain_http is None else allow_plain_http
+        has_credentials = key is not None or provider is not None
+        if has_credentials and url.lower().startswith("http:") and not (allowed or _requests.is_loopback(url)):
+            raise InvalidRequestError(
+                f"base_url: the API key or token would cross the network to {url} unencrypted; use https, or allow it "
+                "with allow_plain_http=True (DERMIS_ALLOW_PLAIN_HTTP=true, --allow-plain-http)"
+            )
+        seconds = self.timeout if timeout is None else _requests.finite("timeout", timeout)
+        retries = self.max_retries if max_retries is None else _requests.whole("max_retries", max_retries)
+        if seconds <= 0 or retries < 0:
+            raise InvalidRequestError("timeout must be above 0, max_retries at least 0")
+        all_headers = self.headers | _requests.checked_headers(headers or {})
+        kept = {name: value for name, value in all_headers.items() if value is not None}
+        return ClientSettings(url, key, provider, allowed, seconds, retries, kept)
 
 
 def settings(
@@ -77,42 +135,26 @@ def settings(
     allow_plain_http: bool | None,
     timeout: float,
     max_retries: int,
+    headers: Mapping[str, str] | None,
 ) -> ClientSettings:
     """Check the arguments of a client and fill in those of the environment.
 
     Raises:
         InvalidRequestError: A value is not valid, or credentials would be sent over plain HTTP to another machine.
     """
-    url = _requests.base_url_from(base_url or os.environ.get("DERMIS_BASE_URL") or DEFAULT_BASE_URL)
-    if api_key and token_provider is not None:
-        raise InvalidRequestError("give either api_key or token_provider, not both")
-    key = (os.environ.get("DERMIS_API_KEY") if api_key is None else api_key) or None
-    if token_provider is not None:
-        key = None
-    if key is not None:
-        _requests.checked_token("api_key", key)
+    if api_key is None and token_provider is None:
+        api_key = os.environ.get("DERMIS_API_KEY")
     if allow_plain_http is None:
         allow_plain_http = os.environ.get("DERMIS_ALLOW_PLAIN_HTTP", "").lower() in {"1", "true", "yes", "on"}
-    has_credentials = key is not None or token_provider is not None
-    if has_credentials and url.lower().startswith("http:") and not (allow_plain_http or _requests.is_loopback(url)):
-        raise InvalidRequestError(
-            f"base_url: the API key or token would cross the network to {url} unencrypted; use https, or allow it with "
-            "allow_plain_http=True (DERMIS_ALLOW_PLAIN_HTTP=true, --allow-plain-http)"
-        )
-    return with_limits(ClientSettings(url, key, token_provider, 0.0, 0), timeout, max_retries)
-
-
-def with_limits(values: ClientSettings, timeout: float | None, max_retries: int | None) -> ClientSettings:
-    """Return the settings with another timeout and number of retries; None leaves them as they are.
-
-    Raises:
-        InvalidRequestError: A value is not valid.
-    """
-    seconds = values.timeout if timeout is None else _requests.finite("timeout", timeout)
-    retries = values.max_retries if max_retries is None else _requests.whole("max_retries", max_retries)
-    if seconds <= 0 or retries < 0:
-        raise InvalidRequestError("timeout must be above 0, max_retries at least 0")
-    return replace(values, timeout=seconds, max_retries=retries)
+    return ClientSettings(DEFAULT_BASE_URL, None, None, False, timeout, max_retries, {}).changed(
+        base_url=base_url or os.environ.get("DERMIS_BASE_URL") or None,
+        api_key=api_key,
+        token_provider=token_provider,
+        allow_plain_http=allow_plain_http,
+        timeout=timeout,
+        max_retries=max_retries,
+        headers=headers,
+    )
 
 
 def _use_environment(settings: ClientSettings) -> bool:
@@ -120,9 +162,20 @@ def _use_environment(settings: ClientSettings) -> bool:
     return not _requests.is_loopback(settings.base_url)
 
 
+@functools.lru_cache(maxsize=4)
+def _ssl_context(places: tuple[tuple[Path, int], ...]) -> ssl.SSLContext:
+    """The authorities of SSL_CERT_FILE, SSL_CERT_DIR or httpx. Reading them takes longer than all else of a new client.
+
+    Args:
+        places: Files and folders of the environment with the times of their last changes.
+    """
+    return httpx.create_ssl_context()
+
+
 def _http_options(settings: ClientSettings) -> dict[str, Any]:
     try:  # the authorities of SSL_CERT_FILE are used also where the rest of the environment is not
-        context = httpx.create_ssl_context()
+        places = [Path(os.environ[name]) for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)]
+        context = _ssl_context(tuple((path, path.stat().st_mtime_ns if path.exists() else 0) for path in places))
     except OSError as error:
         raise InvalidRequestError(f"SSL_CERT_FILE: no certificates of authorities can be read: {error}") from None
     return {"trust_env": _use_environment(settings), "verify": context}
@@ -131,34 +184,39 @@ def _http_options(settings: ClientSettings) -> dict[str, Any]:
 def _build(
     http: httpx.Client | httpx.AsyncClient, settings: ClientSettings, request: Request, token: str | None
 ) -> httpx.Request:
-    headers = {
-        "Accept": "application/json",
-        "Accept-Encoding": "gzip",  # the encoding that Body decompresses within its limits
-        "User-Agent": f"dermis-client/{__version__} python/{platform.python_version()}",
-    }
+    headers = httpx.Headers(
+        {
+            "Accept": "application/json",
+            "Accept-Encoding": "gzip",  # the encoding that Body decompresses within its limits
+            "User-Agent": f"dermis-client/{__version__} python/{platform.python_version()}",
+        }
+    )
     if token is not None:
         headers["Authorization"] = f"Bearer {token}"
+    headers.update(settings.headers)
+    headers.update(request.headers)
     read = request.read_timeout or settings.timeout
     return http.build_request(
         request.method,
         settings.base_url + request.path,
         params=request.params or None,
-        headers=headers | dict(request.headers),
+        headers=headers,
         json=request.json,
         files=[("files", (name, content)) for name, content in request.files] or None,
         timeout=httpx.Timeout(settings.timeout, connect=min(CONNECT_TIMEOUT, settings.timeout), read=read),
     )
 
 
-def _redirected(request: Request, response: httpx.Response) -> httpx.Request | None:
+def _redirected(settings: ClientSettings, request: Request, response: httpx.Response) -> httpx.Request | None:
     """Return the request that a redirect asks for, if any.
 
-    Only GET is followed: a redirected POST would become a GET. Credentials are not sent to another scheme, host or port, and
-    neither is If-Range, which the service has compared: a storage has other ETags and would send the whole file.
+    Only GET is followed: a redirected POST would become a GET. Credentials and the client's own headers are not sent to
+    another scheme, host or port, and neither is If-Range, which the service has compared: a storage has other ETags and would
+    send the whole file.
     """
     following = response.next_request if request.method == "GET" else None
     if following is not None and _origin(following.url) != _origin(response.request.url):
-        for name in ("Authorization", "Cookie", "If-Range"):
+        for name in ("Authorization", "Cookie", "If-Range", *settings.headers):
             following.headers.pop(name, None)
     return following
 
@@ -180,6 +238,31 @@ class SyncTransport:
         self.settings = settings
         self.http = http or httpx.Client(**_http_options(settings))
         self._owned = http is None
+        self._trusts_environment = _use_environment(settings) if http is None else None  # None: the caller's own client
+        self._responses: list[httpx.Response] | None = None
+
+    def with_settings(self, settings: ClientSettings) -> SyncTransport:
+        """Return a transport with other settings and the same connections.
+
+        It has connections of its own, which its close() closes, if the proxies of the environment are used for one of the
+        addresses only.
+        """
+        if self._trusts_environment not in (None, _use_environment(settings)):
+            return SyncTransport(settings, None)
+        other = SyncTransport(settings, self.http)
+        other._trusts_environment = self._trusts_environment
+        return other
+
+    def recording(self) -> SyncTransport:
+        """Return a transport with the same connections that records the responses of its flows."""
+        other = self.with_settings(self.settings)
+        other._responses = []
+        return other
+
+    def end_recording(self) -> list[httpx.Response]:
+        """Return the recorded responses, and record no others."""
+        responses, self._responses = self._responses or [], None
+        return responses
 
     def close(self) -> None:
         """Close the HTTP client, unless the caller supplied it."""
@@ -193,6 +276,8 @@ class SyncTransport:
             flow: The flow.
             stop: When set, the flow ends at its next effect with DermisError.
         """
+        if self._responses is not None:
+            flow = recorded(flow, self._responses)
         with closing(self._steps(flow, stop)) as steps:
             value: T = next(step.value for step in steps if isinstance(step, Return))
             return value
@@ -271,7 +356,7 @@ class SyncTransport:
         built = _build(self.http, self.settings, request, self._token())
         response = self.http.send(built, stream=True, follow_redirects=False)
         for count in itertools.count():
-            if (following := _redirected(request, response)) is None:
+            if (following := _redirected(self.settings, request, response)) is None:
                 return response
             response.close()
             if count == MAX_REDIRECTS:
@@ -324,6 +409,31 @@ class AsyncTransport:
         self.settings = settings
         self.http = http or httpx.AsyncClient(**_http_options(settings))
         self._owned = http is None
+        self._trusts_environment = _use_environment(settings) if http is None else None  # None: the caller's own client
+        self._responses: list[httpx.Response] | None = None
+
+    def with_settings(self, settings: ClientSettings) -> AsyncTransport:
+        """Return a transport with other settings and the same connections.
+
+        It has connections of its own, which its close() closes, if the proxies of the environment are used for one of the
+        addresses only.
+        """
+        if self._trusts_environment not in (None, _use_environment(settings)):
+            return AsyncTransport(settings, None)
+        other = AsyncTransport(settings, self.http)
+        other._trusts_environment = self._trusts_environment
+        return other
+
+    def recording(self) -> AsyncTransport:
+        """Return a transport with the same connections that records the responses of its flows."""
+        other = self.with_settings(self.settings)
+        other._responses = []
+        return other
+
+    def end_recording(self) -> list[httpx.Response]:
+        """Return the recorded responses, and record no others."""
+        responses, self._responses = self._responses or [], None
+        return responses
 
     async def close(self) -> None:
         """Close the HTTP client, unless the caller supplied it."""
@@ -332,6 +442,8 @@ class AsyncTransport:
 
     async def run(self, flow: Flow[T]) -> T:
         """Run a flow to its end and return its value."""
+        if self._responses is not None:
+            flow = recorded(flow, self._responses)
         async with aclosing(self._steps(flow)) as steps:
             async for step in steps:
                 if isinstance(step, Return):
@@ -393,7 +505,7 @@ class AsyncTransport:
         built = _build(self.http, self.settings, request, await self._token())
         response = await self.http.send(built, stream=True, follow_redirects=False)
         for count in itertools.count():
-            if (following := _redirected(request, response)) is None:
+            if (following := _redirected(self.settings, request, response)) is None:
                 return response
             await response.aclose()
             if count == MAX_REDIRECTS:

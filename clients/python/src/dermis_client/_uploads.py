@@ -186,4 +186,5 @@ def with_file_names(error: APIStatusError, files: Sequence[File]) -> APIStatusEr
         status_code=error.status_code,
         request_id=error.request_id,
         retry_after=error.retry_after,
+        headers=error.headers,
     )

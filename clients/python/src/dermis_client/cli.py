@@ -8,12 +8,12 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
 from dermis_client import _cli_text as text
-from dermis_client import folders
+from dermis_client import folders, params
 from dermis_client._client import DermisClient
 from dermis_client._files import write_atomically
 from dermis_client._untrusted import one_line, printable, printable_json
@@ -167,7 +167,8 @@ def create(
     noise_mode: Noise = None,
     shard_size: Annotated[int | None, typer.Option("--shard-size", help="Samples in a shard.")] = None,
     keep: Annotated[
-        str | None, typer.Option("--keep", help="all, or agreeing: images that the model's classifier agrees with.")
+        params.ClassifierKeep | None,
+        typer.Option("--keep", help="all, or agreeing: images that the model's classifier agrees with."),
     ] = None,
     threshold: Annotated[str | None, typer.Option("--threshold", help="Name of a threshold of the classifier.")] = None,
     min_probability: Annotated[
@@ -184,13 +185,15 @@ def create(
     ] = None,
     edit: text.EditOption = None,
     gate: Annotated[
-        str | None, typer.Option("--gate", help="Compare with the training images: authentic or min_distance.")
+        params.GateCondition | None,
+        typer.Option("--gate", help="Compare with the training images: authentic or min_distance."),
     ] = None,
     percentile: Annotated[
         float | None, typer.Option("--percentile", help="Percentile for --gate min_distance; default 1.")
     ] = None,
     on_reject: Annotated[
-        str | None, typer.Option("--on-reject", help="Action for images that fail: resample (default), drop or flag.")
+        params.OnReject | None,
+        typer.Option("--on-reject", help="Action for images that fail: resample (default), drop or flag."),
     ] = None,
     gate_tries: Annotated[
         int | None,
@@ -218,23 +221,17 @@ def create(
     """Create a dataset; with --wait or --out, wait until it has finished."""
     if extract and out is None:
         raise InvalidRequestError("--extract: needs --out, the folder to download into")
-    classifier = {
-        "score": score,
-        "keep": keep,
-        "threshold": threshold,
-        "min_probability": min_probability,
-        "max_probability": max_probability,
-        "tries": tries,
-    }
-    classifier_options = {name: value for name, value in classifier.items() if value is not None}
-    gating = {
-        "gate": gate,
-        "percentile": percentile,
-        "on_reject": on_reject,
-        "tries": gate_tries,
-        "detect_copies": detect_copies,
-    }
-    gate_options = {name: value for name, value in gating.items() if value is not None}
+    classifier = text.given(
+        score=score,
+        keep=keep,
+        threshold=threshold,
+        min_probability=min_probability,
+        max_probability=max_probability,
+        tries=tries,
+    )
+    privacy = text.given(
+        gate=gate, percentile=percentile, on_reject=on_reject, tries=gate_tries, detect_copies=detect_copies
+    )
     with _client(context, base_url) as client:
         with text.interrupt_message(
             "interrupted; the dataset may have been created already, see: dermis-client datasets list"
@@ -250,9 +247,9 @@ def create(
                 truncation_cutoff=truncation_cutoff,
                 noise_mode=noise_mode,
                 shard_size=shard_size,
-                classifier=classifier_options or None,
+                classifier=cast(params.ClassifierParams, classifier) or None,
                 edits=text.parse_edits(edit),
-                privacy=gate_options or None,
+                privacy=cast(params.PrivacyParams, privacy) or None,
                 idempotency_key=idempotency_key,
             )
         if wait or out is not None:
@@ -524,7 +521,9 @@ def project(
     files: Annotated[list[Path], typer.Argument(help="Images: PNG, JPEG or WebP.", show_default=False)],
     out: Out,
     model: Model = None,
-    schedule: Annotated[str | None, typer.Option("--schedule", help="fast (default) or official.")] = None,
+    schedule: Annotated[
+        params.ProjectionSchedule | None, typer.Option("--schedule", help="fast (default) or official.")
+    ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimisation steps; default: the schedule's.")] = None,
     class_name: Annotated[
         str | None, typer.Option("--class", help="Class of all images; default: the most probable.")
@@ -572,8 +571,9 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may lack the letters of a class name
     try:
-        status = app(standalone_mode=False)
-        sys.stdout.flush()
+        with text.warnings_on_stderr():
+            status = app(standalone_mode=False)
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader has ended, as with `dermis-client ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # output at exit must not fail either
         sys.exit(1)  # the status that Typer uses in this case

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import httpx
+
 if TYPE_CHECKING:
     from dermis_client.latent import Projection
     from dermis_client.models import DatasetRecord, FieldError, Problem
@@ -54,6 +56,7 @@ class APIStatusError(DermisError):
         status_code: HTTP status.
         request_id: Id of the request in the service's log, if the service sent one.
         retry_after: Seconds that the service asked to wait, if it did.
+        headers: Headers of the response. Upper and lower case are the same in their names.
     """
 
     def __init__(
@@ -64,12 +67,14 @@ class APIStatusError(DermisError):
         status_code: int,
         request_id: str | None = None,
         retry_after: float | None = None,
+        headers: httpx.Headers | None = None,
     ) -> None:
         super().__init__(message)
         self.problem = problem
         self.status_code = status_code
         self.request_id = request_id
         self.retry_after = retry_after
+        self.headers = httpx.Headers() if headers is None else headers
 
     @property
     def kind(self) -> str:

@@ -14,29 +14,17 @@ from pydantic import Base64Bytes, Field
 
 from dermis_client import _notebook
 from dermis_client._files import check_sha256, write_atomically
+from dermis_client._synthetic_image import SyntheticImage, xmp_of_sheet
 from dermis_client._untrusted import one_line
-from dermis_client._version import __version__
 from dermis_client.errors import DermisError, IntegrityError
 from dermis_client.models import Count, ModelRef, ResponseRecord
-
-# The same packet as the service writes into each image, with what is known of a sheet. `term` is one of IPTC's vocabulary.
-_SHEET_XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
-<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
-<rdf:Description rdf:about=""
- xmlns:xmp="http://ns.adobe.com/xap/1.0/"
- xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
- xmp:CreatorTool="dermis-client {version}"
- Iptc4xmpExt:DigitalSourceType="http://cv.iptc.org/newscodes/digitalsourcetype/{term}"/>
-</rdf:RDF></x:xmpmeta>
-<?xpacket end="r"?>"""
-_TERM = re.compile(rb"newscodes/digitalsourcetype/([A-Za-z]+)")
 
 MAX_PIXELS = 200_000_000  # maximum size of an image or a sheet; 0.6 GB in memory
 _FORMATS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
 
 
 def decode(content: bytes, name: str) -> Image.Image:
-    """Decode an image file of a service to RGB.
+    """Decode an image file of a service to RGB. Its `save` writes the XMP of the file.
 
     Args:
         content: PNG, JPEG or WebP.
@@ -49,14 +37,14 @@ def decode(content: bytes, name: str) -> Image.Image:
         image = Image.open(io.BytesIO(content), formats=["PNG", "JPEG", "WEBP"])
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels")
-        return image.convert("RGB")
+        return SyntheticImage.of(image.convert("RGB"))
     # SyntaxError: raised by Pillow for a broken PNG.
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise IntegrityError(f"{name}: cannot be decoded ({one_line(str(error))})", name=name) from error
 
 
 def sheet(images: Sequence[Image.Image], columns: int, gap: int) -> Image.Image:
-    """Arrange images row by row on a white sheet. `info["xmp"]` of the sheet says that it is synthetic.
+    """Arrange images row by row on a white sheet. Its `save` writes XMP which says that it is synthetic.
 
     Args:
         images: The images.
@@ -79,16 +67,7 @@ def sheet(images: Sequence[Image.Image], columns: int, gap: int) -> Image.Image:
     for position, image in enumerate(images):
         row, column = divmod(position, columns)
         result.paste(image, (column * (width + gap), row * (height + gap)))
-    result.info["xmp"] = _xmp_of(images)
-    return result
-
-
-def _xmp_of(images: Sequence[Image.Image]) -> bytes:
-    """XMP of a sheet: generated, or edited from photographs if one of its images is."""
-    terms = {match[1].decode() for image in images for match in _TERM.finditer(image.info.get("xmp", b""))}
-    edited = "compositeWithTrainedAlgorithmicMedia"
-    term = edited if edited in terms else "trainedAlgorithmicMedia"
-    return _SHEET_XMP.format(version=__version__, term=term).encode()
+    return SyntheticImage.of(result, xmp_of_sheet(images))
 
 
 class GeneratedImage(ResponseRecord):
@@ -115,7 +94,7 @@ class GeneratedImage(ResponseRecord):
 
     @property
     def image(self) -> Image.Image:
-        """The image in RGB, decoded at every access."""
+        """The image in RGB, decoded at every access. Saving it keeps its XMP."""
         return decode(self.content, f"image {self.index}")
 
     @property
@@ -165,7 +144,7 @@ class ImagesResult(ResponseRecord):
             gap: Pixels between images.
 
         Returns:
-            The sheet in RGB.
+            The sheet in RGB. Saving it writes XMP which says that it is synthetic.
 
         Raises:
             DermisError: There are no images, or the sheet is too large.

@@ -28,6 +28,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, SupportsIndex, TypeVar
 
@@ -36,13 +38,16 @@ from PIL import Image
 from dermis_client._client import DermisClient
 from dermis_client.errors import APIStatusError, IntegrityError, InvalidRequestError
 from dermis_client.folders import ARCHIVE, METADATA
-from dermis_client.images import decode
+from dermis_client.images import ImagesResult, decode
+from dermis_client.pixels import PixelsResult
 
 try:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from torch.utils.data import Dataset, IterableDataset, get_worker_info
 except ImportError as error:
-    raise ImportError('dermis_client.torch needs PyTorch: pip install "dermis-client[torch]"') from error
+    raise ImportError('dermis_client.torch needs PyTorch and NumPy: pip install "dermis-client[torch]"') from error
 
 Sample = tuple[Any, int]
 Transform = Callable[[Image.Image], Any]
@@ -53,6 +58,7 @@ _MAX_PREFETCH = 64
 _BUSY = frozenset({429, 503})  # with Retry-After: a limit is reached, or the service is busy
 _LEAST_WAIT = 0.5  # seconds
 _DIGEST_DIGITS = 15  # first digits of a bundle's digest, as many as an int64 holds
+_OF_FILES = frozenset({"image_format", "image_quality", "provenance"})  # options that only image files have
 _COMPARED = frozenset(
     {"model", "truncation_psi", "edits"}
 )  # options that `client.authenticity.check_generated` takes too
@@ -60,18 +66,25 @@ _COMPARED = frozenset(
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """Return an image as float32 [3, H, W] between 0 and 1, as `ToTensor` of torchvision does."""
-    rgb = image.convert("RGB")
-    values = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
-    return values.reshape(rgb.height, rgb.width, 3).permute(2, 0, 1).float().div_(255)
+    return _scaled(np.asarray(image.convert("RGB")))
+
+
+def _scaled(pixels: NDArray[np.uint8]) -> torch.Tensor:
+    """Pixels uint8 [H, W, 3] as float32 [3, H, W] between 0 and 1.
+
+    NumPy computes in the calling thread. torch would use further threads even for a small image, and they wait actively for
+    more work: of a generator on the same machine they take more time than the whole stream needs.
+    """
+    return torch.from_numpy(np.divide(pixels.transpose(2, 0, 1), np.float32(255), dtype=np.float32, order="C"))
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """The samples of one call. name: for messages; digest: that of the bundle."""
+    """The samples of one call. name: for messages; digest: that of the bundle; samples: what makes an item, and its label."""
 
     name: str
     digest: str
-    samples: list[tuple[Image.Image, int]]
+    samples: list[tuple[Callable[[], Any], int]]
 
 
 def _other_bundle(expected: str, actual: str, name: str) -> IntegrityError:
@@ -105,7 +118,7 @@ class SyntheticIterable(IterableDataset[Sample]):
         first_index: Index of the first sample.
         chunk: Samples of one call, at most what the service generates in one call.
         prefetch: Calls of each worker that run at the same time, ahead of the training.
-        transform: Makes the item of a PIL image in RGB; by default `to_tensor`.
+        transform: Makes the item of a PIL image in RGB; by default float32 [3, H, W] between 0 and 1, as `to_tensor`.
         only_authentic: Leave out samples that are nearer to a training image than its own nearest neighbour, or that the
             copy detector of the model finds. The model needs an index of its training images, and each call takes longer.
         busy_timeout: Seconds for which a call is repeated while the service refuses it because it is busy or a limit is reached
@@ -115,7 +128,8 @@ class SyntheticIterable(IterableDataset[Sample]):
             For other settings, give functools.partial(DermisClient, "https://...").
         rank: Number of this process; by default that of torch.distributed.
         world_size: Number of processes.
-        options: Further options of `client.images.generate`, such as model, truncation_psi or edits.
+        options: Further options of `client.images.generate`, such as model, truncation_psi or edits. With one of image_format,
+            image_quality and provenance the service sends image files, which are smaller, instead of pixels.
 
     Raises:
         InvalidRequestError: An argument is not valid.
@@ -162,7 +176,8 @@ class SyntheticIterable(IterableDataset[Sample]):
         self.class_names = tuple(classes)
         self._limits = [sum(shares[: position + 1]) / sum(shares) for position in range(len(shares))]
         self._samples, self._seed, self._first_index, self._chunk = samples, int(seed), first_index, chunk
-        self._prefetch, self._transform, self._only_authentic = prefetch, transform or to_tensor, only_authentic
+        self._first_value = int(random.Random(self._seed).random() * 2**53)
+        self._prefetch, self._transform, self._only_authentic = prefetch, transform, only_authentic
         self._client, self._options, self._busy_timeout = client, options, float(busy_timeout)
         # In shared memory, so that workers that persist between epochs see it.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
@@ -224,23 +239,26 @@ class SyntheticIterable(IterableDataset[Sample]):
         stopped = threading.Event()
         with self._client() as client, ThreadPoolExecutor(self._prefetch) as pool:
             running: deque[Future[_Chunk]] = deque()
-            try:
-                for start, size in chunks:
+
+            def call_ahead() -> None:
+                for start, size in islice(chunks, self._prefetch - len(running)):
                     running.append(pool.submit(self._generate, client, start, size, stopped))
-                    if len(running) >= self._prefetch:
-                        yield from self._items(running.popleft())
+
+            try:
+                call_ahead()
                 while running:
-                    yield from self._items(running.popleft())
+                    chunk = running.popleft().result()
+                    call_ahead()
+                    yield from self._items(chunk)
             finally:
                 stopped.set()
                 pool.shutdown(wait=True, cancel_futures=True)
 
-    def _items(self, future: Future[_Chunk]) -> Iterator[Sample]:
-        chunk = future.result()
+    def _items(self, chunk: _Chunk) -> Iterator[Sample]:
         self._check_bundle(chunk)
-        for image, label in chunk.samples[self._offset :]:
+        for make_item, label in chunk.samples[self._offset :]:
             self._offset += 1
-            yield self._transform(image), label
+            yield make_item(), label
         self._done += 1
         self._offset = 0
 
@@ -273,14 +291,21 @@ class SyntheticIterable(IterableDataset[Sample]):
         name = f"images {start} to {start + size - 1}"
         counts = Counter(self._label(start + position) for position in range(size))
         classes = {self.class_names[label]: counts[label] for label in sorted(counts)}
-        result = self._repeat_while_busy(
-            lambda: client.images.generate(classes, seed=self._seed, start_index=start, **self._options), stopped
+        as_files = any(self._options.get(option) is not None for option in _OF_FILES)
+        generate: Callable[..., ImagesResult | PixelsResult] = (
+            client.images.generate if as_files else client.images.generate_pixels
         )
-        if Counter(item.class_name for item in result) != Counter(classes):
+        result = self._repeat_while_busy(
+            lambda: generate(classes, seed=self._seed, start_index=start, **self._options), stopped
+        )
+        if Counter(item.class_name for item in result.data) != Counter(classes):
             message = "the service has sent other classes than those that were requested"
             raise IntegrityError(message, name=name)
         labels = {class_name: label for label, class_name in enumerate(self.class_names)}
-        samples = [(item.image, labels[item.class_name]) for item in result]
+        samples = [
+            (make_item, labels[item.class_name])
+            for make_item, item in zip(self._items_of(result), result.data, strict=True)
+        ]
         if self._only_authentic:
             verdicts = self._repeat_while_busy(
                 lambda: client.authenticity.check_generated(
@@ -300,6 +325,19 @@ class SyntheticIterable(IterableDataset[Sample]):
         # The service answers class by class.
         random.Random(f"{self._seed} {start}").shuffle(samples)
         return _Chunk(name, result.model.digest, samples)
+
+    def _items_of(self, result: ImagesResult | PixelsResult) -> list[Callable[[], Any]]:
+        """Return what makes the item of each image, in the thread of the training: a transform may not be safe in others."""
+        transform = self._transform or to_tensor
+        if isinstance(result, ImagesResult):
+            return [partial(transform, image) for image in result.images]
+        if self._transform is None:
+            return [partial(_scaled, pixels) for pixels in result.array]
+
+        def item(position: int) -> Any:
+            return transform(result.image(position))
+
+        return [partial(item, position) for position in range(len(result))]
 
     def _repeat_while_busy(self, call: Callable[[], T], stopped: threading.Event) -> T:
         """Call the service, again while it is busy, until `busy_timeout` has passed or the iteration has stopped."""
@@ -323,10 +361,9 @@ class SyntheticIterable(IterableDataset[Sample]):
 
         It is the additive recurrence of the golden ratio, which has a low discrepancy, from a start that the seed gives.
         """
-        start = random.Random(self._seed).random()
         # Whole numbers, because the product of a large index and the ratio has no digits left after its point.
         step = int(_GOLDEN_RATIO * 2**53)
-        value = ((index * step + int(start * 2**53)) % 2**53) / 2**53
+        value = ((index * step + self._first_value) % 2**53) / 2**53
         return next((label for label, limit in enumerate(self._limits) if value < limit), len(self._limits) - 1)
 
 

@@ -18,6 +18,7 @@ from dermis_client import (
     GeneratedImage,
     Model,
 )
+from dermis_client.images import SyntheticImage
 from dermis_client.models import NoiseMode
 from PIL import Image
 
@@ -159,7 +160,7 @@ def reduced(image: Image.Image, pixels: int) -> Image.Image:
 
 
 def png(image: Image.Image) -> bytes:
-    """Encode an image as PNG, fast rather than small: it is only shown."""
+    """Encode an image as PNG, fast rather than small. That of a generated image has its XMP."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
@@ -175,7 +176,7 @@ def enlarged(content: bytes, media_type: str, alt: str, caption: str, *, pixels:
         caption: Text below it; HTML.
         pixels: Length of the sides that it may have.
     """
-    image = Image.open(io.BytesIO(content)).convert("RGB")
+    image = SyntheticImage.of(Image.open(io.BytesIO(content)).convert("RGB"))
     factor = max(1, pixels // max(image.size))
     width, height = factor * image.width, factor * image.height
     original = markup.data_url(content, media_type)

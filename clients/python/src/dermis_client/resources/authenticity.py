@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, SupportsIndex
 
 from dermis_client import _requests
 from dermis_client._flow import Flow, Request, call, parse
 from dermis_client._progress import count_progress
+from dermis_client._raw import async_raw, raw
 from dermis_client._transport import AsyncTransport, SyncTransport
 from dermis_client._uploads import MAX_FILES, File, Source, form_parts, joined, sources_of, upload, with_names
 from dermis_client.latent import AuthenticityResult
+from dermis_client.params import EditParams
 
 # Flows
 
@@ -37,8 +39,18 @@ def check_generated(body: Mapping[str, Any], max_retries: int) -> Flow[Authentic
     return parse(response, AuthenticityResult.model_validate)
 
 
+class RawAuthenticity:
+    """The methods of `Authenticity` with the responses of the service; see `RawResponse`."""
+
+    def __init__(self, resource: Authenticity) -> None:
+        self.check = raw(resource.check)
+        self.check_generated = raw(resource.check_generated)
+
+
 class Authenticity:
     """Compare images with training images: `client.authenticity` of a DermisClient."""
+
+    with_raw_response = cached_property(RawAuthenticity)
 
     def __init__(self, transport: SyncTransport) -> None:
         self._transport, self._max_retries = transport, transport.settings.max_retries
@@ -64,7 +76,7 @@ class Authenticity:
             A verdict for each image, in order.
 
         Raises:
-            APIStatusError: Of kind "uploads-disabled": the operator has not enabled it.
+            PermissionDeniedError: The operator has not enabled it (kind "uploads-disabled").
             UnprocessableEntityError: An image cannot be used; `errors` names `files[i]`, the message names the path.
             UnsupportedMediaTypeError: A file is not an image.
             TooLargeError: An image is too large for the service.
@@ -84,7 +96,7 @@ class Authenticity:
         start_index: SupportsIndex | None = None,
         model: str | None = None,
         truncation_psi: float | None = None,
-        edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None = None,
+        edits: Sequence[EditParams] | Mapping[str, float] | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> AuthenticityResult:
         """Measure the same for the images that `Images.generate` returns for these arguments, without fetching them.
@@ -115,13 +127,23 @@ class Authenticity:
             start_index=start_index,
             model=model,
             truncation_psi=truncation_psi,
-            edits=_requests.edit_options(edits),
+            edits=edits,
         )
         return self._transport.run(check_generated(body, self._max_retries))
 
 
+class AsyncRawAuthenticity:
+    """The methods of `AsyncAuthenticity` with the responses of the service; see `RawResponse`."""
+
+    def __init__(self, resource: AsyncAuthenticity) -> None:
+        self.check = async_raw(resource.check)
+        self.check_generated = async_raw(resource.check_generated)
+
+
 class AsyncAuthenticity:
     """Compare images with training images: `client.authenticity` of an AsyncDermisClient."""
+
+    with_raw_response = cached_property(AsyncRawAuthenticity)
 
     def __init__(self, transport: AsyncTransport) -> None:
         self._transport, self._max_retries = transport, transport.settings.max_retries
@@ -146,7 +168,7 @@ class AsyncAuthenticity:
         start_index: SupportsIndex | None = None,
         model: str | None = None,
         truncation_psi: float | None = None,
-        edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None = None,
+        edits: Sequence[EditParams] | Mapping[str, float] | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> AuthenticityResult:
         """Measure the same for generated images; see `Authenticity.check_generated` for arguments and errors."""
@@ -157,6 +179,6 @@ class AsyncAuthenticity:
             start_index=start_index,
             model=model,
             truncation_psi=truncation_psi,
-            edits=_requests.edit_options(edits),
+            edits=edits,
         )
         return await self._transport.run(check_generated(body, self._max_retries))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 
 from dermis_client._flow import Flow, Request, call, parse
 from dermis_client._progress import count_progress
+from dermis_client._raw import async_raw, raw
 from dermis_client._requests import finite, max_response_bytes
 from dermis_client._transport import AsyncTransport, SyncTransport
 from dermis_client._uploads import MAX_FILES, File, Source, form_parts, joined, sources_of, upload, with_names
@@ -61,8 +62,17 @@ def _classify_batch(params: dict[str, str], max_retries: int, files: Sequence[Fi
     return result
 
 
+class RawClassifications:
+    """The methods of `Classifications` with the responses of the service; see `RawResponse`."""
+
+    def __init__(self, resource: Classifications) -> None:
+        self.create = raw(resource.create)
+
+
 class Classifications:
     """Classify images: `client.classifications` of a DermisClient."""
+
+    with_raw_response = cached_property(RawClassifications)
 
     def __init__(self, transport: SyncTransport) -> None:
         self._transport, self._max_retries = transport, transport.settings.max_retries
@@ -103,8 +113,17 @@ class Classifications:
             return self._transport.run(classify(sources, params, self._max_retries, report))
 
 
+class AsyncRawClassifications:
+    """The methods of `AsyncClassifications` with the responses of the service; see `RawResponse`."""
+
+    def __init__(self, resource: AsyncClassifications) -> None:
+        self.create = async_raw(resource.create)
+
+
 class AsyncClassifications:
     """Classify images: `client.classifications` of an AsyncDermisClient."""
+
+    with_raw_response = cached_property(AsyncRawClassifications)
 
     def __init__(self, transport: AsyncTransport) -> None:
         self._transport, self._max_retries = transport, transport.settings.max_retries

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from dermis_client import _retry
 from dermis_client._downloads import DownloadProgress, Plan, prepare
 from dermis_client._events import MAX_SILENCE, EventDecoder, Message, emit_events, next_events, open_events
 from dermis_client._flow import Emit, Flow, Request, call, close, now, parse, sleep
-from dermis_client._requests import checked_key, job_path
+from dermis_client._requests import idempotency_header, job_path
 from dermis_client._status import describe
 from dermis_client._untrusted import MAX_LIST_BYTES, load_json, one_line
 from dermis_client._waiting import STATUS_TIMEOUT, wait_until_finished
@@ -56,7 +55,7 @@ class Api(Generic[D]):
 
 def create(api: Api[D], body: Mapping[str, Any], idempotency_key: str | None) -> Flow[D]:
     """POST /v1/datasets with an idempotency key, so that a repeated request does not create a second dataset."""
-    headers = {"Idempotency-Key": checked_key(idempotency_key or uuid.uuid4().hex)}
+    headers = idempotency_header(idempotency_key)
     response = yield from call(Request("POST", "/v1/datasets", headers=headers, json=body), api.max_retries)
     return parse(response, api.parse_dataset)
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 from dermis_client._downloads import Download, DownloadProgress, fetch, worker_count
 from dermis_client._progress import dataset_progress, download_progress
-from dermis_client._requests import edit_options, generation_body
+from dermis_client._raw import async_raw, raw
+from dermis_client._requests import generation_body
 from dermis_client._transport import AsyncTransport, SyncTransport
 from dermis_client.folders import extract_images
 from dermis_client.models import DatasetFile, DatasetFormat, DatasetState, ImageFormat, NoiseMode
+from dermis_client.params import ClassifierParams, EditParams, PrivacyParams, ProvenanceParams
 from dermis_client.report import DatasetReport
 from dermis_client.resources import dataset_flows as flows
 from dermis_client.resources.dataset_records import AsyncDataset, Dataset, DatasetEvent
@@ -22,8 +24,22 @@ from dermis_client.resources.dataset_records import AsyncDataset, Dataset, Datas
 _FileList = list[DatasetFile]  # `list` is a method in the classes below
 
 
+class RawDatasets:
+    """The methods of `Datasets` with the responses of the service; see `RawResponse`."""
+
+    def __init__(self, resource: Datasets) -> None:
+        self.create = raw(resource.create)
+        self.retrieve = raw(resource.retrieve)
+        self.files = raw(resource.files)
+        self.report = raw(resource.report)
+        self.cancel = raw(resource.cancel)
+        self.delete = raw(resource.delete)
+
+
 class Datasets:
     """Datasets of a service: `client.datasets` of a DermisClient."""
+
+    with_raw_response = cached_property(RawDatasets)
 
     def __init__(self, transport: SyncTransport) -> None:
         self._transport = transport
@@ -42,10 +58,10 @@ class Datasets:
         truncation_cutoff: SupportsIndex | None = None,
         noise_mode: NoiseMode | None = None,
         shard_size: SupportsIndex | None = None,
-        classifier: Mapping[str, Any] | None = None,
-        edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None = None,
-        privacy: Mapping[str, Any] | None = None,
-        provenance: Mapping[str, Any] | None = None,
+        classifier: ClassifierParams | None = None,
+        edits: Sequence[EditParams] | Mapping[str, float] | None = None,
+        privacy: PrivacyParams | None = None,
+        provenance: ProvenanceParams | None = None,
         idempotency_key: str | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> Dataset:
@@ -96,10 +112,10 @@ class Datasets:
             truncation_cutoff=truncation_cutoff,
             noise_mode=noise_mode,
             shard_size=shard_size,
-            classifier=None if classifier is None else dict(classifier),
-            edits=edit_options(edits),
-            privacy=None if privacy is None else dict(privacy),
-            provenance=None if provenance is None else dict(provenance),
+            classifier=classifier,
+            edits=edits,
+            privacy=privacy,
+            provenance=provenance,
         )
         return self._transport.run(flows.create(self._api, body, idempotency_key))
 
@@ -295,8 +311,22 @@ class Datasets:
         self._transport.run(flows.delete(self._api, dataset_id))
 
 
+class AsyncRawDatasets:
+    """The methods of `AsyncDatasets` with the responses of the service; see `RawResponse`."""
+
+    def __init__(self, resource: AsyncDatasets) -> None:
+        self.create = async_raw(resource.create)
+        self.retrieve = async_raw(resource.retrieve)
+        self.files = async_raw(resource.files)
+        self.report = async_raw(resource.report)
+        self.cancel = async_raw(resource.cancel)
+        self.delete = async_raw(resource.delete)
+
+
 class AsyncDatasets:
     """Datasets of a service: `client.datasets` of an AsyncDermisClient."""
+
+    with_raw_response = cached_property(AsyncRawDatasets)
 
     def __init__(self, transport: AsyncTransport) -> None:
         self._transport = transport
@@ -315,10 +345,10 @@ class AsyncDatasets:
         truncation_cutoff: SupportsIndex | None = None,
         noise_mode: NoiseMode | None = None,
         shard_size: SupportsIndex | None = None,
-        classifier: Mapping[str, Any] | None = None,
-        edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None = None,
-        privacy: Mapping[str, Any] | None = None,
-        provenance: Mapping[str, Any] | None = None,
+        classifier: ClassifierParams | None = None,
+        edits: Sequence[EditParams] | Mapping[str, float] | None = None,
+        privacy: PrivacyParams | None = None,
+        provenance: ProvenanceParams | None = None,
         idempotency_key: str | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> AsyncDataset:
@@ -335,10 +365,10 @@ class AsyncDatasets:
             truncation_cutoff=truncation_cutoff,
             noise_mode=noise_mode,
             shard_size=shard_size,
-            classifier=None if classifier is None else dict(classifier),
-            edits=edit_options(edits),
-            privacy=None if privacy is None else dict(privacy),
-            provenance=None if provenance is None else dict(provenance),
+            classifier=classifier,
+            edits=edits,
+            privacy=privacy,
+            provenance=provenance,
         )
         return await self._transport.run(flows.create(self._api, body, idempotency_key))
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 from dermis_client._flow import Flow, Request, call, parse
-from dermis_client._requests import edit_options, finite, max_response_bytes, whole
+from dermis_client._raw import async_raw, raw
+from dermis_client._requests import finite, max_response_bytes, optional_fields, whole
 from dermis_client._transport import AsyncTransport, SyncTransport
 from dermis_client.errors import InvalidRequestError
 from dermis_client.latent import Direction, EditsResult
 from dermis_client.models import ImageFormat, NoiseMode, ResponseRecord
+from dermis_client.params import EditParams, ProvenanceParams, SweepParams
 
 _DEFAULT_COUNT = 8  # images of the service, if the request names no number
 
@@ -63,21 +66,15 @@ def latent_images_body(
     Raises:
         InvalidRequestError: A number is not valid.
     """
-    result: dict[str, Any] = {
-        field: {"class": str(name), "seed": whole(f"{field}.seed", seed), "index": whole(f"{field}.index", index)}
-        for field, (name, seed, index) in samples.items()
-    }
+    result: dict[str, Any] = {field: _sample(field, *sample) for field, sample in samples.items()}
     result |= {field: whole(field, count) for field, count in counts.items() if count is not None}
-    for name, value in (options | dict(extra_body or {})).items():
-        if value is not None:
-            result[name] = finite(name, value) if name == "truncation_psi" else value
-    return result
+    return result | optional_fields(extra_body, **options)
 
 
 def edits_body(
     samples: Sequence[tuple[str, int, int]] | None,
     projections: Sequence[tuple[str, int]] | None,
-    sweep: Mapping[str, Any] | None,
+    sweep: SweepParams | None,
     extra_body: Mapping[str, Any] | None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -90,10 +87,7 @@ def edits_body(
         raise InvalidRequestError("give samples=[(class, seed, index), ...] or projections=[(id, image), ...]")
     result: dict[str, Any] = {}
     if samples:
-        result["samples"] = [
-            {"class": str(name), "seed": whole("samples.seed", seed), "index": whole("samples.index", index)}
-            for name, seed, index in samples
-        ]
+        result["samples"] = [_sample("samples", *sample) for sample in samples]
     if projections:
         result["projections"] = [
             {"id": name, "image": whole("projections.image", image)} for name, image in projections
@@ -101,14 +95,27 @@ def edits_body(
     if sweep is not None:
         strengths = [finite("sweep.strengths", strength) for strength in sweep.get("strengths", ())]
         result["sweep"] = {**sweep, "strengths": strengths}
-    for name, value in (options | dict(extra_body or {})).items():
-        if value is not None:
-            result[name] = finite(name, value) if name == "truncation_psi" else value
-    return result
+    return result | optional_fields(extra_body, **options)
+
+
+def _sample(field: str, name: str, seed: int, index: int) -> dict[str, Any]:
+    return {"class": str(name), "seed": whole(f"{field}.seed", seed), "index": whole(f"{field}.index", index)}
+
+
+class RawEdits:
+    """The methods of `Edits` with the responses of the service; see `RawResponse`."""
+
+    def __init__(self, resource: Edits) -> None:
+        self.directions = raw(resource.directions)
+        self.create = raw(resource.create)
+        self.interpolate = raw(resource.interpolate)
+        self.neighbours = raw(resource.neighbours)
 
 
 class Edits:
     """Edit images along directions: `client.edits` of a DermisClient."""
+
+    with_raw_response = cached_property(RawEdits)
 
     def __init__(self, transport: SyncTransport) -> None:
         self._transport, self._max_retries = transport, transport.settings.max_retries
@@ -133,13 +140,13 @@ class Edits:
         *,
         samples: Sequence[tuple[str, int, int]] | None = None,
         projections: Sequence[tuple[str, int]] | None = None,
-        edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None = None,
-        sweep: Mapping[str, Any] | None = None,
+        edits: Sequence[EditParams] | Mapping[str, float] | None = None,
+        sweep: SweepParams | None = None,
         model: str | None = None,
         truncation_psi: float | None = None,
         noise_mode: NoiseMode | None = None,
         image_format: ImageFormat | None = None,
-        provenance: Mapping[str, Any] | None = None,
+        provenance: ProvenanceParams | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> EditsResult:
         """Generate images whose latents are edited along directions. Give either samples or projections.
@@ -174,12 +181,12 @@ class Edits:
             projections,
             sweep,
             extra_body,
-            edits=edit_options(edits),
+            edits=edits,
             model=model,
             truncation_psi=truncation_psi,
             noise_mode=noise_mode,
             image_format=image_format,
-            provenance=None if provenance is None else dict(provenance),
+            provenance=provenance,
         )
         return self._transport.run(create_edits(body, self._max_retries))
 
@@ -193,7 +200,7 @@ class Edits:
         truncation_psi: float | None = None,
         noise_mode: NoiseMode | None = None,
         image_format: ImageFormat | None = None,
-        provenance: Mapping[str, Any] | None = None,
+        provenance: ProvenanceParams | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> EditsResult:
         """Generate images on the straight line in w between two samples.
@@ -228,7 +235,7 @@ class Edits:
             truncation_psi=truncation_psi,
             noise_mode=noise_mode,
             image_format=image_format,
-            provenance=None if provenance is None else dict(provenance),
+            provenance=provenance,
         )
         return self._transport.run(create_latent_images("interpolations", body, images, self._max_retries))
 
@@ -242,7 +249,7 @@ class Edits:
         truncation_psi: float | None = None,
         noise_mode: NoiseMode | None = None,
         image_format: ImageFormat | None = None,
-        provenance: Mapping[str, Any] | None = None,
+        provenance: ProvenanceParams | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> EditsResult:
         """Generate images in the neighbourhood of a sample in w. Neighbour i is always the same image.
@@ -273,18 +280,30 @@ class Edits:
             {"sample": sample},
             {"count": count},
             extra_body,
-            distance=None if distance is None else finite("distance", distance),
+            distance=distance,
             model=model,
             truncation_psi=truncation_psi,
             noise_mode=noise_mode,
             image_format=image_format,
-            provenance=None if provenance is None else dict(provenance),
+            provenance=provenance,
         )
         return self._transport.run(create_latent_images("neighbours", body, count, self._max_retries))
 
 
+class AsyncRawEdits:
+    """The methods of `AsyncEdits` with the responses of the service; see `RawResponse`."""
+
+    def __init__(self, resource: AsyncEdits) -> None:
+        self.directions = async_raw(resource.directions)
+        self.create = async_raw(resource.create)
+        self.interpolate = async_raw(resource.interpolate)
+        self.neighbours = async_raw(resource.neighbours)
+
+
 class AsyncEdits:
     """Edit images along directions: `client.edits` of an AsyncDermisClient."""
+
+    with_raw_response = cached_property(AsyncRawEdits)
 
     def __init__(self, transport: AsyncTransport) -> None:
         self._transport, self._max_retries = transport, transport.settings.max_retries
@@ -298,13 +317,13 @@ class AsyncEdits:
         *,
         samples: Sequence[tuple[str, int, int]] | None = None,
         projections: Sequence[tuple[str, int]] | None = None,
-        edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None = None,
-        sweep: Mapping[str, Any] | None = None,
+        edits: Sequence[EditParams] | Mapping[str, float] | None = None,
+        sweep: SweepParams | None = None,
         model: str | None = None,
         truncation_psi: float | None = None,
         noise_mode: NoiseMode | None = None,
         image_format: ImageFormat | None = None,
-        provenance: Mapping[str, Any] | None = None,
+        provenance: ProvenanceParams | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> EditsResult:
         """Generate edited images; see `Edits.create` for arguments and errors."""
@@ -313,12 +332,12 @@ class AsyncEdits:
             projections,
             sweep,
             extra_body,
-            edits=edit_options(edits),
+            edits=edits,
             model=model,
             truncation_psi=truncation_psi,
             noise_mode=noise_mode,
             image_format=image_format,
-            provenance=None if provenance is None else dict(provenance),
+            provenance=provenance,
         )
         return await self._transport.run(create_edits(body, self._max_retries))
 
@@ -332,7 +351,7 @@ class AsyncEdits:
         truncation_psi: float | None = None,
         noise_mode: NoiseMode | None = None,
         image_format: ImageFormat | None = None,
-        provenance: Mapping[str, Any] | None = None,
+        provenance: ProvenanceParams | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> EditsResult:
         """Generate images between two samples; see `Edits.interpolate` for arguments and errors."""
@@ -344,7 +363,7 @@ class AsyncEdits:
             truncation_psi=truncation_psi,
             noise_mode=noise_mode,
             image_format=image_format,
-            provenance=None if provenance is None else dict(provenance),
+            provenance=provenance,
         )
         return await self._transport.run(create_latent_images("interpolations", body, images, self._max_retries))
 
@@ -358,7 +377,7 @@ class AsyncEdits:
         truncation_psi: float | None = None,
         noise_mode: NoiseMode | None = None,
         image_format: ImageFormat | None = None,
-        provenance: Mapping[str, Any] | None = None,
+        provenance: ProvenanceParams | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> EditsResult:
         """Generate neighbours of a sample; see `Edits.neighbours` for arguments and errors."""
@@ -366,11 +385,11 @@ class AsyncEdits:
             {"sample": sample},
             {"count": count},
             extra_body,
-            distance=None if distance is None else finite("distance", distance),
+            distance=distance,
             model=model,
             truncation_psi=truncation_psi,
             noise_mode=noise_mode,
             image_format=image_format,
-            provenance=None if provenance is None else dict(provenance),
+            provenance=provenance,
         )
         return await self._transport.run(create_latent_images("neighbours", body, count, self._max_retries))

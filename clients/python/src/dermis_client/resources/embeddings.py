@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, SupportsIndex
 
 from dermis_client import _requests
 from dermis_client._flow import Flow, Request, call, parse
 from dermis_client._progress import count_progress
+from dermis_client._raw import async_raw, raw
 from dermis_client._transport import AsyncTransport, SyncTransport
 from dermis_client._uploads import MAX_FILES, File, Source, form_parts, joined, sources_of, upload, with_names
 from dermis_client.embeddings import EmbeddingMap, EmbeddingsResult
@@ -75,8 +76,20 @@ def _projections_body(projections: Sequence[str | tuple[str, int]], model: str |
     return body if model is None else body | {"model": model}
 
 
+class RawEmbeddings:
+    """The methods of `Embeddings` with the responses of the service; see `RawResponse`."""
+
+    def __init__(self, resource: Embeddings) -> None:
+        self.retrieve = raw(resource.retrieve)
+        self.place = raw(resource.place)
+        self.place_generated = raw(resource.place_generated)
+        self.place_projections = raw(resource.place_projections)
+
+
 class Embeddings:
     """A map of images: `client.embeddings` of a DermisClient."""
+
+    with_raw_response = cached_property(RawEmbeddings)
 
     def __init__(self, transport: SyncTransport) -> None:
         self._transport, self._max_retries = transport, transport.settings.max_retries
@@ -114,7 +127,7 @@ class Embeddings:
             The position of each image, in order.
 
         Raises:
-            APIStatusError: Of kind "uploads-disabled": the operator has not enabled it.
+            PermissionDeniedError: The operator has not enabled it (kind "uploads-disabled").
             UnprocessableEntityError: An image cannot be used, or the model has no index.
             UnsupportedMediaTypeError: A file is not an image.
             TooLargeError: An image is too large for the service.
@@ -193,8 +206,20 @@ class Embeddings:
         return self._transport.run(place_projections(_projections_body(projections, model), self._max_retries))
 
 
+class AsyncRawEmbeddings:
+    """The methods of `AsyncEmbeddings` with the responses of the service; see `RawResponse`."""
+
+    def __init__(self, resource: AsyncEmbeddings) -> None:
+        self.retrieve = async_raw(resource.retrieve)
+        self.place = async_raw(resource.place)
+        self.place_generated = async_raw(resource.place_generated)
+        self.place_projections = async_raw(resource.place_projections)
+
+
 class AsyncEmbeddings:
     """A map of images: `client.embeddings` of an AsyncDermisClient."""
+
+    with_raw_response = cached_property(AsyncRawEmbeddings)
 
     def __init__(self, transport: AsyncTransport) -> None:
         self._transport, self._max_retries = transport, transport.settings.max_retries

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from urllib.parse import quote
 
 from dermis_client._flow import Flow, Request, call, parse
+from dermis_client._raw import async_raw, raw
 from dermis_client._transport import AsyncTransport, SyncTransport
 from dermis_client.errors import DermisError, InvalidRequestError
 from dermis_client.models import Model, ResponseRecord
@@ -42,8 +44,19 @@ def retrieve_model(name: str, max_retries: int) -> Flow[Model]:
     return parse(response, Model.model_validate)
 
 
+class RawModels:
+    """The methods of `Models` with the responses of the service; see `RawResponse`."""
+
+    def __init__(self, resource: Models) -> None:
+        self.list = raw(resource.list)
+        self.default = raw(resource.default)
+        self.retrieve = raw(resource.retrieve)
+
+
 class Models:
     """The models of a service: `client.models` of a DermisClient."""
+
+    with_raw_response = cached_property(RawModels)
 
     def __init__(self, transport: SyncTransport) -> None:
         self._transport, self._max_retries = transport, transport.settings.max_retries
@@ -88,8 +101,19 @@ class Models:
         return self._transport.run(retrieve_model(name, self._max_retries))
 
 
+class AsyncRawModels:
+    """The methods of `AsyncModels` with the responses of the service; see `RawResponse`."""
+
+    def __init__(self, resource: AsyncModels) -> None:
+        self.list = async_raw(resource.list)
+        self.default = async_raw(resource.default)
+        self.retrieve = async_raw(resource.retrieve)
+
+
 class AsyncModels:
     """The models of a service: `client.models` of an AsyncDermisClient."""
+
+    with_raw_response = cached_property(AsyncRawModels)
 
     def __init__(self, transport: AsyncTransport) -> None:
         self._transport, self._max_retries = transport, transport.settings.max_retries

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -14,7 +13,8 @@ from PIL import Image
 from dermis_client._files import write_atomically
 from dermis_client._flow import Flow, Request, call, compute, parse
 from dermis_client._progress import projection_progress
-from dermis_client._requests import checked_key, job_path, whole
+from dermis_client._raw import async_raw, raw
+from dermis_client._requests import idempotency_header, job_path, whole
 from dermis_client._status import describe
 from dermis_client._transport import AsyncTransport, SyncTransport
 from dermis_client._uploads import Source, form_parts, read_file, sources_of, with_file_names
@@ -22,6 +22,7 @@ from dermis_client._waiting import STATUS_TIMEOUT, wait_until_finished
 from dermis_client.errors import APIResponseError, APIStatusError, ProjectionFailed, WaitTimeoutError
 from dermis_client.images import decode
 from dermis_client.latent import Projection
+from dermis_client.params import ProjectionSchedule, ProjectionSpace, ProjectionStart
 
 MAX_FILE_BYTES = 256 << 20  # maximum size of one file of a projection: latents, an image or a video
 _SUFFIXES = {"latents": "safetensors", "image": "png", "video": "gif"}
@@ -55,8 +56,7 @@ def create_projection(
     files = []
     for position, source in enumerate(sources):
         files.append((yield from read_file(position, source)))
-    key = checked_key(idempotency_key or uuid.uuid4().hex)
-    headers = {"Idempotency-Key": key}
+    headers = idempotency_header(idempotency_key)
     request = Request("POST", "/v1/projections", params=params, headers=headers, files=form_parts(files))
     try:
         response = yield from call(request, max_retries)
@@ -136,8 +136,20 @@ def download_projection(projection_id: str, folder: Path, max_retries: int) -> F
     return written
 
 
+class RawProjections:
+    """The methods of `Projections` with the responses of the service; see `RawResponse`."""
+
+    def __init__(self, resource: Projections) -> None:
+        self.create = raw(resource.create)
+        self.retrieve = raw(resource.retrieve)
+        self.preview = raw(resource.preview)
+        self.delete = raw(resource.delete)
+
+
 class Projections:
     """Find the latents of images: `client.projections` of a DermisClient."""
+
+    with_raw_response = cached_property(RawProjections)
 
     def __init__(self, transport: SyncTransport) -> None:
         self._transport, self._max_retries = transport, transport.settings.max_retries
@@ -147,10 +159,10 @@ class Projections:
         files: Source | Sequence[Source],
         *,
         model: str | None = None,
-        schedule: str | None = None,
+        schedule: ProjectionSchedule | None = None,
         steps: SupportsIndex | None = None,
-        space: str | None = None,
-        start: str | None = None,
+        space: ProjectionSpace | None = None,
+        start: ProjectionStart | None = None,
         class_name: str | None = None,
         video: bool | None = None,
         idempotency_key: str | None = None,
@@ -291,8 +303,20 @@ class Projections:
         self._transport.run(delete_projection(projection_id, self._max_retries))
 
 
+class AsyncRawProjections:
+    """The methods of `AsyncProjections` with the responses of the service; see `RawResponse`."""
+
+    def __init__(self, resource: AsyncProjections) -> None:
+        self.create = async_raw(resource.create)
+        self.retrieve = async_raw(resource.retrieve)
+        self.preview = async_raw(resource.preview)
+        self.delete = async_raw(resource.delete)
+
+
 class AsyncProjections:
     """Find the latents of images: `client.projections` of an AsyncDermisClient."""
+
+    with_raw_response = cached_property(AsyncRawProjections)
 
     def __init__(self, transport: AsyncTransport) -> None:
         self._transport, self._max_retries = transport, transport.settings.max_retries
@@ -302,10 +326,10 @@ class AsyncProjections:
         files: Source | Sequence[Source],
         *,
         model: str | None = None,
-        schedule: str | None = None,
+        schedule: ProjectionSchedule | None = None,
         steps: SupportsIndex | None = None,
-        space: str | None = None,
-        start: str | None = None,
+        space: ProjectionSpace | None = None,
+        start: ProjectionStart | None = None,
         class_name: str | None = None,
         video: bool | None = None,
         idempotency_key: str | None = None,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex
 
 from dermis_client._files import write_atomically
 from dermis_client._flow import Flow, Request, call, compute, parse
-from dermis_client._requests import finite, job_path, whole
+from dermis_client._raw import async_raw, raw
+from dermis_client._requests import finite, job_path, optional_fields, whole
 from dermis_client._transport import AsyncTransport, SyncTransport
 from dermis_client._uploads import MAX_FILES, File, Source, form_parts, sources_of, upload
 from dermis_client._waiting import STATUS_TIMEOUT, wait_until_finished
@@ -46,18 +47,18 @@ class _Uploaded(ResponseRecord):
 # Flows
 
 
-def create_study(name: str, options: Mapping[str, Any], max_retries: int) -> Flow[Study]:
+def create_study(
+    name: str,
+    images: SupportsIndex,
+    equal_classes: bool,
+    seed: SupportsIndex | None,
+    max_retries: int,
+    **options: Any,
+) -> Flow[Study]:
     """POST /v1/studies. Options that are None are left out."""
-    body: dict[str, Any] = {"name": name}
-    for field, value in options.items():
-        if value is None:
-            continue
-        if field in {"images", "seed"}:
-            body[field] = whole(field, value)
-        elif field in {"truncation_psi", "keep_days"}:
-            body[field] = finite(field, value)
-        else:
-            body[field] = value
+    body: dict[str, Any] = {"name": name, "images": whole("images", images)}
+    body |= {} if seed is None else {"seed": whole("seed", seed)}
+    body |= optional_fields(None, equal_classes=equal_classes or None, **options)
     response = yield from call(Request("POST", "/v1/studies", json=body, idempotent=False), max_retries)
     return parse(response, Study.model_validate)
 
@@ -166,8 +167,28 @@ def export_csv(study_id: str, path: Path, max_retries: int) -> Flow[Path]:
     return path
 
 
+class RawStudies:
+    """The methods of `Studies` with the responses of the service; see `RawResponse`."""
+
+    def __init__(self, resource: Studies) -> None:
+        self.create = raw(resource.create)
+        self.list = raw(resource.list)
+        self.retrieve = raw(resource.retrieve)
+        self.add_images = raw(resource.add_images)
+        self.open = raw(resource.open)
+        self.close = raw(resource.close)
+        self.delete = raw(resource.delete)
+        self.invite = raw(resource.invite)
+        self.invitations = raw(resource.invitations)
+        self.revoke = raw(resource.revoke)
+        self.results = raw(resource.results)
+        self.answers = raw(resource.answers)
+
+
 class Studies:
     """Reader studies: `client.studies` of a DermisClient."""
+
+    with_raw_response = cached_property(RawStudies)
 
     def __init__(self, transport: SyncTransport) -> None:
         self._transport, self._max_retries = transport, transport.settings.max_retries
@@ -210,16 +231,14 @@ class Studies:
         return self._transport.run(
             create_study(
                 name,
-                {
-                    "images": images,
-                    "seed": seed,
-                    "real_images": real_images,
-                    "model": model,
-                    "equal_classes": equal_classes or None,
-                    "truncation_psi": truncation_psi,
-                    "keep_days": keep_days,
-                },
+                images,
+                equal_classes,
+                seed,
                 self._max_retries,
+                real_images=real_images,
+                model=model,
+                truncation_psi=truncation_psi,
+                keep_days=keep_days,
             )
         )
 
@@ -423,8 +442,28 @@ class Studies:
         return self._transport.run(export_csv(study_id, Path(path), self._max_retries))
 
 
+class AsyncRawStudies:
+    """The methods of `AsyncStudies` with the responses of the service; see `RawResponse`."""
+
+    def __init__(self, resource: AsyncStudies) -> None:
+        self.create = async_raw(resource.create)
+        self.list = async_raw(resource.list)
+        self.retrieve = async_raw(resource.retrieve)
+        self.add_images = async_raw(resource.add_images)
+        self.open = async_raw(resource.open)
+        self.close = async_raw(resource.close)
+        self.delete = async_raw(resource.delete)
+        self.invite = async_raw(resource.invite)
+        self.invitations = async_raw(resource.invitations)
+        self.revoke = async_raw(resource.revoke)
+        self.results = async_raw(resource.results)
+        self.answers = async_raw(resource.answers)
+
+
 class AsyncStudies:
     """Reader studies: `client.studies` of an AsyncDermisClient."""
+
+    with_raw_response = cached_property(AsyncRawStudies)
 
     def __init__(self, transport: AsyncTransport) -> None:
         self._transport, self._max_retries = transport, transport.settings.max_retries
@@ -445,16 +484,14 @@ class AsyncStudies:
         return await self._transport.run(
             create_study(
                 name,
-                {
-                    "images": images,
-                    "seed": seed,
-                    "real_images": real_images,
-                    "model": model,
-                    "equal_classes": equal_classes or None,
-                    "truncation_psi": truncation_psi,
-                    "keep_days": keep_days,
-                },
+                images,
+                equal_classes,
+                seed,
                 self._max_retries,
+                real_images=real_images,
+                model=model,
+                truncation_psi=truncation_psi,
+                keep_days=keep_days,
             )
         )
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from dermis_client._flow import Flow, Request, call, parse
+from dermis_client._raw import async_raw, raw
 from dermis_client._transport import AsyncTransport, SyncTransport
 from dermis_client.models import Usage
 
@@ -15,8 +18,17 @@ def retrieve_usage(max_retries: int) -> Flow[Usage]:
     return parse(response, Usage.model_validate)
 
 
+class RawUsageResource:
+    """The methods of `UsageResource` with the responses of the service; see `RawResponse`."""
+
+    def __init__(self, resource: UsageResource) -> None:
+        self.retrieve = raw(resource.retrieve)
+
+
 class UsageResource:
     """The use of quotas: `client.usage` of a DermisClient."""
+
+    with_raw_response = cached_property(RawUsageResource)
 
     def __init__(self, transport: SyncTransport) -> None:
         self._transport, self._max_retries = transport, transport.settings.max_retries
@@ -35,8 +47,17 @@ class UsageResource:
         return self._transport.run(retrieve_usage(self._max_retries))
 
 
+class AsyncRawUsageResource:
+    """The methods of `AsyncUsageResource` with the responses of the service; see `RawResponse`."""
+
+    def __init__(self, resource: AsyncUsageResource) -> None:
+        self.retrieve = async_raw(resource.retrieve)
+
+
 class AsyncUsageResource:
     """The use of quotas: `client.usage` of an AsyncDermisClient."""
+
+    with_raw_response = cached_property(AsyncRawUsageResource)
 
     def __init__(self, transport: AsyncTransport) -> None:
         self._transport, self._max_retries = transport, transport.settings.max_retries

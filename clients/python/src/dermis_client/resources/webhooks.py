@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Literal
 
 from dermis_client._flow import Flow, Request, call, parse
+from dermis_client._raw import async_raw, raw
 from dermis_client._requests import checked_id, job_path
 from dermis_client._transport import AsyncTransport, SyncTransport
 from dermis_client.models import NewWebhook, ResponseRecord, Webhook, WebhookMessage
+from dermis_client.params import WebhookEvent
 
 _WebhookList = list[Webhook]  # `list` is a method in the classes below
 _MessageList = list[WebhookMessage]
@@ -26,7 +29,7 @@ class _Messages(ResponseRecord):
 # Flows
 
 
-def create_webhook(url: str, events: Sequence[str] | None, max_retries: int) -> Flow[NewWebhook]:
+def create_webhook(url: str, events: Sequence[WebhookEvent] | None, max_retries: int) -> Flow[NewWebhook]:
     """POST /v1/webhooks."""
     body = {"url": url} if events is None else {"url": url, "events": list(events)}
     response = yield from call(Request("POST", "/v1/webhooks", json=body, idempotent=False), max_retries)
@@ -66,13 +69,27 @@ def retry_message(webhook_id: str, message_id: str, max_retries: int) -> Flow[We
     return parse(response, WebhookMessage.model_validate)
 
 
+class RawWebhooks:
+    """The methods of `Webhooks` with the responses of the service; see `RawResponse`."""
+
+    def __init__(self, resource: Webhooks) -> None:
+        self.create = raw(resource.create)
+        self.list = raw(resource.list)
+        self.retrieve = raw(resource.retrieve)
+        self.delete = raw(resource.delete)
+        self.messages = raw(resource.messages)
+        self.retry = raw(resource.retry)
+
+
 class Webhooks:
     """Messages when datasets and projections end: `client.webhooks` of a DermisClient."""
+
+    with_raw_response = cached_property(RawWebhooks)
 
     def __init__(self, transport: SyncTransport) -> None:
         self._transport, self._max_retries = transport, transport.settings.max_retries
 
-    def create(self, url: str, *, events: Sequence[str] | None = None) -> NewWebhook:
+    def create(self, url: str, *, events: Sequence[WebhookEvent] | None = None) -> NewWebhook:
         """Have a signed message (Standard Webhooks) sent to a URL whenever a dataset or projection of the tenant ends.
 
         Args:
@@ -166,13 +183,27 @@ class Webhooks:
         return self._transport.run(retry_message(webhook_id, message_id, self._max_retries))
 
 
+class AsyncRawWebhooks:
+    """The methods of `AsyncWebhooks` with the responses of the service; see `RawResponse`."""
+
+    def __init__(self, resource: AsyncWebhooks) -> None:
+        self.create = async_raw(resource.create)
+        self.list = async_raw(resource.list)
+        self.retrieve = async_raw(resource.retrieve)
+        self.delete = async_raw(resource.delete)
+        self.messages = async_raw(resource.messages)
+        self.retry = async_raw(resource.retry)
+
+
 class AsyncWebhooks:
     """Messages when datasets and projections end: `client.webhooks` of an AsyncDermisClient."""
+
+    with_raw_response = cached_property(AsyncRawWebhooks)
 
     def __init__(self, transport: AsyncTransport) -> None:
         self._transport, self._max_retries = transport, transport.settings.max_retries
 
-    async def create(self, url: str, *, events: Sequence[str] | None = None) -> NewWebhook:
+    async def create(self, url: str, *, events: Sequence[WebhookEvent] | None = None) -> NewWebhook:
         """Create a webhook; see `Webhooks.create` for arguments and errors."""
         return await self._transport.run(create_webhook(url, events, self._max_retries))
 

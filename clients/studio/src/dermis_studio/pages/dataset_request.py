@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradio as gr
-from dermis_client import Model
+from dermis_client import EditParams, Model
 
 from dermis_studio.pages.explore import CUSTOM, LAYERS, OWN, edits_of
 from dermis_studio.samples import NOISE
@@ -380,7 +380,7 @@ def _provenance(given: Mapping[str, Any]) -> dict[str, Any]:
     return {} if given["signing"] == "default" else {"c2pa": given["signing"] == "signed"}
 
 
-def _edits(model: Model, given: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _edits(model: Model, given: Mapping[str, Any]) -> list[EditParams]:
     """The edits. A strength of 0 is none."""
     names = given["directions"] or []
     if not names:

@@ -10,6 +10,7 @@ from typing import Any
 
 import gradio as gr
 from dermis_client import AsyncDermisClient, EmbeddingMap, Model
+from dermis_client.images import SyntheticImage
 from PIL import Image
 
 from dermis_studio import downloads, markup, quotas
@@ -237,4 +238,4 @@ async def _reconstruction(
     content = await downloads.projection_file(
         studio.service, key_of(cookies_of(request)), projection_id, path.rpartition("/")[2]
     )
-    return await asyncio.to_thread(lambda: thumbnail(Image.open(io.BytesIO(content))))
+    return await asyncio.to_thread(lambda: thumbnail(SyntheticImage.of(Image.open(io.BytesIO(content)).convert("RGB"))))

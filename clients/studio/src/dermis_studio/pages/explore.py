@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 import gradio as gr
-from dermis_client import AsyncDermisClient, Direction, EditedImage, Model
+from dermis_client import AsyncDermisClient, Direction, EditedImage, EditParams, Model, SweepParams
 
 from dermis_studio import markup, quotas, snippets
 from dermis_studio.pages import latent_map, strips
@@ -254,7 +254,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             async with studio.client(request) as client:
                 chosen = await find_model(client, start.model)
                 others = [edit for edit in edits_of(chosen, values[6:-3]) if edit["direction"] != direction]
-                sweep = {"direction": direction, "strengths": strengths}
+                sweep: SweepParams = {"direction": direction, "strengths": strengths}
                 layer_range = layers_of(chosen, *values[6:9])
                 if layer_range is not None:
                     sweep["layers"] = list(layer_range)
@@ -433,7 +433,7 @@ def layers_of(model: Model, layers: str, first: float | None, last: float | None
     return thirds[position], thirds[position + 1]
 
 
-def edits_of(model: Model, values: Sequence[Any]) -> list[dict[str, Any]]:
+def edits_of(model: Model, values: Sequence[Any]) -> list[EditParams]:
     """Return the edits that the fields ask for.
 
     Args:
@@ -442,11 +442,13 @@ def edits_of(model: Model, values: Sequence[Any]) -> list[dict[str, Any]]:
     """
     layers, first, last, names, *strengths = values
     layer_range = layers_of(model, layers, first, last)
-    result: list[dict[str, Any]] = []
+    result: list[EditParams] = []
     for name, strength in zip(names or [], strengths, strict=False):
         if strength:
-            edit: dict[str, Any] = {"direction": name, "strength": float(strength)}
-            result.append(edit if layer_range is None else edit | {"layers": list(layer_range)})
+            edit: EditParams = {"direction": name, "strength": float(strength)}
+            if layer_range is not None:
+                edit["layers"] = list(layer_range)
+            result.append(edit)
     return result
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from dermis_client import AsyncDermisClient
+from dermis_client import AsyncDermisClient, EditParams, SweepParams
 from PIL import Image
 
 from dermis_studio import markup
@@ -49,7 +49,7 @@ def strengths_of(reach: float) -> list[float]:
 async def pictures(
     client: AsyncDermisClient,
     arguments: Mapping[str, Any],
-    others: Sequence[Mapping[str, Any]],
+    others: Sequence[EditParams],
     names: tuple[str, str],
     reach: float,
 ) -> list[list[Image.Image]]:
@@ -64,8 +64,9 @@ async def pictures(
     """
     rows = []
     for strength in reversed(strengths_of(reach)):
-        edits = [*others, *([{"direction": names[1], "strength": strength}] if strength else [])]
-        sweep = {"direction": names[0], "strengths": strengths_of(reach)}
+        upwards: EditParams = {"direction": names[1], "strength": strength}
+        edits = [*others, upwards] if strength else others
+        sweep: SweepParams = {"direction": names[0], "strengths": strengths_of(reach)}
         rows.append([image.image for image in await client.edits.create(**arguments, edits=edits or None, sweep=sweep)])
     return rows
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from dermis_client import EmbeddingMap
 from dermis_client.embeddings import Embedding
+from dermis_client.images import SyntheticImage, xmp_of_sheet
 from PIL import Image
 
 from dermis_studio import markup
@@ -141,6 +142,10 @@ def _sheet(pictures: Sequence[Image.Image | None]) -> str | None:
             left = column * THUMBNAIL_PIXELS + (THUMBNAIL_PIXELS - picture.width) // 2
             top = row * THUMBNAIL_PIXELS + (THUMBNAIL_PIXELS - picture.height) // 2
             sheet.paste(picture, (left, top))
+    synthetic = [picture for picture in pictures if isinstance(picture, SyntheticImage)]
+    if synthetic:
+        real = any(picture is not None and not isinstance(picture, SyntheticImage) for picture in pictures)
+        sheet = SyntheticImage.of(sheet, xmp_of_sheet(synthetic, with_real=real))
     content = io.BytesIO()
     sheet.save(content, "JPEG", quality=92, subsampling=0)
     return markup.data_url(content.getvalue(), "image/jpeg")

@@ -9,6 +9,7 @@ from typing import Any
 
 import gradio as gr
 from dermis_client import AsyncDermisClient, DermisError, Model, ProjectedImage, Projection, ProjectionPreview
+from dermis_client.params import ProjectionSchedule
 from PIL import Image, ImageOps
 
 from dermis_studio import downloads, markup, quotas, scales
@@ -106,7 +107,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
 
     @studio.displays.newest()
     async def run(
-        request: gr.Request, file: str | None, name: str, class_name: str, schedule: str, video: bool
+        request: gr.Request, file: str | None, name: str, class_name: str, schedule: ProjectionSchedule, video: bool
     ) -> AsyncIterator[Any]:
         yield markup.progress("Sending the image", None)
         try:

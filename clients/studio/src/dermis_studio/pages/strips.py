@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from html import escape
 
 from dermis_client import EditedImage
+from dermis_client.images import sheet
 from PIL import Image
 
 from dermis_studio import markup
@@ -36,7 +37,7 @@ def drawn(images: Sequence[EditedImage], name: str) -> str:
         for url, each in zip(urls, words, strict=True)
     )
     files = (
-        ("strip (PNG)", f"{file_name}.png", png(sheet(pictures)), "image/png"),
+        ("strip (PNG)", f"{file_name}.png", png(sheet(pictures, len(pictures), _GAP)), "image/png"),
         ("film (WebP)", f"{file_name}.webp", film(pictures), "image/webp"),
         ("images (zip)", f"{file_name}.zip", archive(images), "application/zip"),
     )
@@ -65,15 +66,6 @@ def _player(first: str, size: tuple[int, int], count: int, name: str) -> str:
         f'<label class="ds-opacity">Image <input type="range" min="1" max="{count}" value="1" data-ds-frame>'
         f"<output>1 of {count}</output></label><span>{how}</span></figcaption></figure>"
     )
-
-
-def sheet(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Return images of one size beside each other."""
-    width, height = pictures[0].size
-    result = Image.new("RGB", ((width + _GAP) * len(pictures) - _GAP, height), "white")
-    for position, picture in enumerate(pictures):
-        result.paste(picture, (position * (width + _GAP), 0))
-    return result
 
 
 def film(pictures: Sequence[Image.Image]) -> bytes:

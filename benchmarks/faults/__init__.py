@@ -1,0 +1,1 @@
+"""Faults on real components: the replicas, the scenarios and the comparison for `benchmarks.chaos`."""
