@@ -2,8 +2,11 @@
 
 A real service is started on a free port, and `SyntheticIterable` reads from it as a training does, in batches of 64. Rounds
 alternate between the generator alone in this process, with the backend of the service, and the stream. Nothing trains, so the
-difference is the work of the service and of the client besides generating: encoding, HTTP and decoding. The best round of each
+difference is the work of the service and of the client besides generating: transfer, HTTP and tensors. The best round of each
 counts, so that short activity of other programs does not distort it.
+
+During a stream torch uses one thread, as it does in workers of a DataLoader and with OMP_NUM_THREADS=1. Further threads would
+join the images of a batch and wait actively for more work, on the cores of the generator: `--torch-threads` measures it.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from dermis_client import DermisClient
 from dermis_client.torch import SyntheticIterable
 from torch.utils.data import DataLoader
@@ -31,30 +35,40 @@ from dermis.synthesizer import Synthesizer
 REQUIRED_FRACTION = 0.9
 
 
-def stream_rate(url: str, bundle: Bundle, count: int, seed: int, options: dict[str, Any]) -> float:
+def stream_rate(
+    url: str, bundle: Bundle, count: int, seed: int, options: dict[str, Any], workers: int = 0, threads: int = 1
+) -> float:
     """Images/s of a stream, from its first request to its last image."""
     stream = SyntheticIterable(
         dict.fromkeys(classes_of(bundle), 1.0), samples=count, seed=seed, client=partial(DermisClient, url), **options
     )
-    start = time.perf_counter()
-    images = sum(len(labels) for _, labels in DataLoader(stream, batch_size=64))
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        start = time.perf_counter()
+        images = sum(len(labels) for _, labels in DataLoader(stream, batch_size=64, num_workers=workers))
+        seconds = time.perf_counter() - start
+    finally:
+        torch.set_num_threads(threads_before)
     if images != count:
         raise SystemExit(f"the stream gave {images} of {count} images")
-    return count / (time.perf_counter() - start)
+    return count / seconds
 
 
-def measure(location: str, count: int, rounds: int, options: dict[str, Any]) -> dict[str, Any]:
+def measure(
+    location: str, count: int, rounds: int, options: dict[str, Any], workers: int = 0, threads: int = 1
+) -> dict[str, Any]:
     """Measure one bundle with streams of `count` images."""
     bundle = open_bundle(location)
     alone, streams = [], []
     with tempfile.TemporaryDirectory() as folder, launched(bundle, Path(folder)) as client:
         url = str(client.base_url)
-        stream_rate(url, bundle, 128, 0, options)
+        stream_rate(url, bundle, 128, 0, options, workers, threads)
         with Synthesizer(bundle) as synthesizer:
             generator_rate(synthesizer, 64)
             for seed in range(1, rounds + 1):
                 alone.append(generator_rate(synthesizer, count))
-                streams.append(stream_rate(url, bundle, count, seed, options))
+                streams.append(stream_rate(url, bundle, count, seed, options, workers, threads))
     fraction = max(streams) / max(alone)
     return {
         "fraction_of_generator_rate": fraction,
@@ -65,6 +79,8 @@ def measure(location: str, count: int, rounds: int, options: dict[str, Any]) -> 
         "bundle": bundle.name,
         "resolution": bundle.generator.img_resolution,
         "options": options,
+        "workers": workers,
+        "torch_threads": threads,
         "cpus": os.cpu_count(),
         "processor": cpu_identity(),
     }
@@ -78,10 +94,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--chunk", type=int, default=32, help="images of one call")
     parser.add_argument("--prefetch", type=int, default=3, help="calls at the same time")
+    parser.add_argument("--workers", type=int, default=0, help="processes of the DataLoader; 0 for this one")
+    parser.add_argument("--torch-threads", type=int, default=1, help="threads of torch in this process during a stream")
+    parser.add_argument("--image-format", help="png, jpeg or webp: image files instead of pixels")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     arguments = parser.parse_args()
-    options = {"chunk": arguments.chunk, "prefetch": arguments.prefetch}
-    result = measure(arguments.bundle, arguments.images, arguments.rounds, options)
+    options: dict[str, Any] = {"chunk": arguments.chunk, "prefetch": arguments.prefetch}
+    if arguments.image_format:
+        options["image_format"] = arguments.image_format
+    result = measure(
+        arguments.bundle, arguments.images, arguments.rounds, options, arguments.workers, arguments.torch_threads
+    )
     if arguments.json:
         print(json.dumps(result, indent=2))
         return

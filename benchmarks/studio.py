@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -94,6 +95,22 @@ def gateway_megabytes(port: int) -> float:
     return max(sizes)
 
 
+def opened_images_megabytes(context: Any, address: str, port: int, count: int) -> list[float]:
+    """Memory of the gateway after a quarter of the images that are opened on the page Generate, and after all of them."""
+    page = context.new_page()
+    page.goto(f"{address}/studio/")
+    page.get_by_role("button", name="Generate", exact=True).and_(page.locator(":enabled")).click()
+    page.get_by_text("16 images of").wait_for()
+    sizes = []
+    for number in range(count):
+        if number == count // 4:
+            sizes.append(gateway_megabytes(port))
+        page.locator(".ds-tile").nth(number % 16).click()
+        page.get_by_role("heading", name=re.compile(f", index {number % 16}$")).wait_for()
+    page.close()
+    return [*sizes, gateway_megabytes(port)]
+
+
 def projection_seconds(bundle: Bundle, rounds: int, steps: int) -> dict[str, Any]:
     """Time projections of a generated image with and without previews, in turns."""
     import torch
@@ -167,9 +184,11 @@ def measure(bundle: Bundle, interactions: int) -> dict[str, Any]:
             value = str(round(0.1 + 3.8 * ((number * 37) % 101) / 101, 1) * (-1 if number % 2 else 1))
             times.append(page.evaluate(_MOVE, [number % 3, value]) / 1000)
             page.wait_for_timeout(50)
+        opened = opened_images_megabytes(context, address, port, max(4, interactions // 2))
         browser.close()
     times = times[1:]
-    grown_page, grown_gateway = heaps[-1] - heaps[1], gateways[-1] - gateways[1]
+    grown_page = heaps[-1] - heaps[1]
+    grown_gateway = max(gateways[-1] - gateways[1], opened[-1] - opened[0])
     return {
         "first_page_cold_seconds": statistics.median(cold[1:]),
         "first_page_warm_seconds": statistics.median(warm),
@@ -177,6 +196,7 @@ def measure(bundle: Bundle, interactions: int) -> dict[str, Any]:
         "image_after_slider_seconds_p90": statistics.quantiles(times, n=10)[-1],
         "page_heap_megabytes": [round(each, 1) for each in heaps],
         "gateway_megabytes": [round(each, 1) for each in gateways],
+        "gateway_megabytes_of_opened_images": [round(each, 1) for each in opened],
         "interactions": interactions,
         "met": statistics.median(warm) < REQUIRED_PAGE_SECONDS
         and statistics.median(times) < REQUIRED_IMAGE_SECONDS
@@ -226,6 +246,12 @@ def table(result: dict[str, Any]) -> list[str]:
             "no growth",
         ),
         ("gateway", f"{' '.join(f'{each:.0f}' for each in result['gateway_megabytes'])} {over}", "no growth"),
+        (
+            "gateway, while images of Generate are opened",
+            " ".join(f"{each:.0f}" for each in result["gateway_megabytes_of_opened_images"])
+            + f" MB after {result['interactions'] // 8} and {result['interactions'] // 2} of them",
+            "no growth",
+        ),
     ]
     if "projections" in result:
         many = f"{result['previews_of_a_projection']:.1f}"

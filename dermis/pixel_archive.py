@@ -42,5 +42,5 @@ def pixel_archive(images: Sequence[Images], labels: Sequence[int], metadata: byt
             header = {"descr": "|u1", "fortran_order": False, "shape": (len(images), height, width, 3)}
             np.lib.format.write_array_header_1_0(member, header)
             for image in images:  # one by one, because an array of all of them would be another copy
-                member.write(np.ascontiguousarray(as_rgb(image[None])))
+                member.write(np.ascontiguousarray(as_rgb(image[None])).data)
     return buffer.getvalue()

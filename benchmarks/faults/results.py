@@ -63,8 +63,9 @@ class Result:
 
     @property
     def kinds(self) -> str:
-        """The faults by kind."""
-        return ", ".join(f"{kind} {number}" for kind, number in self.faults.items())
+        """The faults by kind, required ones in their order."""
+        kinds = [*self.required, *(kind for kind in self.faults if kind not in self.required)]
+        return ", ".join(f"{kind} {self.faults.get(kind, 0)}" for kind in kinds)
 
 
 def add_faults(result: Result, made: Mapping[str, int]) -> None:

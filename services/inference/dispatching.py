@@ -29,7 +29,7 @@ class BatchDispatcher(CorkDispatcher[Any, Any]):
                 self._refuse_old_calls()
                 batch = tuple(self._get_inputs())
                 if batch:
-                    self._sema.acquire()
+                    self._sema.acquire()  # type: ignore[no-untyped-call]
                     await self.outbound_call(batch)
             except Exception:
                 logger.exception("batch failed")

@@ -72,6 +72,7 @@ def bucket(request: pytest.FixtureRequest) -> Iterator[str | None]:
         configuration = {"TYPE": "s3", "PROVIDER": "Other", "ENV_AUTH": "true", "ENDPOINT": server.endpoint}
         for name, value in configuration.items():
             patch.setenv(f"RCLONE_CONFIG_STORAGE_{name}", value)
+        patch.delenv("AWS_CA_BUNDLE", raising=False)  # rclone 1.60 does not start with it
         yield server.url("places")
 
 
@@ -152,7 +153,7 @@ def test_service_is_restored_from_a_backup_that_was_made_while_it_worked(
     run_commands([of_database], variables | old.variables)
     if moment != "running":
         running.wait_until(lambda: running.progress(dataset)["state"] == "succeeded")
-    run_commands([of_files], variables | old.variables, accepted=(0, 1))
+    run_commands([of_files], variables | old.variables, accepted=(0, 1) if of_files.startswith("tar") else (0,))
     assert running.progress(dataset)["state"] == ("running" if moment == "running" else "succeeded")
     running.process.kill()
     running.process.wait()

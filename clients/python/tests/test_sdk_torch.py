@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 import zipfile
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
@@ -199,6 +200,29 @@ class RefusesLater(FakeClient):
         if start_index == 0:
             self._refused[call, 0] = self._refusals
         return super()._answer(call, start_index, data)
+
+
+class CountingClient(FakeClient):
+    """Keeps the first indices of its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.starts: list[int] = []
+
+    def generate(self, classes: Mapping[str, int], *, seed: int, start_index: int, **options: Any) -> Any:
+        self.starts.append(start_index)
+        return super().generate(classes, seed=seed, start_index=start_index, **options)
+
+
+def test_calls_run_ahead_while_a_chunk_is_consumed() -> None:
+    client = CountingClient()
+    begun = iter(stream(client=lambda: client, prefetch=2))
+    next(begun)
+    deadline = time.monotonic() + 30
+    while len(client.starts) < 3 and time.monotonic() < deadline:
+        time.sleep(1e-3)
+    begun.close()  # type: ignore[attr-defined]
+    assert sorted(client.starts) == [0, 8, 16]
 
 
 def test_samples_and_verdicts_of_two_bundles_are_not_mixed() -> None:

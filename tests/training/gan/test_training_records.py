@@ -192,5 +192,5 @@ def test_training_writes_curves_and_grids_for_tensorboard(tmp_path: Path) -> Non
     assert [point.step for point in events.Scalars("loss/G")] == [80, 160]
     assert events.Scalars("speed/images per second")[0].value > 0
     pictures = {picture.step: picture.encoded_image_string for picture in events.Images("samples")}
-    assert pictures == {step: (tmp_path / f"samples-{step // 1000:06d}.png").read_bytes() for step in (0, 164)}
+    assert pictures.keys() == {0, 164} and pictures[164] == (tmp_path / "samples-000000.png").read_bytes()
     assert all(b"digitalsourcetype/trainedAlgorithmicMedia" in png for png in pictures.values())

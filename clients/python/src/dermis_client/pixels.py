@@ -119,7 +119,7 @@ def pixels_of(result: ImagesResult) -> PixelsResult:
     sizes = {image.size for image in images}
     if len(sizes) != 1:
         raise ValueError(f"images of one size were expected, not of {len(sizes)}")
-    data = [PixelSample(class_name=item.class_name, seed=item.seed, index=item.index) for item in result]
+    data = [PixelSample(**{"class": item.class_name}, seed=item.seed, index=item.index) for item in result]
     (width, height), xmp = sizes.pop(), images[0].info.get("xmp", b"")
     pixels = memoryview(b"".join(image.tobytes() for image in images))
     return PixelsResult(result.model, data, width, height, pixels, xmp)

@@ -298,13 +298,13 @@ class SyntheticIterable(IterableDataset[Sample]):
         result = self._repeat_while_busy(
             lambda: generate(classes, seed=self._seed, start_index=start, **self._options), stopped
         )
-        if Counter(item.class_name for item in result.data) != Counter(classes):
+        names = [item.class_name for item in result.data]
+        if Counter(names) != Counter(classes):
             message = "the service has sent other classes than those that were requested"
             raise IntegrityError(message, name=name)
         labels = {class_name: label for label, class_name in enumerate(self.class_names)}
         samples = [
-            (make_item, labels[item.class_name])
-            for make_item, item in zip(self._items_of(result), result.data, strict=True)
+            (make_item, labels[class_name]) for make_item, class_name in zip(self._items_of(result), names, strict=True)
         ]
         if self._only_authentic:
             verdicts = self._repeat_while_busy(
