@@ -19,6 +19,7 @@ from dermis_client.errors import DermisError, IntegrityError
 from dermis_client.models import Count, ModelRef, ResponseRecord
 from dermis_client.synthetic_image import SyntheticImage, xmp_of_sheet
 
+__all__ = ["MAX_PIXELS", "GeneratedImage", "ImagesResult", "SyntheticImage", "decode", "sheet", "xmp_of_sheet"]
 MAX_PIXELS = 200_000_000  # maximum size of an image or a sheet; 0.6 GB in memory
 _FORMATS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
 
