@@ -181,9 +181,9 @@ def _others(main: ImageFile, listing: Listing | None) -> Mapping[str, ImageFile]
             packed = folder / f"{challenge}{_INPUT}.zip"
             if listing is None and not inside.exists() and zipfile.is_zipfile(packed):
                 others |= list_members(ImageFile(packed), tables=True)
-        for file in beside:
-            if file.is_file():
-                others.setdefault(file.name, ImageFile(file))
+        for path in beside:
+            if path.is_file():
+                others.setdefault(path.name, ImageFile(path))
     unique = {(main.path.resolve(), main.member): ""}
     for name, file in others.items():
         unique.setdefault((file.path.resolve(), file.member), name)

@@ -125,7 +125,7 @@ def read_table(
         DataError: The table is not valid; the message names the file and the column, row or value.
     """
     where = file.path / file.member if isinstance(file, ImageFile) else file
-    grid, notes = read_grid(file), ()
+    grid, notes = read_grid(file), tuple[str, ...]()
     if complete is not None:
         grid, notes = complete(grid)
     id_column, names, ids = _images(where, grid, image_column, count_images)

@@ -14,11 +14,12 @@ from pydantic import Base64Bytes, Field
 
 from dermis_client import _notebook
 from dermis_client._files import check_sha256, write_atomically
-from dermis_client._synthetic_image import SyntheticImage, xmp_of_sheet
 from dermis_client._untrusted import one_line
 from dermis_client.errors import DermisError, IntegrityError
 from dermis_client.models import Count, ModelRef, ResponseRecord
+from dermis_client.synthetic_image import SyntheticImage, xmp_of_sheet
 
+__all__ = ["MAX_PIXELS", "GeneratedImage", "ImagesResult", "SyntheticImage", "decode", "sheet", "xmp_of_sheet"]
 MAX_PIXELS = 200_000_000  # maximum size of an image or a sheet; 0.6 GB in memory
 _FORMATS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
 

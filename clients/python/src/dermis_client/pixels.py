@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from PIL import Image
 from pydantic import Field
 
-from dermis_client._synthetic_image import SyntheticImage
 from dermis_client._untrusted import load_json, one_line
 from dermis_client.errors import DermisError, IntegrityError
 from dermis_client.images import MAX_PIXELS, ImagesResult
 from dermis_client.models import Count, ModelRef, ResponseRecord
+from dermis_client.synthetic_image import SyntheticImage
 
 if TYPE_CHECKING:
     import numpy as np

@@ -18,8 +18,8 @@ from dermis_client import (
     GeneratedImage,
     Model,
 )
-from dermis_client.images import SyntheticImage
 from dermis_client.models import NoiseMode
+from dermis_client.synthetic_image import SyntheticImage
 from PIL import Image
 
 from dermis_studio import markup, scales

@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 from dermis_client import AsyncDermisClient, EmbeddingMap, Model
-from dermis_client.images import SyntheticImage
+from dermis_client.synthetic_image import SyntheticImage
 from PIL import Image
 
 from dermis_studio import downloads, markup, quotas

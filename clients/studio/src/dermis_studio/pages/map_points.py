@@ -9,7 +9,7 @@ from typing import Any
 
 from dermis_client import EmbeddingMap
 from dermis_client.embeddings import Embedding
-from dermis_client.images import SyntheticImage, xmp_of_sheet
+from dermis_client.synthetic_image import SyntheticImage, xmp_of_sheet
 from PIL import Image
 
 from dermis_studio import markup
