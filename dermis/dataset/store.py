@@ -246,17 +246,25 @@ def storage_errors(place: str, *, only_full: bool = False, remote: bool = False)
         only_full: Whether only errors about a full disk are turned, for blocks that also run other code.
         remote: Whether the storage is not a local folder. Drivers of such storage have exceptions of their own.
     """
+    ahead = _clock_ahead_of_monotonic()
     try:
         yield
     except Exception as error:
-        problem = storage_error(error, place, remote=remote)
+        problem = storage_error(error, place, remote=remote, clock_change=_clock_ahead_of_monotonic() - ahead)
         if problem is None or (only_full and problem.kind != "storage-full"):
             raise
         raise problem from error
 
 
-def storage_error(error: Exception, place: str, *, remote: bool) -> StorageError | None:
-    """Return the StorageError for an exception about `place`; None if it does not come from the storage."""
+def storage_error(error: Exception, place: str, *, remote: bool, clock_change: float = 0.0) -> StorageError | None:
+    """Return the StorageError for an exception about `place`; None if it does not come from the storage.
+
+    Args:
+        error: The exception.
+        place: Path or URL, for messages.
+        remote: Whether the storage is not a local folder.
+        clock_change: Seconds by which the clock was changed during the call, which was signed before that.
+    """
     if isinstance(error, DermisError) or (not isinstance(error, OSError) and not remote):
         return None
     number = error.errno if isinstance(error, OSError) else None
@@ -265,8 +273,10 @@ def storage_error(error: Exception, place: str, *, remote: bool) -> StorageError
         return StorageError(f"{place}: no space left; free some and try again", kind="storage-full")
     text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
     seconds = _clock_difference(error)
-    if seconds is not None and abs(seconds) > _CLOCK_DIFFERENCE_SECONDS:
+    if seconds is not None and max(abs(seconds), abs(seconds - clock_change)) > _CLOCK_DIFFERENCE_SECONDS:
         text = f"it refuses signatures, as the clock of this machine differs by {seconds:+.0f} s; correct the clock"
+        if abs(seconds) <= _CLOCK_DIFFERENCE_SECONDS:
+            text = "it refused a signature from before the clock of this machine was set"
         return StorageError(f"{place}: cannot be reached at the moment ({text})", kind="storage-unavailable")
     if isinstance(error, _FINAL_TYPES):
         return StorageError(f"{place}: {text}")
@@ -295,6 +305,11 @@ def _http_status(error: Exception) -> int | None:
         getattr(source, name, None) for source in (error, response) for name in ("status", "status_code", "code")
     ]
     return next((status for status in map(_status, candidates) if status is not None), None)
+
+
+def _clock_ahead_of_monotonic() -> float:
+    """Return a number of seconds that changes only when the clock is set."""
+    return time.time() - time.monotonic()
 
 
 def _clock_difference(error: Exception) -> float | None:
