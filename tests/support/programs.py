@@ -61,6 +61,7 @@ CLUSTER_PROGRAMS = (
 )  # fmt: skip
 OTHER_PROGRAMS = (
     Program("chromium", "pages in a browser", "Debian package chromium", chromium),
+    Program("node", "scripts of pages", "Debian package nodejs", lambda: which("node")),
     Program("mkdocs", "the documentation site", "extra docs", lambda: find_spec("mkdocs")),
     Program("dcm2pnm", "a reader of DICOM", "Debian package dcmtk", lambda: which("dcm2pnm")),
     Program("dciodvfy", "the standard DICOM", "Debian package dicom3tools", lambda: which("dciodvfy")),
