@@ -107,8 +107,10 @@
       if (parent.matches("gradio-app")) break;
       const candidates = [...parent.querySelectorAll("a, button, input, select, textarea, summary, [tabindex]")];
       const usable = candidates.filter((other) => shownNow(other) && !other.disabled);
+      // Commands are looked for beside the one that is gone only: a start button and its stop button have the same place.
+      const commands = focused.command && parent === near[0] ? ["button.primary, button.stop", "button.secondary"] : [];
       const found = usable.find((other) => nameOf(other) === focused.name)
-        || (focused.command && usable.find((other) => other.matches("button.primary, button.stop")));
+        || commands.map((kind) => usable.find((other) => other.matches(kind))).find(Boolean);
       if (found) { found.focus({ preventScroll: true }); return; }
     }
   };
