@@ -245,7 +245,21 @@ def test_samples_and_verdicts_of_two_bundles_are_not_mixed() -> None:
     assert begun + list(new) == list(stream())
     workers = stream(client=partial(FakeClient, digests=[a]))
     loader = DataLoader(workers, batch_size=None, num_workers=2, multiprocessing_context="fork")
-    assert len(list(loader)) == 200 and workers.state_dict()["digest"] == int(a[:15], 16)
+    assert len(list(loader)) == 200 and workers._digest.item() == int(a[:15], 16)
+
+
+def test_position_of_workers_is_not_given_as_that_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = stream(chunk=8)
+    loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="fork")
+    assert len(list(loader)) == 200
+    with pytest.raises(InvalidRequestError, match="StatefulDataLoader"):
+        data.state_dict()
+    with monkeypatch.context() as worker:
+        worker.setattr("dermis_client.torch.get_worker_info", lambda: SimpleNamespace(id=1, num_workers=2))
+        assert len(list(islice(data, 9))) == 9
+        assert data.state_dict()["chunks"] == 1, "a worker knows its own position"
+    assert len(list(islice(data, 10))) == 10
+    assert data.state_dict()["chunks"] == 1
 
 
 def test_downloaded_dataset(tmp_path: Path) -> None:

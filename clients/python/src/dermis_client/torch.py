@@ -183,6 +183,7 @@ class SyntheticIterable(IterableDataset[Sample]):
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         # The beginning of the digest of the bundle, in which workers agree; 0 before the first chunk.
         self._digest = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self._iterated_by_workers = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self._done, self._offset = 0, 0  # chunks of this worker that were given, and samples of the next one
         self._loaded = False
 
@@ -197,7 +198,16 @@ class SyntheticIterable(IterableDataset[Sample]):
         self._epoch.fill_(epoch)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position in this epoch and the beginning of the bundle's digest, for `load_state_dict`."""
+        """Return the position in this epoch and the beginning of the bundle's digest, for `load_state_dict`.
+
+        Raises:
+            InvalidRequestError: Workers of a DataLoader iterate, so that this process does not know the position.
+        """
+        if get_worker_info() is None and self._iterated_by_workers.item():
+            raise InvalidRequestError(
+                "num_workers: the workers of the DataLoader iterate, so this process does not know their position: use "
+                "torchdata's StatefulDataLoader and its state_dict, or num_workers=0"
+            )
         position = {"epoch": int(self._epoch.item()), "chunks": self._done, "offset": self._offset}
         return {**position, "digest": int(self._digest.item())}
 
@@ -234,6 +244,7 @@ class SyntheticIterable(IterableDataset[Sample]):
             self._done = self._offset = 0
         self._loaded = False
         worker = get_worker_info()
+        self._iterated_by_workers.fill_(worker is not None)
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         chunks = self._chunks(number, workers)
         stopped = threading.Event()
