@@ -183,6 +183,13 @@ def test_what_was_stopped_stays_stopped(browser: Browser) -> None:
     page.get_by_role("button", name="Stop", exact=True).wait_for()
 
 
+_OPAQUE = """selector => {
+  for (let each = document.querySelector(selector); each; each = each.parentElement)
+    if (getComputedStyle(each).opacity !== '1') return false;
+  return true;
+}"""
+
+
 @pytest.mark.full
 def test_a_refused_number_names_its_field(browser: Browser) -> None:
     page = browser.open("explore")
@@ -191,6 +198,7 @@ def test_a_refused_number_names_its_field(browser: Browser) -> None:
     field.evaluate("e => { e.value = '-3'; e.dispatchEvent(new Event('input', { bubbles: true })); }")
     press(page, "Make film")
     shows(page, "Its seed: -3 is not allowed. Enter 0 or more.")
+    page.wait_for_function(_OPAQUE, arg=".toast-title")  # while it appears, its colours are between two
     assert violations(page) == []
 
 

@@ -146,6 +146,7 @@ def classify(page: Any) -> None:
 
 
 def datasets(page: Any) -> None:
+    page.get_by_label("Images of benign").wait_for()  # the fields follow from the model
     for field in page.get_by_label("Images of").all():
         if field.is_visible():
             use(page, field, "Control+A")

@@ -84,6 +84,7 @@ def interrupt(launch: Callable[..., Launched], browser: Browser) -> None:
     press(projection, "Project")
     shows(projection, " steps")
     dataset.wait_for_load_state("networkidle")
+    dataset.get_by_label("Images of benign").wait_for()  # the fields follow from the model
     for field in dataset.get_by_label("Images of").all():
         if field.is_visible():
             field.fill("200")

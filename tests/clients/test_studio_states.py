@@ -152,6 +152,7 @@ def test_dataset_in_progress_and_cancelled(demo: Launched, browser: Browser) -> 
 def test_report_of_a_dataset(browser: Browser) -> None:
     page = browser.open("datasets")
     loaded(page)
+    page.get_by_label("Images of benign").wait_for()  # the fields follow from the model
     for field in page.get_by_label("Images of").all():
         if field.is_visible():
             field.fill("4")

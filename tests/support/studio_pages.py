@@ -135,7 +135,7 @@ def classify(page: Any) -> None:
     shows(page, "Counted as", HEAT_MAP_SECONDS)
     page.get_by_label("Heat map").last.fill("30")
     shows(page, "30 %")
-    for name, side in (("1:1 (128 px)", 128), ("pixels (nearest)", 384)):
+    for name, side in (("1:1 (256 px)", 256), ("pixels (nearest)", 384)):
         press(page, name)
         assert [box["width"] for box in boxes(page, ".ds-stack:visible img")] == [side, side]
 
@@ -153,6 +153,7 @@ def classify_broken(page: Any) -> str:
 
 
 def datasets(page: Any) -> None:
+    page.get_by_label("Images of benign").wait_for()  # the fields follow from the model
     for field in page.get_by_label("Images of").all():
         if field.is_visible():
             field.fill("4")

@@ -50,6 +50,7 @@ def classify(browser: Browser) -> Any:
 
 def datasets(browser: Browser) -> Any:
     page = browser.open("datasets")
+    page.get_by_label("Images of benign").wait_for()  # the fields follow from the model
     for field in page.get_by_label("Images of").all():
         if field.is_visible():
             field.fill("24")

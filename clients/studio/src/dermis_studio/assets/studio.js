@@ -116,6 +116,17 @@
   };
   new MutationObserver(() => requestAnimationFrame(restoreFocus)).observe(document.body,
     { childList: true, subtree: true, attributes: true, attributeFilter: ["class", "hidden", "disabled"] });
+  // Elements that Gradio makes. Tables of a card can be wider than the page, so the keyboard must be able to scroll them; a
+  // message has a button inside of a button, whose outer one does the same.
+  const makeAccessible = () => {
+    for (const table of document.querySelectorAll(".ds-card-text table:not([tabindex])")) table.tabIndex = 0;
+    for (const header of document.querySelectorAll(".toast-header[role=button]")) {
+      header.removeAttribute("role");
+      header.removeAttribute("tabindex");
+    }
+  };
+  new MutationObserver(makeAccessible).observe(document.body, { childList: true, subtree: true });
+  makeAccessible();
   // The key that started something, held down, does not stop it.
   document.addEventListener("keydown", (event) => {
     if (event.repeat && event.key === "Enter" && event.target instanceof HTMLButtonElement) event.preventDefault();

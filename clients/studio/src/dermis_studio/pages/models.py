@@ -24,7 +24,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     """Build the page."""
     heading("Models", "Where a model comes from, how it was measured, and its limits.")
     with gr.Row(elem_classes=["ds-work"]):
-        with gr.Column(elem_classes=["ds-panel", "ds-side"]):
+        with gr.Column(elem_classes=["ds-panel", "ds-side", "ds-long"]):
             model = gr.Dropdown(label="Model", choices=[], visible=False)
             short = html(markup.progress("Loading the models", None))
         with gr.Column():
