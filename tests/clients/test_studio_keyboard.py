@@ -37,7 +37,8 @@ _NOT_REACHED = """() => [...document.querySelectorAll(
   'a[href], button, input, select, textarea, summary, [tabindex]'
 )].filter((each) => {
   if (each.disabled || each.tabIndex < 0 && !each.matches('input, button, a') || !each.getClientRects().length) return false;
-  if (getComputedStyle(each).visibility === 'hidden') return false;
+  // False inside of what is folded.
+  if (!each.checkVisibility() || getComputedStyle(each).visibility === 'hidden') return false;
   if (each.type === 'radio') return ![...document.getElementsByName(each.name)].some((other) => window.reached.has(other));
   if (each.matches('.ds-grid .ds-tile')) return false;  // arrow keys
   return !window.reached.has(each);
