@@ -220,7 +220,7 @@ def test_estimate_measures_again_for_options_that_change_the_size() -> None:
     asked: list[dict[str, Any]] = []
 
     class Client:
-        """A service that signs images unless it is told not to."""
+        """A service that signs images unless the request says otherwise."""
 
         def __init__(self) -> None:
             self.images = self.datasets = self

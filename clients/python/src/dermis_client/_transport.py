@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import AsyncExitStack, ExitStack, aclosing, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar, assert_never
+from typing import Any, Generic, Self, TypeAlias, TypeVar, assert_never
 
 import httpx
 
@@ -43,6 +43,7 @@ from dermis_client._version import __version__
 from dermis_client.errors import DermisError, InvalidRequestError
 
 T = TypeVar("T")
+H = TypeVar("H", httpx.Client, httpx.AsyncClient)
 CONNECT_TIMEOUT = 5.0  # seconds
 MAX_REDIRECTS = 10
 DEFAULT_BASE_URL = "http://127.0.0.1:3000"
@@ -231,29 +232,31 @@ async def _no_pieces() -> AsyncIterator[bytes]:
         yield piece
 
 
-class SyncTransport:
-    """Runs flows in the calling thread. Several threads may share one transport."""
+class _Transport(Generic[H]):
+    """The settings, the connections and the recorded responses of a transport."""
 
-    def __init__(self, settings: ClientSettings, http: httpx.Client | None) -> None:
+    _new_http: Callable[..., H]
+
+    def __init__(self, settings: ClientSettings, http: H | None) -> None:
         self.settings = settings
-        self.http = http or httpx.Client(**_http_options(settings))
+        self.http: H = self._new_http(**_http_options(settings)) if http is None else http
         self._owned = http is None
         self._trusts_environment = _use_environment(settings) if http is None else None  # None: the caller's own client
         self._responses: list[httpx.Response] | None = None
 
-    def with_settings(self, settings: ClientSettings) -> SyncTransport:
+    def with_settings(self, settings: ClientSettings) -> Self:
         """Return a transport with other settings and the same connections.
 
         It has connections of its own, which its close() closes, if the proxies of the environment are used for one of the
         addresses only.
         """
         if self._trusts_environment not in (None, _use_environment(settings)):
-            return SyncTransport(settings, None)
-        other = SyncTransport(settings, self.http)
+            return type(self)(settings, None)
+        other = type(self)(settings, self.http)
         other._trusts_environment = self._trusts_environment
         return other
 
-    def recording(self) -> SyncTransport:
+    def recording(self) -> Self:
         """Return a transport with the same connections that records the responses of its flows."""
         other = self.with_settings(self.settings)
         other._responses = []
@@ -263,6 +266,12 @@ class SyncTransport:
         """Return the recorded responses, and record no others."""
         responses, self._responses = self._responses or [], None
         return responses
+
+
+class SyncTransport(_Transport[httpx.Client]):
+    """Runs flows in the calling thread. Several threads may share one transport."""
+
+    _new_http = httpx.Client
 
     def close(self) -> None:
         """Close the HTTP client, unless the caller supplied it."""
@@ -402,38 +411,10 @@ class SyncTransport:
         return None
 
 
-class AsyncTransport:
+class AsyncTransport(_Transport[httpx.AsyncClient]):
     """Runs flows on the event loop; slow work on disk runs in threads."""
 
-    def __init__(self, settings: ClientSettings, http: httpx.AsyncClient | None) -> None:
-        self.settings = settings
-        self.http = http or httpx.AsyncClient(**_http_options(settings))
-        self._owned = http is None
-        self._trusts_environment = _use_environment(settings) if http is None else None  # None: the caller's own client
-        self._responses: list[httpx.Response] | None = None
-
-    def with_settings(self, settings: ClientSettings) -> AsyncTransport:
-        """Return a transport with other settings and the same connections.
-
-        It has connections of its own, which its close() closes, if the proxies of the environment are used for one of the
-        addresses only.
-        """
-        if self._trusts_environment not in (None, _use_environment(settings)):
-            return AsyncTransport(settings, None)
-        other = AsyncTransport(settings, self.http)
-        other._trusts_environment = self._trusts_environment
-        return other
-
-    def recording(self) -> AsyncTransport:
-        """Return a transport with the same connections that records the responses of its flows."""
-        other = self.with_settings(self.settings)
-        other._responses = []
-        return other
-
-    def end_recording(self) -> list[httpx.Response]:
-        """Return the recorded responses, and record no others."""
-        responses, self._responses = self._responses or [], None
-        return responses
+    _new_http = httpx.AsyncClient
 
     async def close(self) -> None:
         """Close the HTTP client, unless the caller supplied it."""
