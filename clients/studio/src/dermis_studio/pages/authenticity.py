@@ -91,7 +91,7 @@ def described(image: Picture, model: Model, result: AuthenticityResult) -> str:
     verdict = result[0]
     index = model.authenticity or {}
     rows = [
-        ("Distance", f"{verdict.distance:.2f} to the nearest of {int(index.get('vectors', 0)):,} training images"),
+        ("Distance", f"{verdict.distance:.2f} to the nearest of {markup.counted(int(index.get('vectors', 0)), 'training image')}"),
         ("Percentile", f"{verdict.percentile} of 100"),
         (
             "Authentic",

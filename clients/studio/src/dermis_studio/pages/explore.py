@@ -249,7 +249,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             if not direction:
                 raise ValueError("no direction is chosen; choose one")
             count = int(steps)
-            yield markup.progress(f"Generating {count} images", None)
+            yield markup.progress(f"Generating {markup.counted(count, 'image')}", None)
             strengths = [round(reach * (2 * position / (count - 1) - 1), 3) for position in range(count)]
             async with studio.client(request) as client:
                 chosen = await find_model(client, start.model)
@@ -269,7 +269,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             start = start_of(request, values[:6])
             if not all(names) or names[0] == names[1]:
                 raise ValueError("the map needs two different directions; choose them")
-            yield markup.progress(f"Generating {latent_map.CELLS**2} images", None)
+            yield markup.progress(f"Generating {markup.counted(latent_map.CELLS**2, 'image')}", None)
             async with studio.client(request) as client:
                 chosen = await find_model(client, start.model)
                 others = [edit for edit in edits_of(chosen, values[6:-3]) if edit["direction"] not in names]
@@ -294,7 +294,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             sample = start_of(request, values[:6]).sample
             if sample is None or not end[0]:
                 raise ValueError("a film needs two samples; start from a sample, and choose the class of the other one")
-            yield markup.progress(f"Generating {count} images", None)
+            yield markup.progress(f"Generating {markup.counted(count, 'image')}", None)
             arguments = options(sample.model, sample.truncation, sample.noise)
             async with studio.client(request) as client:
                 images = await client.edits.interpolate(

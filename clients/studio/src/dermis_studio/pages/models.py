@@ -65,7 +65,7 @@ def summary(model: Model) -> str:
         ("Trained with", f"{model.kimg:,.1f} thousand images shown" if model.kimg else "not known"),
         ("Licence", escape(model.licence or "not stated")),
         ("Digest", markup.short_digest(model.digest)),
-        ("Latents", f"z {model.z_dim}, w {model.w_dim}, {model.num_ws} layers"),
+        ("Latents", f"z {model.z_dim}, w {model.w_dim}, {markup.counted(model.num_ws, 'layer')}"),
         ("Directions", f"{len(model.directions)}"),
     ]
     index, classifier = model.authenticity, model.classifier
@@ -73,7 +73,7 @@ def summary(model: Model) -> str:
         rows.append(
             (
                 "Training index",
-                f"{int(index.get('vectors', 0)):,} images {markup.short_digest(str(index.get('digest', '')))}",
+                f"{markup.counted(int(index.get('vectors', 0)), 'image')} {markup.short_digest(str(index.get('digest', '')))}",
             )
         )
     if classifier is not None:
@@ -91,15 +91,17 @@ def _provenance(provenance: ModelProvenance | None) -> list[tuple[str, str]]:
     rows = []
     if dataset is not None:
         classes = ", ".join(f"{count:,} {name}" for name, count in dataset.classes.items())
-        images = "" if dataset.images is None else f"{dataset.images:,} images" + (f": {classes}" if classes else "")
+        images = "" if dataset.images is None else markup.counted(dataset.images, "image") + (f": {classes}" if classes else "")
         digest = markup.short_digest(dataset.sha256) if dataset.sha256 else "no digest stated"
         rows.append(("Training set", "<br>".join(filter(None, (escape(dataset.name or ""), escape(images), digest)))))
     else:
         rows.append(("Training set", "not stated"))
     if training is not None:
         hours = "" if training.hours is None else f"{training.hours:,.1f} hours"
+        # Models of earlier versions say "1 threads".
+        hardware = re.sub(r"\b1 threads\b", "1 thread", training.hardware or "")
         seed = "" if training.seed is None else f"seed {training.seed}"
-        rows.append(("Training", escape(", ".join(filter(None, (training.hardware, hours, seed))) or "not stated")))
+        rows.append(("Training", escape(", ".join(filter(None, (hardware, hours, seed))) or "not stated")))
     rows.append(("Made with", f"dermis {escape(provenance.code_version)}" if provenance.code_version else "not stated"))
     privacy = provenance.privacy
     if privacy is None:
