@@ -1,9 +1,9 @@
 """Waits of the walk-through of the studio: `python -m benchmarks.studio_walkthrough --real FOLDER [--images N] [--answers N]`.
 
-A real service with the demo bundle and a real browser (Chromium) do the steps of docs/studio-walkthrough.md: generate, explore, compare,
-classify, a dataset of 48 images, and a reader study with `--images` images, which two readers begin to answer. Printed is how
-long somebody who does the same has to wait for each result; reading, choosing and typing take no time here. FOLDER has a folder
-of real images for each class, FOLDER/benign and FOLDER/malignant.
+A real service with the demo bundle and a real browser (Chromium) do the steps of docs/studio-walkthrough.md: generate, explore,
+compare, classify, a dataset of 48 images, and a reader study with `--images` images, which two readers begin to answer. Printed
+is how long somebody who does the same has to wait for each result; reading, choosing and typing take no time here. FOLDER has a
+folder of real images for each class, FOLDER/benign and FOLDER/malignant.
 """
 
 from __future__ import annotations

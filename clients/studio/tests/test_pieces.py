@@ -229,7 +229,13 @@ def test_numbers_sizes_and_durations_are_in_words() -> None:
 
 @pytest.mark.parametrize(
     ("count", "words"),
-    [(1, "1 image is"), (0, "0 images are"), (2, "2 images are"), (12_000, "12,000 images are"), (1.0004, "1 image is")],
+    [
+        (1, "1 image is"),
+        (0, "0 images are"),
+        (2, "2 images are"),
+        (12_000, "12,000 images are"),
+        (1.0004, "1 image is"),
+    ],
 )
 def test_what_is_counted_has_the_form_of_its_number(count: float, words: str) -> None:
     assert markup.counted(count, "image is", "images are") == words

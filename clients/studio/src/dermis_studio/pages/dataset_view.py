@@ -97,7 +97,7 @@ def described(dataset: DatasetRecord, writes: bool, about: str = "") -> str:
         writes: Whether the visitor may stop and delete it.
         about: What there is of a finished one; HTML.
     """
-    done, number = dataset.progress, markup.number
+    done = dataset.progress
     lines = ""
     if not dataset.finished:
         text = f"{done.samples_done:,} of {markup.counted(done.samples_total, 'image')}"
@@ -121,9 +121,7 @@ def described(dataset: DatasetRecord, writes: bool, about: str = "") -> str:
     ]
     if dataset.finished_at is not None and dataset.started_at is not None:
         seconds = (dataset.finished_at - dataset.started_at).total_seconds()
-        rate = (
-            f", {markup.counted(done.images_per_second, 'image/s', 'images/s')}" if done.images_per_second else ""
-        )
+        rate = f", {markup.counted(done.images_per_second, 'image/s', 'images/s')}" if done.images_per_second else ""
         rows.append(("Time", escape(markup.duration(seconds) + rate)))
     if dataset.expires_at is not None:
         rows.append(("Deleted on", escape(when(dataset.expires_at))))
@@ -276,9 +274,7 @@ def estimated(
     else:
         again = " or more: rejected images are made again" if makes_again else ""
         rate = markup.counted(former, "image/s", "images/s", 2)
-        rows.append(
-            ("Time", f"about {markup.duration(total / former)}{again} ({rate}, {source})")
-        )
+        rows.append(("Time", f"about {markup.duration(total / former)}{again} ({rate}, {source})"))
     shard_size = body.get("shard_size", SHARD_SIZE)
     shards = -(-total // shard_size)
     of_images = f"{markup.counted(shards, 'shard')} of up to {markup.counted(min(shard_size, total), 'image')}"

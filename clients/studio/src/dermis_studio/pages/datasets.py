@@ -110,7 +110,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 ) + markup.code_block("Python", snippets.python(address, "datasets.create", body, then))
                 shown = f'<details class="ds-more"><summary>Copy as code</summary>{code}</details>'
                 if visitor.may("images") and not view.is_measured(chosen, body):
-                    measuring = markup.progress(f"Measuring size and time on {markup.counted(view.PROBE_IMAGES, 'image')}", None)
+                    images = markup.counted(view.PROBE_IMAGES, "image")
+                    measuring = markup.progress(f"Measuring size and time on {images}", None)
                     yield left.note + measuring, shown, gr.skip(), free
                 expected = await view.estimate(client, chosen, body, visitor)
             signing = gr.skip() if expected.signs is None else gr.update(visible=expected.signs)

@@ -81,8 +81,8 @@ def training_words(known: EmbeddingMap) -> str:
     shown = sum(cube.images for cube in training.cubes)
     if training.positions is not None:
         return (
-            f"{markup.counted(len(training.positions), 'training image is', 'training images are')} shown as small dots, because "
-            "the operator of the service has switched their positions on. Do not pass this page on."
+            f"{markup.counted(len(training.positions), 'training image is', 'training images are')} shown as small dots, "
+            "because the operator of the service has switched their positions on. Do not pass this page on."
         )
     if not training.cubes:
         return (

@@ -65,9 +65,10 @@ def summary(model: Model) -> str:
         ("Trained with", f"{model.kimg:,.1f} thousand images shown" if model.kimg else "not known"),
         ("Licence", escape(model.licence or "not stated")),
         ("Digest", markup.short_digest(model.digest)),
-        ("Latents", f"z {model.z_dim}, w {model.w_dim}, {markup.counted(model.num_ws, 'layer')}"),
         ("Directions", f"{len(model.directions)}"),
     ]
+    if model.num_ws is not None:
+        rows.append(("Latents", f"z {model.z_dim}, w {model.w_dim}, {markup.counted(model.num_ws, 'layer')}"))
     index, classifier = model.authenticity, model.classifier
     if index is not None:
         rows.append(
@@ -91,7 +92,8 @@ def _provenance(provenance: ModelProvenance | None) -> list[tuple[str, str]]:
     rows = []
     if dataset is not None:
         classes = ", ".join(f"{count:,} {name}" for name, count in dataset.classes.items())
-        images = "" if dataset.images is None else markup.counted(dataset.images, "image") + (f": {classes}" if classes else "")
+        images = "" if dataset.images is None else markup.counted(dataset.images, "image")
+        images += f": {classes}" if images and classes else ""
         digest = markup.short_digest(dataset.sha256) if dataset.sha256 else "no digest stated"
         rows.append(("Training set", "<br>".join(filter(None, (escape(dataset.name or ""), escape(images), digest)))))
     else:

@@ -137,8 +137,8 @@ def _collection(study: Study) -> str:
         "open", study.id, "Choose the images and open the study", kind="ds-button ds-strong", disabled=not ready
     )
     text = (
-        f"{markup.counted(got, 'real image is', 'real images are')} uploaded; {markup.counted(need, 'of them is', 'of them are')} "
-        "chosen, and as many are generated with the same classes."
+        f"{markup.counted(got, 'real image is', 'real images are')} uploaded; "
+        f"{markup.counted(need, 'of them is', 'of them are')} chosen, and as many are generated with the same classes."
         if ready
         else f"{markup.counted(need, 'real image is', 'real images are')} needed; {markup.counted(got, 'is', 'are')} uploaded. "
         f"Upload {need - got:,} more."
