@@ -1,4 +1,4 @@
-"""Pictures of the documentation, for a service of the demo: `python tests/support/studio_pictures.py ADDRESS FOLDER [NAME ...]`."""
+"""Pictures of the documentation: `python tests/support/studio_pictures.py ADDRESS FOLDER [NAME ...]`, of a demo service."""
 
 from __future__ import annotations
 
