@@ -248,3 +248,24 @@ def test_arrow_keys_choose_in_each_group_of_radio_buttons(browser: Browser, path
         assert inside.count() == 1
         page.keyboard.press("Tab")  # one stop for the whole group
         assert inside.count() == 0, name
+
+
+def test_lists_of_choices_close_when_the_focus_leaves(browser: Browser) -> None:
+    page = browser.open("explore")
+    shows(page, "Not edited")
+    options = page.get_by_role("option")
+    for name in ("Class", "Directions"):
+        box = page.get_by_role("combobox", name=name, exact=True)
+        for leave in ("Tab", "Shift+Tab"):
+            use(page, box)
+            options.first.wait_for()
+            page.keyboard.press(leave)
+            assert not box.evaluate("e => e === document.activeElement")
+            page.wait_for_timeout(500)  # a list that opens again does so after the focus has left
+            options.first.wait_for(state="detached")
+            assert box.get_attribute("aria-expanded") == "false"
+    use(page, box, "Escape")
+    options.first.wait_for(state="detached")
+    page.keyboard.press("Shift")
+    page.wait_for_timeout(500)
+    assert options.count() == 0

@@ -152,6 +152,12 @@
     { childList: true, subtree: true, attributes: true, attributeFilter: ["name"] });
   groupRadioButtons();
 
+  // Gradio opens a list of choices at any key, and does so after Tab has moved the focus away: then the list would stay open.
+  document.addEventListener("keydown", (event) => {
+    const leaves = ["Tab", "Shift", "Control", "Alt", "Meta"].includes(event.key);
+    if (leaves && event.target instanceof Element && event.target.matches("input[role=combobox]")) event.stopPropagation();
+  }, { capture: true });
+
   // The key that started something, held down, does not stop it.
   document.addEventListener("keydown", (event) => {
     if (event.repeat && event.key === "Enter" && event.target instanceof HTMLButtonElement) event.preventDefault();
