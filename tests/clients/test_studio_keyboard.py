@@ -253,6 +253,7 @@ def test_arrow_keys_choose_in_each_group_of_radio_buttons(browser: Browser, path
 def test_lists_of_choices_close_when_the_focus_leaves(browser: Browser) -> None:
     page = browser.open("explore")
     shows(page, "Not edited")
+    before = page.locator(".ds-before-after img").first.get_attribute("src")
     options = page.get_by_role("option")
     for name in ("Class", "Directions"):
         box = page.get_by_role("combobox", name=name, exact=True)

@@ -96,7 +96,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     async def load(request: gr.Request) -> Any:
         async with studio.client(request) as client:
             (update, chosen), left = await asyncio.gather(
-                chosen_model(client, request), quotas.left(client, quotas.IMAGES)
+                chosen_model(studio, client, request), quotas.left(client, quotas.IMAGES)
             )
         classes = class_update(chosen, query_of(request).get("class_name"))
         usable = gr.update(interactive=not left.blocks(quotas.IMAGES))
@@ -104,6 +104,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
 
     @shows_problems(2)
     async def choose_model(name: str, request: gr.Request) -> Any:
+        if not studio.displays.changed(request, "model", name):
+            return gr.skip(), gr.skip()
         async with studio.client(request) as client:
             return gr.skip(), class_update(await find_model(client, name), None)
 

@@ -35,12 +35,14 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     @shows_problems(4)
     async def load(request: gr.Request) -> Any:
         async with studio.client(request) as client:
-            update, chosen = await chosen_model(client, request)
+            update, chosen = await chosen_model(studio, client, request)
             whole = await client.models.retrieve(chosen.name)
         return summary(whole), measured(whole), text_of(whole), update
 
     @shows_problems(3)
     async def choose(name: str, request: gr.Request) -> Any:
+        if not studio.displays.changed(request, "model", name):
+            return gr.skip(), gr.skip(), gr.skip()
         async with studio.client(request) as client:
             whole = await client.models.retrieve(name)
         return summary(whole), measured(whole), text_of(whole)

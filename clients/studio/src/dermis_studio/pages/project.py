@@ -102,7 +102,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     async def load(request: gr.Request) -> Any:
         try:
             async with studio.client(request) as client:
-                (update, chosen), left = await asyncio.gather(chosen_model(client, request), quotas.left(client, *USES))
+                (update, chosen), left = await asyncio.gather(chosen_model(studio, client, request), quotas.left(client, *USES))
             usable = gr.update(interactive=not left.blocks(*USES))
             return gr.skip(), update, class_update(chosen), left.note, usable
         except Exception as error:
@@ -110,6 +110,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
 
     @shows_problems(2)
     async def choose_model(name: str, request: gr.Request) -> Any:
+        if not studio.displays.changed(request, "model", name):
+            return gr.skip(), gr.skip()
         async with studio.client(request) as client:
             return gr.skip(), class_update(await find_model(client, name))
 

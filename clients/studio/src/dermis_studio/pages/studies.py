@@ -118,7 +118,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             reads_models = (await studio.visitor(request)).may("models:read")  # without it, the default model is used
             async with studio.client(request) as client:
                 studies, left = await asyncio.gather(client.studies.list(), quotas.left(client, *USES))
-                update = (await chosen_model(client, request))[0] if reads_models else gr.skip()
+                update = (await chosen_model(studio, client, request))[0] if reads_models else gr.skip()
         except Exception as error:
             return problem_of(error), "", *[gr.skip()] * 4
         most = studies.max_images or 200
