@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 
 if importlib.util.find_spec("gradio") is None:  # importing it takes seconds
@@ -250,10 +251,19 @@ def test_arrow_keys_choose_in_each_group_of_radio_buttons(browser: Browser, path
         assert inside.count() == 0, name
 
 
+def calls(browser: Browser, route: str) -> float:
+    """How often the service has answered requests of a route."""
+    lines = httpx.get(f"{browser.address}/metrics").raise_for_status().text.splitlines()
+    counts = [line for line in lines if line.startswith("dermis_http_request_duration_seconds_count{")]
+    return sum(float(line.rpartition(" ")[2]) for line in counts if f'route="{route}"' in line)
+
+
 def test_lists_of_choices_close_when_the_focus_leaves(browser: Browser) -> None:
     page = browser.open("explore")
     shows(page, "Not edited")
-    before = page.locator(".ds-before-after img").first.get_attribute("src")
+    page.wait_for_load_state("networkidle")
+    made = calls(browser, "/v1/edits")
+    assert made >= 2
     options = page.get_by_role("option")
     for name in ("Class", "Directions"):
         box = page.get_by_role("combobox", name=name, exact=True)
@@ -270,3 +280,5 @@ def test_lists_of_choices_close_when_the_focus_leaves(browser: Browser) -> None:
     page.keyboard.press("Shift")
     page.wait_for_timeout(500)
     assert options.count() == 0
+    page.wait_for_load_state("networkidle")
+    assert calls(browser, "/v1/edits") == made  # nothing was chosen, so nothing is generated again
