@@ -220,7 +220,7 @@ def test_sending_of_a_large_image_can_be_stopped(browser: Browser, path: str, bu
     shows(page, "Sending the image")
     page.wait_for_function("document.activeElement.textContent === 'Stop sending'")
     assert violations_in_both_themes(page) == []
-    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Stop sending").press("Enter")
     shows(page, "Stopped. The image was not sent.")
     page.wait_for_function("name => document.activeElement.textContent.trim() === name", arg=button)
     assert violations(page) == []
