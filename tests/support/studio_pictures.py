@@ -20,6 +20,7 @@ def generate(browser: Browser) -> Any:
     page.get_by_text("16 images of").wait_for()
     page.locator(".ds-tile").nth(9).click()
     page.locator(".ds-detail .ds-facts").first.wait_for()
+    page.evaluate("window.scrollTo({ top: 0, behavior: 'instant' })")
     return page
 
 
