@@ -46,6 +46,7 @@ def classify(browser: Browser) -> Any:
     page.get_by_label("XRAI").check()
     press(page, "Classify")
     page.get_by_alt_text("Heat map").first.wait_for()
+    page.evaluate("window.scrollTo({ top: 0, behavior: 'instant' })")
     return page
 
 
