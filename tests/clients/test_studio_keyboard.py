@@ -222,7 +222,6 @@ CHOICES: dict[str, Callable[[Any], None]] = {
     "": lambda page: None,
     "explore": lambda page: None,
     "project": lambda page: None,
-    "authenticity": lambda page: None,
     "classify": lambda page: None,
     "datasets": unfolded,
 }
