@@ -78,7 +78,9 @@ def fill_for_model(
     async def load(request: gr.Request) -> Any:
         visitor = await studio.visitor(request)
         async with studio.client(request) as client:
-            (update, chosen), left = await asyncio.gather(chosen_model(studio, client, request), quotas.left(client, *uses))
+            (update, chosen), left = await asyncio.gather(
+                chosen_model(studio, client, request), quotas.left(client, *uses)
+            )
         loaded_result = nothing if problem is result else ""
         return [loaded_result, update, left.note, *updates(Offer(chosen, visitor, left, query_of(request)))]
 

@@ -69,7 +69,9 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 unchanged = [gr.skip()] * (len(fields.outputs) + 2)
                 return [gr.update(value=note, visible=True), gr.update(visible=False), *unchanged]
             async with studio.client(request) as client:
-                (update, chosen), left = await asyncio.gather(chosen_model(studio, client, request), quotas.left(client, *USES))
+                (update, chosen), left = await asyncio.gather(
+                    chosen_model(studio, client, request), quotas.left(client, *USES)
+                )
             query = query_of(request)
         except Exception as error:
             return [gr.update(value=problem_of(error), visible=True)] + [gr.skip()] * (len(fields.outputs) + 3)

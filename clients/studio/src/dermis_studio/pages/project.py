@@ -102,7 +102,9 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     async def load(request: gr.Request) -> Any:
         try:
             async with studio.client(request) as client:
-                (update, chosen), left = await asyncio.gather(chosen_model(studio, client, request), quotas.left(client, *USES))
+                (update, chosen), left = await asyncio.gather(
+                    chosen_model(studio, client, request), quotas.left(client, *USES)
+                )
             usable = gr.update(interactive=not left.blocks(*USES))
             return gr.skip(), update, class_update(chosen), left.note, usable
         except Exception as error:
