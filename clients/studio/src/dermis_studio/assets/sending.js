@@ -23,14 +23,18 @@
   const filled = element("i", {});
   const bar = element("div", { class: "ds-bar", role: "progressbar", "aria-label": "Sent", "aria-valuemin": 0, "aria-valuemax": 100 }, filled);
   const stop = element("button", { type: "button", class: "ds-button" }, "Stop sending");
-  const place = element("div", { class: "ds-sending" }, element("div", { class: "ds-progress" }, words, bar, amount), stop);
+  const place = element("div", { class: "ds-sending" }, element("div", { class: "ds-progress" }, words), stop);
   place.hidden = true;
   document.getElementById("ds-main").append(place);
+
+  stop.hidden = true;
 
   let newest = 0; // the number of the last request
   const show = (text, sending) => {
     words.textContent = text;
-    bar.hidden = amount.hidden = stop.hidden = !sending;
+    if (sending) words.after(bar, amount);
+    else for (const each of [bar, amount]) each.remove();
+    stop.hidden = !sending;
     place.hidden = !text;
   };
   const showSent = (sent, total) => {
