@@ -21,6 +21,7 @@ from benchmarks.components import free_port
 from dermis.authenticity.checker import Checker
 from dermis.bundle import Bundle, amend_bundle, open_bundle
 from dermis.bundle.directions import Direction
+from dermis.dataset.privacy import pass_gate
 from dermis.dataset.torch import GeneratedDataset
 from dermis.directions.fit import oriented
 from dermis.errors import BundleError, RequestError
@@ -63,12 +64,19 @@ class ServiceCode:
         pass
 
     def generate_pixels(self, classes: dict[str, int], **options: Any) -> PixelsResult:
-        edits = [{"direction": name, "strength": strength} for name, strength in options.pop("edits").items()]
-        body = ImagesRequest.model_validate({"classes": classes, "edits": edits, **options})
+        if "edits" in options:
+            options["edits"] = [{"direction": name, "strength": value} for name, value in options["edits"].items()]
+        body = ImagesRequest.model_validate({"classes": classes, **options})
         names = class_of_each(body, self.bundle, 64)
         with Synthesizer(self.bundle, threads=1) as synthesizer:
-            images = list(generate_rows({self.bundle.digest: synthesizer}, rows_of(body, self.bundle, names)))
-        return read_pixels(pixels_response(body, self.bundle, names, images))
+            images: list[Any] = list(
+                generate_rows({self.bundle.digest: synthesizer}, rows_of(body, self.bundle, names))
+            )
+        results: list[bool | None] = [None] * len(names)
+        if body.privacy is not None:
+            with Checker(self.bundle, device="cpu", threads=1) as checker:
+                results = pass_gate(checker, np.stack(images), body.privacy).tolist()
+        return read_pixels(pixels_response(body, self.bundle, names, images, results))
 
 
 def test_samples_are_those_of_the_code_of_the_service_bit_for_bit(bundle: str) -> None:
@@ -172,6 +180,31 @@ def test_gate_leaves_out_copies_of_training_images(indexed: Bundle) -> None:
     assert same(begun + list(gated), kept)
 
 
+@pytest.mark.parametrize(("gate", "percentile"), [("authentic", 1.0), ("min_distance", 0.0)])
+def test_refused_samples_are_replaced_as_by_the_code_of_the_service(
+    indexed: Bundle, gate: Any, percentile: float
+) -> None:
+    options: dict[str, Any] = {"samples": 24, "chunk": 8, "gate": gate, "percentile": percentile}
+    shares = {"benign": 1.0}
+    everything = list(GeneratedDataset(indexed.location, shares, samples=24, chunk=8))
+    dropped = list(GeneratedDataset(indexed.location, shares, **options))
+    resampled = GeneratedDataset(indexed.location, shares, **options, on_reject="resample")
+    samples = list(resampled)
+    assert len(dropped) < len(samples) <= 24
+    for image, _ in dropped:
+        assert any(torch.equal(image, other) for other, _ in samples), "accepted samples stay"
+    replaced = [image for image, _ in samples if not any(torch.equal(image, other) for other, _ in everything)]
+    assert len(replaced) == len(samples) - len(dropped), "the others are of other latents"
+    client: Any = partial(ServiceCode, indexed.location)
+    for on_reject, expected in (("drop", dropped), ("resample", samples)):
+        remote = SyntheticIterable(shares, **options, on_reject=on_reject, client=client, prefetch=1)  # type: ignore[arg-type]
+        assert same(list(remote), expected)
+    begun = iter(remote)
+    first = [next(begun) for _ in range(11)]
+    resampled.load_state_dict(remote.state_dict())
+    assert same(first + list(resampled), samples)
+
+
 @pytest.mark.full
 def test_spawned_workers_generate_each_sample_once_also_after_this_process_has(bundle: str) -> None:
     data = GeneratedDataset(bundle, SHARES, **OPTIONS)
@@ -199,6 +232,8 @@ def test_spawned_workers_generate_each_sample_once_also_after_this_process_has(b
         ({"benign": 1}, {"gate": "authentic"}, "gate: the bundle has no index"),
         ({"benign": 1}, {"gate": "near"}, 'gate: "near" is none of'),
         ({"benign": 1}, {"percentile": 101}, "percentile: must be 0 to 100"),
+        ({"benign": 1}, {"on_reject": "flag"}, 'on_reject: "flag" is none of drop, resample'),
+        ({"benign": 1}, {"tries": 17}, "tries: must be 1 to 16"),
         ({"benign": 1}, {"noise_mode": "loud"}, '"loud" is none of const, random, none'),
     ],
 )
