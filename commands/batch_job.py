@@ -82,7 +82,7 @@ def job_yaml(plan: DatasetPlan, resolution: int, options: JobOptions) -> str:
 # In the namespace `dermis` of the service, whose network policies let these pods reach S3, or with the name of another one.
 # The secret holds what the S3 library reads from the environment; without a secret the pods' own identity is used:
 #   kubectl -n dermis create secret generic dermis-s3 --from-literal=AWS_ENDPOINT_URL=https://s3.example.com \\
-#       --from-literal=AWS_ACCESS_KEY_ID=... --from-literal=AWS_SECRET_ACCESS_KEY=...{_SIGNER_SECRET if signed else ""}
+#       --from-literal=AWS_ACCESS_KEY_ID=... --from-literal=AWS_SECRET_ACCESS_KEY=...{_SIGNER_NOTE if signed else ""}
 #   kubectl -n dermis apply -f FILE
 #   kubectl -n dermis wait --for=condition=complete --timeout=24h job/{name}
 #   kubectl -n dermis patch job/{name}-finish -p '{{"spec": {{"suspend": false}}}}'
@@ -134,7 +134,7 @@ _GPU_NODES = """
         - {key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}"""
 
 
-_SIGNER_SECRET = """
+_SIGNER_NOTE = """
 # The certificate and the key with which the pods sign the images:
 #   kubectl -n dermis create secret generic dermis-c2pa --from-file=certificate.pem --from-file=key.pem"""
 

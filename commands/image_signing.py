@@ -32,7 +32,7 @@ C2paOption = Annotated[
 
 
 def request_with_signing(request: DatasetRequest, certificate: Path | None, *, repeated: bool) -> DatasetRequest:
-    """Choose whether the images of a request are signed by other processes: if it asks for that, or there is a certificate here.
+    """Choose whether other processes sign the images of a request: if it asks for that, or there is a certificate here.
 
     Args:
         request: The request.

@@ -43,8 +43,7 @@ from dermis.dataset.privacy import Checks, Examine, Expose, PrivacyReport, Priva
 from dermis.dataset.request import ClassifierOptions, DatasetRequest
 from dermis.dataset.scoring import ClassifierTally, tally
 from dermis.dataset.shards import FileEntry, Sign, find_shard, missing_shards, signed_image
-from dermis.dataset.store import MANIFEST as MANIFEST
-from dermis.dataset.store import PARTIAL, Store, hash_file, storage_error, storage_errors
+from dermis.dataset.store import MANIFEST, PARTIAL, Store, hash_file, storage_error, storage_errors
 from dermis.errors import MissingShardsError, RequestError, StorageError, escape
 from dermis.imaging import Images, contact_sheet, decode, encode, thumbnail
 from dermis.provenance.canonical import canonical_sha256

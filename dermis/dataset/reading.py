@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from dermis.dataset.containers import read_container
-from dermis.dataset.manifest import MANIFEST, METADATA, SINGLE_FILES, Manifest, read_manifest
+from dermis.dataset.manifest import METADATA, SINGLE_FILES, Manifest, read_manifest
+from dermis.dataset.store import MANIFEST
 from dermis.dataset.plan import DatasetPlan, plan
 from dermis.dataset.store import Store
 from dermis.dataset.verify import verify

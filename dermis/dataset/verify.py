@@ -17,16 +17,8 @@ from typing import IO
 from dermis.dataset.canonical_hashes import canonical_croissant, listing_sha256
 from dermis.dataset.containers import read_container
 from dermis.dataset.hashing import HashingReader
-from dermis.dataset.manifest import (
-    ARCHIVE,
-    CROISSANT,
-    MANIFEST,
-    METADATA,
-    PREVIEW,
-    SIGNATURE,
-    Manifest,
-    read_hashed_manifest,
-)
+from dermis.dataset.manifest import ARCHIVE, CROISSANT, METADATA, PREVIEW, SIGNATURE, Manifest, read_hashed_manifest
+from dermis.dataset.store import MANIFEST
 from dermis.dataset.plan import plan
 from dermis.dataset.shards import FileEntry
 from dermis.dataset.store import Store, hash_file

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dermis.dataset.containers import read_container
-from dermis.dataset.manifest import MANIFEST, SINGLE_FILES, read_manifest
+from dermis.dataset.manifest import SINGLE_FILES, read_manifest
+from dermis.dataset.store import MANIFEST
 from dermis.dataset.plan import plan
 from dermis.dataset.store import Store
 from dermis.errors import DataError, StorageError, escape

@@ -107,7 +107,8 @@ def test_parts_that_two_processes_sign_make_the_dataset_of_one(
 ) -> None:
     """Of each shard the file that was written last stays, whichever description was written last."""
     clinic, other = (
-        ("--c2pa-certificate", signers[name].certificate, "--c2pa-key", signers[name].key) for name in ("Clinic", "Other")
+        ("--c2pa-certificate", signers[name].certificate, "--c2pa-key", signers[name].key)
+        for name in ("Clinic", "Other")
     )
     asked = ("generate", "--bundle", tiny_bundle.location, "--classes", "benign=5,malignant=4", "--shard-size", 4)
     asked += ("--format", "webdataset", "--out")

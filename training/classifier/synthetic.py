@@ -26,7 +26,8 @@ from tqdm import tqdm
 from dermis.bundle import DESCRIPTOR, Bundle, open_bundle, trained_on
 from dermis.bundle.folder import exists
 from dermis.classifier.preprocess import to_input
-from dermis.dataset.manifest import MANIFEST, METADATA
+from dermis.dataset.manifest import METADATA
+from dermis.dataset.store import MANIFEST
 from dermis.dataset.reading import open_dataset, samples_of
 from dermis.dataset.store import Store
 from dermis.errors import DataError

@@ -324,6 +324,30 @@ def test_position_of_workers_is_not_given_as_that_of_this_process(monkeypatch: p
     assert data.state_dict()["chunks"] == 1
 
 
+@pytest.mark.parametrize("gate", [{}, {"gate": "authentic", "on_reject": "resample"}])
+def test_interrupted_loader_with_workers_continues_where_it_was(gate: dict[str, Any]) -> None:
+    """torchdata asks each worker for its position; the state survives being written to a file."""
+    loaders: Any = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is not installed")
+
+    def loader() -> Any:
+        data = stream(samples=100, transform=latent_index_of, **gate)
+        return loaders.StatefulDataLoader(data, batch_size=3, num_workers=2, multiprocessing_context="fork")
+
+    def batches(loaded: Any) -> list[Any]:
+        return [(images.tolist(), labels.tolist()) for images, labels in loaded]
+
+    whole = batches(loader())
+    assert len({index % STRIDE for indices, _ in whole for index in indices}) == 100
+    interrupted = loader()
+    begun = batches(islice(interrupted, 11))
+    file = io.BytesIO()
+    torch.save(interrupted.state_dict(), file)
+    file.seek(0)
+    other = loader()
+    other.load_state_dict(torch.load(file))
+    assert begun + batches(other) == whole
+
+
 def test_downloaded_dataset(tmp_path: Path) -> None:
     rows, content = ["file_name,target,label"], {}
     for index, name in enumerate(("malignant", "benign", "malignant")):
