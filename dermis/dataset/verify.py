@@ -12,16 +12,15 @@ import zlib
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from dermis.dataset.canonical_hashes import canonical_croissant, listing_sha256
 from dermis.dataset.containers import read_container
 from dermis.dataset.hashing import HashingReader
 from dermis.dataset.manifest import ARCHIVE, CROISSANT, METADATA, PREVIEW, SIGNATURE, Manifest, read_hashed_manifest
-from dermis.dataset.store import MANIFEST
 from dermis.dataset.plan import plan
 from dermis.dataset.shards import FileEntry
-from dermis.dataset.store import Store, hash_file
+from dermis.dataset.store import MANIFEST, Store, hash_file
 from dermis.errors import StorageError, escape
 from dermis.files import NotRegularError, open_regular
 from dermis.provenance.canonical import canonical_sha256
@@ -120,7 +119,7 @@ def _is_as_listed(store: Store, manifest: Manifest, file: FileEntry) -> bool:
             return hashlib.sha256(data).hexdigest() == file.sha256 and _canonical_of(name, data, hashes) == hashes[name]
         with store.errors(name), store.open(name) as opened:
             reader = HashingReader(opened)
-            canonical = _canonical_of_container(manifest, reader)
+            canonical = _canonical_of_container(manifest, cast(IO[bytes], reader))
             return reader.sha256() == file.sha256 and canonical == hashes[name]
     except StorageError as error:
         if isinstance(error.__cause__, NotRegularError):

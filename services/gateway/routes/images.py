@@ -113,9 +113,7 @@ async def generate_images(request: Request, context: ContextDep, principal: _Sen
         image_format = next(name for name, kind in MEDIA_TYPES.items() if kind == media_type)
         data = await asyncio.to_thread(_one_image, body, bundle, images, image_format, encode_image)
         return Response(data, media_type=media_type, headers=response_headers)
-    samples = await asyncio.to_thread(samples_of, body, bundle, names, images, encode_image)
-    for sample, result in zip(samples, results, strict=True):
-        sample.passed = result
+    samples = await asyncio.to_thread(samples_of, body, bundle, names, images, encode_image, results)
     response_body = SampleList(model=model_ref(bundle), data=samples)
     return Response(
         response_body.model_dump_json(by_alias=True), media_type="application/json", headers=response_headers
@@ -215,7 +213,12 @@ def _origin(body: SamplesRequest, bundle: Bundle, index: int | None) -> ImageOri
 
 
 def samples_of(
-    body: SamplesRequest, bundle: Bundle, names: Sequence[str], images: Sequence[Image], encode_image: Encode
+    body: SamplesRequest,
+    bundle: Bundle,
+    names: Sequence[str],
+    images: Sequence[Image],
+    encode_image: Encode,
+    results: Sequence[bool | None] | None = None,
 ) -> list[Sample]:
     """The encoded samples of a call.
 
@@ -225,6 +228,7 @@ def samples_of(
         names: Class of each sample.
         images: The images.
         encode_image: Encodes one.
+        results: Whether each image meets the condition of the gate; None without a gate.
     """
     samples: list[Sample] = []
     for i, (name, image) in enumerate(zip(names, images, strict=True)):
@@ -238,6 +242,7 @@ def samples_of(
                 media_type=MEDIA_TYPES[body.image_format],
                 sha256=hashlib.sha256(encoded.data).hexdigest(),
                 canonical_sha256=encoded.canonical_sha256,
+                passed=None if results is None else results[i],
                 b64=base64.b64encode(encoded.data).decode("ascii"),
             )
         )
