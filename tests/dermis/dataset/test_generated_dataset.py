@@ -206,6 +206,22 @@ def test_refused_samples_are_replaced_as_by_the_code_of_the_service(
 
 
 @pytest.mark.full
+def test_gate_of_a_real_service_is_that_of_the_bundle(indexed: Bundle, launch: Callable[..., Launched]) -> None:
+    port = free_port()
+    service = launch(indexed.location, port)
+    service.wait_until(service.ready)
+    client = partial(DermisClient, f"http://127.0.0.1:{port}")
+    gates: list[dict[str, Any]] = [
+        {"gate": "authentic", "on_reject": "resample"},
+        {"gate": "min_distance", "percentile": 5.0, "detect_copies": False},
+    ]
+    for gate in gates:
+        options: dict[str, Any] = {"samples": 24, "chunk": 8, **gate}
+        ours = list(GeneratedDataset(indexed.location, {"benign": 1.0}, **options))
+        assert same(ours, list(SyntheticIterable({"benign": 1.0}, **options, client=client))) and ours
+
+
+@pytest.mark.full
 def test_spawned_workers_generate_each_sample_once_also_after_this_process_has(bundle: str) -> None:
     data = GeneratedDataset(bundle, SHARES, **OPTIONS)
     alone = list(data)

@@ -337,8 +337,9 @@ class SyntheticIterable(IterableDataset[Sample]):
                 if digest and result.model.digest != digest:
                     raise _other_bundle(digest, result.model.digest, name)
                 digest = result.model.digest
-                for position, item, sample in zip(positions, self._items_of(result), result.data, strict=True):
-                    if self._privacy is None or sample.passed:
+                results = [sample.passed for sample in result.data]
+                for position, item, passed in zip(positions, self._items_of(result), results, strict=True):
+                    if self._privacy is None or passed:
                         items[position] = item
                     else:
                         refused.append(position)
