@@ -88,6 +88,35 @@ def test_dataset_formats_contain_planned_images(tiny_bundle: Bundle, tmp_path: P
     assert seen == expected
 
 
+@pytest.mark.parametrize(
+    "file_format", ["parquet", *(pytest.param(each, marks=pytest.mark.full) for each in ("imagefolder", "webdataset"))]
+)
+def test_damage_of_a_container_with_signed_images_is_found(
+    tiny_bundle: Bundle, tmp_path: Path, file_format: str
+) -> None:
+    """It is parsed while it is hashed, so its damage must not end the verification."""
+
+    def sign(data: bytes, *_: object) -> bytes:
+        return data  # an image without a signature is its own canonical file
+
+    plan_, store = planned(tiny_bundle, format=file_format, provenance={"c2pa": True}), Store(tmp_path)
+    for shard in range(plan_.shards):
+        write_shard(plan_, shard, paint, store, identity=IDENTITY, sign=sign)
+    manifest = finalize(plan_, store, tiny_bundle, IDENTITY, sign=sign)
+    assert verify(tmp_path).ok and verify(tmp_path).sha256.keys() == {
+        "manifest.json",
+        *(f.name for f in manifest.files),
+    }
+    path = tmp_path / min(file.name for file in manifest.files if file.name.startswith(("data-", "images.zip")))
+    content = path.read_bytes()
+    for step in range(60):
+        damaged = bytearray(content)
+        damaged[len(content) * step // 60 + (step * 7) % 13] ^= 0xFF
+        damaged[-1 - step] ^= 0x55  # in the directory or the footer, where the format has one
+        path.write_bytes(damaged)
+        assert verify(tmp_path).changed == (path.name,), step
+
+
 def test_signed_shard_of_another_process_is_not_replaced(tiny_bundle: Bundle, tmp_path: Path) -> None:
     plan_ = planned(tiny_bundle, format="webdataset", provenance={"c2pa": True})
     store = Store(tmp_path)
