@@ -182,6 +182,7 @@ def test_gate_leaves_out_copies_of_training_images(indexed: Bundle) -> None:
     assert same(begun + list(gated), kept)
 
 
+@pytest.mark.full
 def test_refused_samples_are_replaced_as_by_the_code_of_the_service(indexed: Bundle) -> None:
     gate: dict[str, Any] = {"samples": 24, "chunk": 8, "gate": "min_distance", "percentile": 0.0}
     dropped = list(GeneratedDataset(indexed.location, {"benign": 1.0}, **gate))
