@@ -440,17 +440,17 @@ def report(result: Mapping[str, Any]) -> str:
         lines += [
             f"Simulated workers, {result['cpus']} cores for all of them and PostgreSQL:",
             "",
-            "| workers | s for a shard | s between polls | images | shards/s | of the ideal | cores of PostgreSQL | cores of the workers "
-            "| connections | small job, median / most |",
+            "| workers | s for a shard | s between polls | images | shards/s | of the ideal | cores of PostgreSQL "
+            "| cores of the workers | connections | small job, median / most |",
             "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]
         for row in result["simulated"]:
             times = (row["small_job_seconds_median"], row["small_job_seconds_max"])
             waits = " / ".join("-" if value is None else f"{value:.1f}" for value in times)
             lines.append(
-                f"| {row['workers']} | {row['seconds_per_shard']:g} | {row['poll_seconds']:g} | {row['images']:,} | {row['shards_per_second']:.1f} "
-                f"| {row['efficiency']:.0%} | {row['database_cores']:.2f} | {row['worker_cores']:.2f} "
-                f"| {row['database_connections_most']} | {waits} s |"
+                f"| {row['workers']} | {row['seconds_per_shard']:g} | {row['poll_seconds']:g} | {row['images']:,} "
+                f"| {row['shards_per_second']:.1f} | {row['efficiency']:.0%} | {row['database_cores']:.2f} "
+                f"| {row['worker_cores']:.2f} | {row['database_connections_most']} | {waits} s |"
             )
     return "\n".join(lines) + "\n"
 

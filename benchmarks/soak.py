@@ -3,8 +3,8 @@
 One real service (all processes, access control, SQLite, or PostgreSQL with `--postgresql`) serves the demo bundle. The load is
 that of `benchmarks.load`: single images, four images, classifications, comparisons of generated images, edits, lists, small
 datasets that are followed, downloaded and deleted, and a few projections, of three tenants. After a warm-up, the capacity is
-measured: the most completed operations/s of 8, 16, 32 and 64 callers that never pause. Then follow 80 % of it for the given time,
-and 200 %.
+measured: the most completed operations/s of 8, 16, 32 and 64 callers that never pause. Then follow 80 % of it for the given
+time, and 200 %.
 
 Required: no error; no process that was restarted; no growth of memory after the first fifth of the time at 80 %, in any
 process; every call that is refused is answered 429 or 503 with Retry-After, and accepted calls take at 200 % at most half as

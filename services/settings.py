@@ -134,8 +134,9 @@ class Settings(AccessSettings, StudySettings):
         0.5,
         ge=0.1,
         le=60.0,
-        description="Time between two polls of each queue of a PostgreSQL; choose the same for all workers. In this time a worker "
-        "begins at most `DERMIS_SHARD_CONCURRENCY` shards of a tenant. With longer times idle workers load the database less.",
+        description="Time between two polls of each queue of a PostgreSQL; choose the same for all workers. In this time a "
+        "worker begins at most `DERMIS_SHARD_CONCURRENCY` shards of a tenant. With longer times idle workers load the database "
+        "less.",
     )
     min_free_bytes: int = Field(
         8 << 20,
