@@ -7,12 +7,13 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 
 if importlib.util.find_spec("gradio") is None:  # importing it takes seconds
     pytest.skip("gradio is not installed", allow_module_level=True)
 
-from studio_browser import WAIT_SECONDS, Browser, picture, shows
+from studio_browser import WAIT_SECONDS, Browser, picture, shows, unfold
 
 pytestmark = pytest.mark.full
 
@@ -43,6 +44,11 @@ _NOT_REACHED = """() => [...document.querySelectorAll(
   if (each.matches('.ds-grid .ds-tile')) return false;  // arrow keys
   return !window.reached.has(each);
 }).map((each) => each.outerHTML.slice(0, 200))"""
+
+# Names of the groups of radio buttons that are shown, in their order.
+_GROUPS = """() => [...document.querySelectorAll('fieldset')].filter((each) => each.checkVisibility() &&
+  each.querySelector('input[type=radio]')).map((each) => document.getElementById(each.getAttribute('aria-labelledby') ?? '')
+  ?.textContent.trim() ?? '')"""
 
 
 def walk(page: Any) -> list[str]:
@@ -86,9 +92,11 @@ def button(page: Any, name: str) -> Any:
     return page.get_by_role("button", name=name, exact=True)
 
 
-def radio(page: Any, group: str) -> Any:
-    """The chosen button of a group."""
-    return page.get_by_role("group", name=group).locator("input:checked")
+def choose(page: Any, group: str, choice: str, *keys: str) -> None:
+    """Move to a group of radio buttons with Tab, and to a choice of it with arrow keys."""
+    buttons = page.get_by_role("radiogroup", name=group, exact=True)
+    use(page, buttons.locator("input:checked"), *keys)
+    assert buttons.get_by_role("radio", name=choice, exact=True).is_checked()
 
 
 def generate(page: Any) -> None:
@@ -108,7 +116,7 @@ def explore(page: Any) -> None:
     shows(page, "Not edited")
     use(page, page.locator("input[type=range]").first, "ArrowRight")
     shows(page, "Edited.")
-    use(page, page.locator("input[type=radio][value='own']"), "ArrowRight")
+    choose(page, "Layers", "Coarse", "ArrowRight")
     use(page, button(page, "Make strip"), "Enter")
     page.get_by_text("Save strip").wait_for()
     use(page, button(page, "Draw map"), "Enter")
@@ -139,8 +147,7 @@ def authenticity(page: Any) -> None:
 
 
 def classify(page: Any) -> None:
-    # Gradio gives each radio button a name of its own, so Tab reaches each, and Space chooses it.
-    use(page, page.locator("input[type=radio][value='integrated-gradients']"), "Space")
+    choose(page, "Heat map", "Integrated gradients: pixels", "ArrowDown", "ArrowDown")
     use(page, button(page, "Classify"), "Enter")
     shows(page, "Counted as", HEAT_MAP_SECONDS)
     use(page, page.locator("[data-ds-opacity]"), "ArrowLeft")
@@ -202,3 +209,75 @@ def test_page_is_used_with_the_keyboard_alone(browser: Browser, name: str) -> No
     page.locator(".ds-skip").focus()
     work(page)
     assert problems + walk(page) == []
+
+
+def unfolded(page: Any) -> None:
+    """Open all sections of the page Datasets."""
+    page.get_by_label("Images of benign").wait_for()  # the fields follow from the model
+    for section in ("Files", "Generation", "Checks", "More options"):
+        unfold(page, section)
+
+
+CHOICES: dict[str, Callable[[Any], None]] = {
+    "": lambda page: None,
+    "explore": lambda page: None,
+    "project": lambda page: None,
+    "classify": lambda page: None,
+    "datasets": unfolded,
+}
+
+
+@pytest.mark.parametrize("path", CHOICES)
+def test_arrow_keys_choose_in_each_group_of_radio_buttons(browser: Browser, path: str) -> None:
+    page = browser.open(path)
+    page.wait_for_load_state("networkidle", timeout=1000 * WAIT_SECONDS)
+    CHOICES[path](page)
+    names = page.evaluate(_GROUPS)
+    assert names and all(names)
+    page.locator(".ds-skip").focus()
+    for name in names:
+        group = page.get_by_role("radiogroup", name=name, exact=True)
+        buttons = group.get_by_role("radio").all()
+        [first] = [place for place, button in enumerate(buttons) if button.is_checked()]
+        for key, step in (("ArrowDown", 1), ("ArrowUp", 0), ("ArrowRight", 1), ("ArrowLeft", 0)):
+            use(page, group.locator("input:checked"), key)
+            page.wait_for_timeout(100)  # for what Gradio does then
+            states = [button.is_checked() for button in buttons]
+            assert [place for place, checked in enumerate(states) if checked] == [(first + step) % len(buttons)], name
+        inside = group.locator("input:focus")
+        assert inside.count() == 1
+        page.keyboard.press("Tab")  # one stop for the whole group
+        assert inside.count() == 0, name
+
+
+def calls(browser: Browser, route: str) -> float:
+    """How often the service has answered requests of a route."""
+    lines = httpx.get(f"{browser.address}/metrics").raise_for_status().text.splitlines()
+    counts = [line for line in lines if line.startswith("dermis_http_request_duration_seconds_count{")]
+    return sum(float(line.rpartition(" ")[2]) for line in counts if f'route="{route}"' in line)
+
+
+def test_lists_of_choices_close_when_the_focus_leaves(browser: Browser) -> None:
+    page = browser.open("explore")
+    shows(page, "Not edited")
+    page.wait_for_load_state("networkidle")
+    made = calls(browser, "/v1/edits")
+    assert made >= 2
+    options = page.get_by_role("option")
+    for name in ("Class", "Directions"):
+        box = page.get_by_role("combobox", name=name, exact=True)
+        for leave in ("Tab", "Shift+Tab"):
+            use(page, box)
+            options.first.wait_for()
+            page.keyboard.press(leave)
+            assert not box.evaluate("e => e === document.activeElement")
+            page.wait_for_timeout(500)  # a list that opens again does so after the focus has left
+            options.first.wait_for(state="detached")
+            assert box.get_attribute("aria-expanded") == "false"
+    use(page, box, "Escape")
+    options.first.wait_for(state="detached")
+    page.keyboard.press("Shift")
+    page.wait_for_timeout(500)
+    assert options.count() == 0
+    page.wait_for_load_state("networkidle")
+    assert calls(browser, "/v1/edits") == made  # nothing was chosen, so nothing is generated again

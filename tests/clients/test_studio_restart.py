@@ -93,7 +93,7 @@ def interrupt(launch: Callable[..., Launched], browser: Browser) -> None:
     service.process.terminate()
     service.process.wait(WAIT_SECONDS)
     reader.keyboard.press("Enter")
-    shows(reader, "does not respond")
+    shows(reader, "The answer is not stored yet")
     assert violations(reader) == []
     shows(dataset, "Connection to the server was lost")
     again = launch(str(DEMO), port)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import numpy as np
 import psutil
 import pytest
+from PIL import Image
 
 if importlib.util.find_spec("gradio") is None:  # importing it takes seconds
     pytest.skip("gradio is not installed", allow_module_level=True)
@@ -199,6 +202,36 @@ def test_projection_that_waits(demo: Launched, browser: Browser) -> None:
     press(page, "Cancel and delete")
     shows(page, "are deleted")
     assert violations(page) == []
+
+
+@pytest.mark.parametrize(("path", "button"), [("project", "Project"), ("classify", "Classify")])
+def test_sending_of_a_large_image_can_be_stopped(browser: Browser, path: str, button: str) -> None:
+    page = browser.open(path)
+    loaded(page)
+    if path != "project":
+        page.get_by_label("Your own", exact=True).check()
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8))
+    content = io.BytesIO()
+    noise.save(content, "PNG")  # 0.8 MB
+    page.locator("input[type=file]").set_input_files(picture() | {"buffer": content.getvalue()})
+    page.get_by_alt_text("The chosen image").wait_for()
+    page.route("**/gradio_api/queue/join*", lambda route: None)  # it waits
+    page.get_by_role("button", name=button, exact=True).press("Enter")
+    shows(page, "Sending the image")
+    page.wait_for_function("document.activeElement.textContent === 'Stop sending'")
+    assert violations_in_both_themes(page) == []
+    page.get_by_role("button", name="Stop sending").press("Enter")
+    shows(page, "Stopped. The image was not sent.")
+    page.wait_for_function("name => document.activeElement.textContent.trim() === name", arg=button)
+    assert violations(page) == []
+    page.unroute("**/gradio_api/queue/join*")
+    page.keyboard.press("Enter")  # the page can still be used
+    shows(page, " steps" if path == "project" else "Counted as")
+    assert not page.get_by_text("Stopped. The image was not sent.").is_visible()
+    if path == "project":
+        page.once("dialog", lambda dialog: dialog.accept())
+        press(page, "Cancel and delete")
+        shows(page, "are deleted")
 
 
 def test_study_collects_prepares_and_continues_when_the_service_is_busy(demo: Launched, browser: Browser) -> None:

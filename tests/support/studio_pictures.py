@@ -1,4 +1,4 @@
-"""The pictures of the documentation: `python tests/support/studio_pictures.py ADDRESS FOLDER`, for a service of the demo."""
+"""Pictures of the documentation: `python tests/support/studio_pictures.py ADDRESS FOLDER [NAME ...]`, of a demo service."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def generate(browser: Browser) -> Any:
     page.get_by_text("16 images of").wait_for()
     page.locator(".ds-tile").nth(9).click()
     page.locator(".ds-detail .ds-facts").first.wait_for()
+    page.evaluate("window.scrollTo({ top: 0, behavior: 'instant' })")
     return page
 
 
@@ -45,6 +46,7 @@ def classify(browser: Browser) -> Any:
     page.get_by_label("XRAI").check()
     press(page, "Classify")
     page.get_by_alt_text("Heat map").first.wait_for()
+    page.evaluate("window.scrollTo({ top: 0, behavior: 'instant' })")
     return page
 
 
@@ -56,6 +58,19 @@ def datasets(browser: Browser) -> Any:
             field.fill("24")
     press(page, "Create dataset")
     page.get_by_role("link", name="Open the report").wait_for()
+    return page
+
+
+def embedding_map(browser: Browser) -> Any:
+    page = browser.open("map")
+    page.wait_for_load_state("networkidle")
+    press(page, "Draw map")
+    page.get_by_text("120 images. The map shows").wait_for()
+    canvas = page.get_by_role("application")
+    canvas.focus()
+    page.keyboard.press("Enter")  # the image nearest to the middle
+    page.locator(".ds-em-about").get_by_text("Nearest images of the map").wait_for()
+    canvas.scroll_into_view_if_needed()
     return page
 
 
@@ -84,18 +99,27 @@ def studies(browser: Browser) -> Any:
     return page
 
 
+PICTURES = {
+    "generate": generate,
+    "explore": explore,
+    "authenticity": authenticity,
+    "classify": classify,
+    "datasets": datasets,
+    "map": embedding_map,
+    "studies": studies,
+}
+
+
 def main() -> None:
     address, folder = sys.argv[1].rstrip("/"), Path(sys.argv[2])
     with browsing(address) as browser:
-        for show in (generate, explore, authenticity, classify, datasets, studies):
-            if len(sys.argv) > 3 and show.__name__ not in sys.argv[3:]:
-                continue
-            page = show(browser)
+        for name in sys.argv[3:] or PICTURES:
+            page = PICTURES[name](browser)
             page.wait_for_timeout(1000)  # the last movement of the page
             picture = Image.open(io.BytesIO(page.screenshot()))
             # 256 colours, so that a file has less than 300 kB.
             small = picture.convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG)
-            small.save(folder / f"studio-{show.__name__}.png", optimize=True)
+            small.save(folder / f"studio-{name}.png", optimize=True)
             page.context.close()
 
 

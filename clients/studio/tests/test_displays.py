@@ -52,6 +52,21 @@ def test_displays_of_pages_beyond_the_limit_end() -> None:
     assert not first() and second()
 
 
+def test_value_that_stays_the_same_is_reported_once_a_page() -> None:
+    displays = Displays(most=2)
+    values = [("one", "a"), ("one", "a"), ("one", "b"), ("two", "b"), ("one", "b")]
+    assert [displays.changed(request(page), "model", value) for page, value in values] == [
+        True,
+        False,
+        True,
+        True,
+        False,
+    ]
+    displays.forget(request("one"), "model")
+    assert displays.changed(request("one"), "model", "b")
+    assert displays.changed(request("three"), "model", "b") and displays.changed(request("two"), "model", "b")
+
+
 @pytest.mark.parametrize("path", ["", "authenticity", "classify", "datasets", "explore", "map", "project", "studies"])
 def test_page_stops_what_runs_before_it_sends_an_event(path: str) -> None:
     """Gradio sends a listener once the one before it has ended, and ignores an event whose listener still runs."""

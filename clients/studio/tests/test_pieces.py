@@ -109,7 +109,7 @@ def test_upload_that_ended_shows_the_title_of_the_problem_and_what_to_do() -> No
     ended = {"done": 1, "total": 3, "problem": "a quota", "title": "A quota of the tenant is used up", "status": 429}
     shown = studies._upload_problem(ended | {"wait": 40000})
     assert "<h2>A quota of the tenant is used up</h2>" in shown
-    assert "Try again in 11.1 h" in shown and "1 of 3 are uploaded" in shown
+    assert "Try again in 11.1 h" in shown and "1 of 3 images are uploaded" in shown
     late = studies._upload_problem({"done": 0, "total": 3, "problem": "a.png did not arrive in time"})
     assert "<h2>Not all images were uploaded</h2>" in late and "Choose the files again." in late
     assert "without those that are named" in studies._upload_problem(ended | {"status": 422})
@@ -225,6 +225,26 @@ def test_numbers_sizes_and_durations_are_in_words() -> None:
     assert [markup.number(value) for value in (1234567, 0.1234567, 12.5)] == ["1,234,567", "0.123", "12.5"]
     assert [markup.size(count) for count in (999, 31_000, 2_400_000, 5e9)] == ["999 B", "31.0 kB", "2.4 MB", "5.0 GB"]
     assert [markup.duration(seconds) for seconds in (0.2, 42, 600, 9000)] == ["1 s", "42 s", "10 min", "2.5 h"]
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (1, "1 image is"),
+        (0, "0 images are"),
+        (2, "2 images are"),
+        (12_000, "12,000 images are"),
+        (1.0004, "1 image is"),
+    ],
+)
+def test_what_is_counted_has_the_form_of_its_number(count: float, words: str) -> None:
+    assert markup.counted(count, "image is", "images are") == words
+
+
+def test_words_of_a_study_with_a_single_real_image() -> None:
+    shown = study_view.described(studied(state="collecting", images=2, classes={"nevus": {"uploaded": 0}}))
+    assert "1 real image is needed; 0 are uploaded. Upload 1 more." in shown
+    assert studies._uploaded(1) == "1 image is uploaded"
 
 
 def test_snippets_are_programs_with_the_same_request() -> None:
@@ -449,7 +469,7 @@ def test_model_shows_its_provenance_and_which_numbers_have_no_interval() -> None
             "provenance": {
                 "code_version": "0.1.0",
                 "dataset": dataset,
-                "training": {"changes": [change], "hours": 2.8},
+                "training": {"changes": [change], "hours": 2.8, "hardware": "a processor, 1 threads"},
             },
             "metrics": {
                 "spaces": {
@@ -462,7 +482,7 @@ def test_model_shows_its_provenance_and_which_numbers_have_no_interval() -> None
     )
     shown = models.summary(model)
     assert "<script" not in shown and "4,543 images: 3,969 benign" in shown and f'title="{"9" * 64}"' in shown
-    assert "dermis 0.1.0" in shown and "2.8 hours" in shown
+    assert "dermis 0.1.0" in shown and "a processor, 1 thread, 2.8 hours" in shown
     numbers = models.measured(model)
     assert "Changes during the training (1)" in numbers and "<td>0.0025</td><td>0.001</td>" in numbers
     assert "<td>23.3 [21.9, 25.1]</td>" in numbers

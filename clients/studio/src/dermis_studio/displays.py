@@ -29,6 +29,7 @@ class Displays:
         self._most = most
         self._count = 0
         self._newest: OrderedDict[str, int] = OrderedDict()
+        self._values: OrderedDict[str, int] = OrderedDict()
 
     def begin(self, request: gr.Request, place: str = "") -> Callable[[], bool]:
         """Begin a display on the page that sent a request.
@@ -47,6 +48,29 @@ class Displays:
         while len(self._newest) > self._most:
             self._newest.popitem(last=False)
         return lambda: self._newest.get(page) == number
+
+    def changed(self, request: gr.Request, place: str, value: Any) -> bool:
+        """Whether a value of a page differs from that of the last call.
+
+        Gradio (6.31) also reports an input when the focus leaves a list in which nothing was chosen.
+
+        Args:
+            request: The request.
+            place: What the value is of.
+            value: The value; a hash of it is kept.
+        """
+        page, kept = f"{request.session_hash}/{place}", hash(repr(value))
+        if self._values.get(page) == kept:
+            return False
+        self._values[page] = kept
+        self._values.move_to_end(page)  # the least recently changed one is forgotten first
+        while len(self._values) > self._most:
+            self._values.popitem(last=False)
+        return True
+
+    def forget(self, request: gr.Request, place: str) -> None:
+        """Forget a value, so that the next one counts as changed."""
+        self._values.pop(f"{request.session_hash}/{place}", None)
 
     def run_until_stopped(
         self,

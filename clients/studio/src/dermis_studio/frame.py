@@ -71,8 +71,10 @@ _THEME_SCRIPT = """
 
 _SCRIPTS = {  # of single pages, by their paths
     "explore": ("projections.js",),
-    "project": ("projections.js",),
-    "map": ("embedding_map.js", "projections.js"),
+    "project": ("projections.js", "sending.js"),
+    "authenticity": ("sending.js",),
+    "classify": ("sending.js",),
+    "map": ("embedding_map.js", "projections.js", "sending.js"),
     "studies": ("study_upload.js",),
 }
 

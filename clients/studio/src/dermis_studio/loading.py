@@ -78,12 +78,16 @@ def fill_for_model(
     async def load(request: gr.Request) -> Any:
         visitor = await studio.visitor(request)
         async with studio.client(request) as client:
-            (update, chosen), left = await asyncio.gather(chosen_model(client, request), quotas.left(client, *uses))
+            (update, chosen), left = await asyncio.gather(
+                chosen_model(studio, client, request), quotas.left(client, *uses)
+            )
         loaded_result = nothing if problem is result else ""
         return [loaded_result, update, left.note, *updates(Offer(chosen, visitor, left, query_of(request)))]
 
     @shows_problems(len(fields) + 2)
     async def choose(name: str, request: gr.Request) -> Any:
+        if not studio.displays.changed(request, "model", name):
+            return [gr.skip()] * (len(fields) + 2)
         visitor = await studio.visitor(request)
         async with studio.client(request) as client:
             chosen, left = await asyncio.gather(find_model(client, name), quotas.left(client, *uses))

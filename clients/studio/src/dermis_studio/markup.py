@@ -240,6 +240,19 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:.{digits}g}"
 
 
+def counted(count: float, singular: str, plural: str | None = None, digits: int = 3) -> str:
+    """Return a number and the word of what is counted, such as "1 image" and "2 images".
+
+    Args:
+        count: The number.
+        singular: The word or words after 1; a verb can be among them.
+        plural: The words after another number; the singular with an s by default.
+        digits: As of `number`.
+    """
+    shown = number(count, digits)
+    return f"{shown} {singular if shown == '1' else plural or f'{singular}s'}"
+
+
 def size(count: float) -> str:
     """Return a number of bytes in words."""
     for unit in ("B", "kB", "MB", "GB"):

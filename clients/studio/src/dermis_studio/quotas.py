@@ -78,21 +78,24 @@ class Left:
             text = "The quota of your tenant is 0. Ask the operator of the service for another one."
         elif name == JOBS:
             title = "No further job at the moment"
-            text = f"{number} {what} of your tenant are queued or running, its limit. Wait until one has ended, or stop one."
+            jobs = markup.counted(limit, "dataset or projection of your tenant is", f"{what} of your tenant are")
+            text = f"{jobs} queued or running, its limit. Wait until one has ended, or stop one."
         elif name == STORED:
             title = "No space left"
             text = (
                 f"Your tenant may store {number}, which are used. Delete datasets or projections that are not needed."
             )
         else:
+            subject = "It is" if number == "1" else "They are"
             when = (
-                "" if quota.resets_at is None else f" They are free again on {quota.resets_at:%d %b %Y at %H:%M} UTC."
+                "" if quota.resets_at is None else f" {subject} free again on {quota.resets_at:%d %b %Y at %H:%M} UTC."
             )
             period = "this minute" if quota.window_seconds == _MINUTE_SECONDS else "today"
             title = f"Too few {what} left {period}" if remaining else f"No {what} left {period}"
             asked = self.asked.get(name, 1)
             need = f"This needs {markup.number(asked)}; " if remaining and asked > 1 else ""
-            left = f"{markup.number(remaining)} of {number} are left." if remaining else f"All {number} are used."
+            used_up = "The only one is used." if number == "1" else f"All {number} are used."
+            left = f"{markup.counted(remaining, f'of {number} is', f'of {number} are')} left." if remaining else used_up
             text = f"{need}{left}{when} Load the page again then, or ask the operator for a larger quota."
         return (
             f'<div class="ds-notice ds-quota" role="note" aria-label="Quota"><div><p><b>{escape(title)}.</b> {escape(text)} '

@@ -47,6 +47,7 @@ _OWN = {
     "studio.js": "text/javascript",
     "embedding_map.js": "text/javascript",
     "projections.js": "text/javascript",
+    "sending.js": "text/javascript",
     "study_upload.js": "text/javascript",
     "icon.svg": "image/svg+xml",
 }

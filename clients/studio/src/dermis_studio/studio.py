@@ -149,7 +149,7 @@ def heading(title: str, text: str) -> None:
     html(f'<div class="ds-title"><h1>{escape(title)}</h1><p>{escape(text)}</p></div>')
 
 
-async def chosen_model(client: AsyncDermisClient, request: gr.Request) -> tuple[Any, Model]:
+async def chosen_model(studio: Studio, client: AsyncDermisClient, request: gr.Request) -> tuple[Any, Model]:
     """Return an update of the dropdown of models, which is hidden if there is only one, and the model of the page.
 
     It is the one that the address of the page names, or else the first one.
@@ -162,6 +162,7 @@ async def chosen_model(client: AsyncDermisClient, request: gr.Request) -> tuple[
         raise DermisError("the service has no model for you; ask its operator")
     name = query_of(request).get("model")
     model = next((model for model in models if model.name == name), models[0])
+    studio.displays.changed(request, "model", model.name)
     return gr.update(choices=[m.name for m in models], value=model.name, visible=len(models) > 1), model
 
 

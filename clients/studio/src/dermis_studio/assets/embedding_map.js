@@ -117,7 +117,7 @@
       const keys = `ds-em-keys-${++numbered}`, plot = element("div", "", { class: "ds-em-plot" });
       this.canvas = element("canvas", "", {
         tabindex: "0", role: "application", "aria-describedby": keys,
-        "aria-label": `Map of ${this.points.length} images in three dimensions`,
+        "aria-label": `Map of ${window.dermisCounted(this.points.length, "image")} in three dimensions`,
       });
       this.pen = this.canvas.getContext("2d");
       this.hoverBox = element("div", "", { class: "ds-em-hover", "aria-hidden": "true" });
@@ -381,7 +381,7 @@
     showSelected() {
       const shown = this.points.filter((p) => this.isShown(p)).length;
       this.clearButton.disabled = this.selected.size === 0;
-      this.selectedWords.textContent = this.selected.size ? `${this.selected.size} selected.` : `Nothing is selected: a file has all ${shown} images that are shown.`;
+      this.selectedWords.textContent = this.selected.size ? `${this.selected.size} selected.` : `Nothing is selected: a file has ${window.dermisCounted(shown, "image")}, all that are shown.`;
     }
     setLasso(on) {
       this.lasso = on;
@@ -430,7 +430,7 @@
       if (i >= 0) {
         const point = this.points[i];
         box.replaceChildren(...[this.picture(i, 128, point.id), element("b", point.id), ...this.facts(point).map(([name, value]) => element("div", `${name}: ${value}`))].filter(Boolean));
-      } else box.replaceChildren(element("div", `About ${this.data.cubes[cube][3].toLocaleString("en")} training images are in this cube.`));
+      } else box.replaceChildren(element("div", `About ${window.dermisCounted(this.data.cubes[cube][3], "training image is", "training images are")} in this cube.`));
       box.style.left = `${Math.max(0, Math.min(x + 14, this.canvas.clientWidth - box.offsetWidth - 4))}px`;
       box.style.top = `${Math.max(4, Math.min(y + 14, this.canvas.clientHeight - box.offsetHeight - 4))}px`;
     }

@@ -3,6 +3,9 @@
   "use strict";
   const root = document.documentElement;
 
+  // A number and the word of what is counted, such as "1 image" and "2 images".
+  window.dermisCounted = (count, singular, plural = `${singular}s`) => `${count.toLocaleString("en")} ${count === 1 ? singular : plural}`;
+
   const applyTheme = (dark) => {
     root.dataset.theme = dark ? "dark" : "light";
     document.body.classList.toggle("dark", dark);
@@ -85,7 +88,8 @@
   // nobody who uses the keyboard has to search for it.
   const shownNow = (element) => element.getClientRects().length > 0;
   const nameOf = (element) => {
-    const named = [...element.attributes].filter(({ name }) => /^(?:data-|id$|name$|href$)/.test(name) && !name.startsWith("data-testid"));
+    const known = element.type === "radio" ? /^(?:name|value)$/ : /^(?:data-|id$|name$|href$)/;
+    const named = [...element.attributes].filter(({ name }) => known.test(name) && !name.startsWith("data-testid"));
     const parts = named.map(({ name, value }) => `${name}=${value}`);
     return [element.tagName, ...(parts.length ? parts : [element.getAttribute("aria-label") || element.textContent.trim()])].join("\n");
   };
@@ -127,6 +131,33 @@
   };
   new MutationObserver(makeAccessible).observe(document.body, { childList: true, subtree: true });
   makeAccessible();
+
+  // Gradio gives each radio button a name of its own, and a new one whenever its choice changes. With one name for all of a
+  // group, Tab reaches the group once, and arrow keys move the choice in it.
+  const groups = new WeakMap();
+  let numbered = 0;
+  const groupRadioButtons = () => {
+    for (const button of document.querySelectorAll("fieldset input[type=radio]")) {
+      const group = button.closest("fieldset"), title = group.querySelector("[data-testid=block-info]");
+      if (!groups.has(group)) groups.set(group, `ds-choice-${++numbered}`);
+      if (title) {
+        title.id ||= `${groups.get(group)}-title`;
+        group.setAttribute("role", "radiogroup");
+        group.setAttribute("aria-labelledby", title.id);
+      }
+      if (button.name !== groups.get(group)) button.name = groups.get(group);
+    }
+  };
+  new MutationObserver(groupRadioButtons).observe(document.body,
+    { childList: true, subtree: true, attributes: true, attributeFilter: ["name"] });
+  groupRadioButtons();
+
+  // Gradio opens a list of choices at any key, and does so after Tab has moved the focus away: then the list would stay open.
+  document.addEventListener("keydown", (event) => {
+    const leaves = ["Tab", "Shift", "Control", "Alt", "Meta"].includes(event.key);
+    if (leaves && event.target instanceof Element && event.target.matches("input[role=combobox]")) event.stopPropagation();
+  }, { capture: true });
+
   // The key that started something, held down, does not stop it.
   document.addEventListener("keydown", (event) => {
     if (event.repeat && event.key === "Enter" && event.target instanceof HTMLButtonElement) event.preventDefault();

@@ -90,8 +90,9 @@ def described(image: Picture, model: Model, result: AuthenticityResult) -> str:
     """Return an image with its verdict."""
     verdict = result[0]
     index = model.authenticity or {}
+    of_training = markup.counted(int(index.get("vectors", 0)), "training image")
     rows = [
-        ("Distance", f"{verdict.distance:.2f} to the nearest of {int(index.get('vectors', 0)):,} training images"),
+        ("Distance", f"{verdict.distance:.2f} to the nearest of {of_training}"),
         ("Percentile", f"{verdict.percentile} of 100"),
         (
             "Authentic",

@@ -97,12 +97,12 @@ def described(dataset: DatasetRecord, writes: bool, about: str = "") -> str:
         writes: Whether the visitor may stop and delete it.
         about: What there is of a finished one; HTML.
     """
-    done, number = dataset.progress, markup.number
+    done = dataset.progress
     lines = ""
     if not dataset.finished:
-        text = f"{done.samples_done:,} of {done.samples_total:,} images"
+        text = f"{done.samples_done:,} of {markup.counted(done.samples_total, 'image')}"
         if done.images_per_second:
-            text += f", {number(done.images_per_second)} images/s"
+            text += f", {markup.counted(done.images_per_second, 'image/s', 'images/s')}"
         if done.eta_seconds is not None:
             text += f", {markup.duration(done.eta_seconds)} left"
         lines = markup.progress(text, done.fraction if dataset.state == "running" else None)
@@ -121,7 +121,7 @@ def described(dataset: DatasetRecord, writes: bool, about: str = "") -> str:
     ]
     if dataset.finished_at is not None and dataset.started_at is not None:
         seconds = (dataset.finished_at - dataset.started_at).total_seconds()
-        rate = f", {number(done.images_per_second)} images/s" if done.images_per_second else ""
+        rate = f", {markup.counted(done.images_per_second, 'image/s', 'images/s')}" if done.images_per_second else ""
         rows.append(("Time", escape(markup.duration(seconds) + rate)))
     if dataset.expires_at is not None:
         rows.append(("Deleted on", escape(when(dataset.expires_at))))
@@ -268,17 +268,16 @@ def estimated(
     )
     source = "the rate of your last dataset of this model"
     if not former and measured is not None:
-        former, source = 1 / measured.seconds, f"measured on {PROBE_IMAGES} images"
+        former, source = 1 / measured.seconds, f"measured on {markup.counted(PROBE_IMAGES, 'image')}"
     if not former:
         rows.append(("Time", "not known before the first dataset"))
     else:
         again = " or more: rejected images are made again" if makes_again else ""
-        rows.append(
-            ("Time", f"about {markup.duration(total / former)}{again} ({markup.number(former, 2)} images/s, {source})")
-        )
+        rate = markup.counted(former, "image/s", "images/s", 2)
+        rows.append(("Time", f"about {markup.duration(total / former)}{again} ({rate}, {source})"))
     shard_size = body.get("shard_size", SHARD_SIZE)
     shards = -(-total // shard_size)
-    of_images = f"{shards:,} {'shard' if shards == 1 else 'shards'} of up to {min(shard_size, total):,} images"
+    of_images = f"{markup.counted(shards, 'shard')} of up to {markup.counted(min(shard_size, total), 'image')}"
     zipped = body.get("format", "imagefolder") == "imagefolder"
     rows.append(("Files", f"one zip, made in {of_images}" if zipped else f"{of_images}, a file each"))
     return rows
@@ -319,7 +318,8 @@ async def _measure(client: AsyncDermisClient, model: Model, body: dict[str, Any]
 def quotas(usage: Usage) -> str:
     """Return what is left of the quotas that a dataset uses; nothing if there are no limits."""
     left = [
-        f"{markup.number(quota.remaining)} {quota.unit} left of {markup.number(quota.limit)} ({quota.name.replace('_', ' ')})"
+        f"{markup.counted(quota.remaining, quota.unit.removesuffix('s'), quota.unit)} left of {markup.number(quota.limit)} "
+        f"({quota.name.replace('_', ' ')})"
         for quota in usage.quotas
         if quota.limit is not None and quota.remaining is not None and quota.name in {"images_per_day", "stored_bytes"}
     ]

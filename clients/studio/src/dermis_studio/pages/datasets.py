@@ -69,7 +69,9 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 unchanged = [gr.skip()] * (len(fields.outputs) + 2)
                 return [gr.update(value=note, visible=True), gr.update(visible=False), *unchanged]
             async with studio.client(request) as client:
-                (update, chosen), left = await asyncio.gather(chosen_model(client, request), quotas.left(client, *USES))
+                (update, chosen), left = await asyncio.gather(
+                    chosen_model(studio, client, request), quotas.left(client, *USES)
+                )
             query = query_of(request)
         except Exception as error:
             return [gr.update(value=problem_of(error), visible=True)] + [gr.skip()] * (len(fields.outputs) + 3)
@@ -83,6 +85,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
 
     @shows_problems(len(fields.outputs) + 1)
     async def choose_model(name: str, request: gr.Request) -> Any:
+        if not studio.displays.changed(request, "model", name):
+            return [gr.skip()] * (len(fields.outputs) + 1)
         async with studio.client(request) as client:
             chosen = await find_model(client, name)
         return [gr.skip(), *fields.updates(chosen, None, other=True)]
@@ -110,7 +114,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 ) + markup.code_block("Python", snippets.python(address, "datasets.create", body, then))
                 shown = f'<details class="ds-more"><summary>Copy as code</summary>{code}</details>'
                 if visitor.may("images") and not view.is_measured(chosen, body):
-                    measuring = markup.progress(f"Measuring size and time on {view.PROBE_IMAGES} images", None)
+                    images = markup.counted(view.PROBE_IMAGES, "image")
+                    measuring = markup.progress(f"Measuring size and time on {images}", None)
                     yield left.note + measuring, shown, gr.skip(), free
                 expected = await view.estimate(client, chosen, body, visitor)
             signing = gr.skip() if expected.signs is None else gr.update(visible=expected.signs)

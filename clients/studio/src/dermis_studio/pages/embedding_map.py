@@ -98,14 +98,14 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 points = await _named(studio, client, request, visitor, chosen, projections, file)
                 first = 0 if points else None
                 named, done, calls = {point.query for point in points}, 0, 0
-                yield markup.progress(f"0 of {total} images", 0.0), element(known, points, first)
+                yield markup.progress(f"0 of {markup.counted(total, 'image')}", 0.0), element(known, points, first)
                 async for part in _samples(client, visitor, chosen, total, int(seed or 0), truncation):
                     points += [point for point in part if point.query not in named]
                     calls, done = calls + 1, done + len(part)
                     shown = calls % _SHOWN_EVERY == 0 and done < total
                     drawn = await asyncio.to_thread(element, known, points, first) if shown else gr.skip()
-                    yield markup.progress(f"{done} of {total} images", done / total), drawn
-            words = f"{len(points)} images. {_explained(known)}"
+                    yield markup.progress(f"{done} of {markup.counted(total, 'image')}", done / total), drawn
+            words = f"{markup.counted(len(points), 'image')}. {_explained(known)}"
             yield (
                 f'<p class="ds-muted" role="status">{words}</p>',
                 await asyncio.to_thread(element, known, points, first),
@@ -160,7 +160,7 @@ def _explained(known: EmbeddingMap) -> str:
     drawn, compared = sum(known.explained[:3]), sum(known.explained)
     return (
         f"The map shows three principal components of the training images' embeddings, {drawn:.0%} of their variance. "
-        f"Neighbours are compared in {len(known.explained)} components, {compared:.0%}."
+        f"Neighbours are compared in {markup.counted(len(known.explained), 'component')}, {compared:.0%}."
     )
 
 

@@ -158,7 +158,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             visitor = await studio.visitor(request)
             async with studio.client(request) as client:
                 (update, chosen), left = await asyncio.gather(
-                    chosen_model(client, request), quotas.left(client, quotas.IMAGES)
+                    chosen_model(studio, client, request), quotas.left(client, quotas.IMAGES)
                 )
                 query = query_of(request)
                 directions = await client.edits.directions(chosen.name)
@@ -181,6 +181,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
 
     @shows_problems(SLIDERS + 6)
     async def choose_model(name: str, request: gr.Request) -> Any:
+        if not studio.displays.changed(request, "model", name):
+            return [gr.skip()] * (SLIDERS + 6)
         async with studio.client(request) as client:
             chosen = await find_model(client, name)
             directions = await client.edits.directions(chosen.name)
@@ -203,14 +205,22 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             sample = SampleRef(name, class_name, sample.seed, sample.index, named.truncation, named.noise)
         return Start(name, sample, None)
 
-    @shows_problems(2)
     async def show_start(request: gr.Request, *values: Any) -> Any:
-        start = start_of(request, values[:6])
-        async with studio.client(request) as client:
-            image = (await client.edits.create(**start.arguments))[0]
-        return shown(image, f"Start: {start.words}.", f"Before: {start.words}"), gr.skip()
+        if not studio.displays.changed(request, "start", values):
+            return gr.skip(), gr.skip()
+        try:
+            start = start_of(request, values[:6])
+            async with studio.client(request) as client:
+                image = (await client.edits.create(**start.arguments))[0]
+            return shown(image, f"Start: {start.words}.", f"Before: {start.words}"), gr.skip()
+        except Exception as error:
+            studio.displays.forget(request, "start")
+            return problem_of(error), gr.skip()
 
     async def show_edit(request: gr.Request, *values: Any) -> AsyncIterator[Any]:
+        if not studio.displays.changed(request, "edit", values):
+            yield gr.skip(), gr.skip(), gr.skip()
+            return
         try:
             start = start_of(request, values[:6])
             visitor = await studio.visitor(request)
@@ -240,6 +250,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 gr.skip(),
             )
         except Exception as error:
+            studio.displays.forget(request, "edit")
             yield problem_of(error), gr.skip(), gr.skip()
 
     async def make_strip(request: gr.Request, *values: Any) -> AsyncIterator[Any]:
@@ -249,7 +260,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             if not direction:
                 raise ValueError("no direction is chosen; choose one")
             count = int(steps)
-            yield markup.progress(f"Generating {count} images", None)
+            yield markup.progress(f"Generating {markup.counted(count, 'image')}", None)
             strengths = [round(reach * (2 * position / (count - 1) - 1), 3) for position in range(count)]
             async with studio.client(request) as client:
                 chosen = await find_model(client, start.model)
@@ -269,7 +280,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             start = start_of(request, values[:6])
             if not all(names) or names[0] == names[1]:
                 raise ValueError("the map needs two different directions; choose them")
-            yield markup.progress(f"Generating {latent_map.CELLS**2} images", None)
+            yield markup.progress(f"Generating {markup.counted(latent_map.CELLS**2, 'image')}", None)
             async with studio.client(request) as client:
                 chosen = await find_model(client, start.model)
                 others = [edit for edit in edits_of(chosen, values[6:-3]) if edit["direction"] not in names]
@@ -294,7 +305,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             sample = start_of(request, values[:6]).sample
             if sample is None or not end[0]:
                 raise ValueError("a film needs two samples; start from a sample, and choose the class of the other one")
-            yield markup.progress(f"Generating {count} images", None)
+            yield markup.progress(f"Generating {markup.counted(count, 'image')}", None)
             arguments = options(sample.model, sample.truncation, sample.noise)
             async with studio.client(request) as client:
                 images = await client.edits.interpolate(

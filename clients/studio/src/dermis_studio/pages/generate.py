@@ -96,7 +96,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     async def load(request: gr.Request) -> Any:
         async with studio.client(request) as client:
             (update, chosen), left = await asyncio.gather(
-                chosen_model(client, request), quotas.left(client, quotas.IMAGES)
+                chosen_model(studio, client, request), quotas.left(client, quotas.IMAGES)
             )
         classes = class_update(chosen, query_of(request).get("class_name"))
         usable = gr.update(interactive=not left.blocks(quotas.IMAGES))
@@ -104,6 +104,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
 
     @shows_problems(2)
     async def choose_model(name: str, request: gr.Request) -> Any:
+        if not studio.displays.changed(request, "model", name):
+            return gr.skip(), gr.skip()
         async with studio.client(request) as client:
             return gr.skip(), class_update(await find_model(client, name), None)
 
@@ -117,7 +119,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         request: gr.Request,
     ) -> AsyncIterator[Any]:
         tiles, total = "", int(count)
-        yield markup.progress(f"Generating {total} images", 0.0), '<div class="ds-grid">', ""
+        yield markup.progress(f"Generating {markup.counted(total, 'image')}", 0.0), '<div class="ds-grid">', ""
         try:
             async with studio.client(request) as client:
                 chosen = await find_model(client, model)
@@ -127,9 +129,9 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 async for images in arriving(client, chosen, classes, int(seed or 0), truncation, noise):
                     tiles += "".join([tile(image, chosen.name, truncation, noise) for image in images])
                     done = tiles.count("<button")
-                    text = f"{done} of {total} images"
+                    text = f"{done} of {markup.counted(total, 'image')}"
                     yield markup.progress(text, done / total), f'<div class="ds-grid">{tiles}', gr.skip()
-            note = f"{total} images of {size_words(chosen)}."
+            note = f"{markup.counted(total, 'image')} of {size_words(chosen)}."
             shown = copied_as_code(address, body, "All of these images as code", with_key=with_key)
             yield f'<p class="ds-muted" role="status">{escape(note)}</p>', gr.skip(), shown
         except Exception as error:
@@ -162,7 +164,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             if sample is None:
                 raise ValueError("no image is selected; select one first")
             distance = NEIGHBOUR_DISTANCE if message.get("distance") is None else float(message["distance"])
-            yield markup.progress(f"Generating {NEIGHBOURS} neighbours", None)
+            yield markup.progress(f"Generating {markup.counted(NEIGHBOURS, 'neighbour')}", None)
             async with studio.client(request) as client:
                 images = await client.edits.neighbours(
                     (sample.class_name, sample.seed, sample.index),
@@ -316,6 +318,7 @@ def neighbourhood(images: list[EditedImage], distance: float) -> str:
         for picture in (reduced(image.image, 120),)
     )
     return (
-        f'<div class="ds-grid">{tiles}</div><p class="ds-muted">{len(images)} images whose w is {distance:g} of its length '
+        f'<div class="ds-grid">{tiles}</div><p class="ds-muted">'
+        f"{markup.counted(len(images), 'image')} whose w is {distance:g} of its length "
         "away, each in another direction, with the noise of this image. At most 120 px (Lanczos).</p>"
     )

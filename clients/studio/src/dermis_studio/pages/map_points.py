@@ -81,17 +81,18 @@ def training_words(known: EmbeddingMap) -> str:
     shown = sum(cube.images for cube in training.cubes)
     if training.positions is not None:
         return (
-            f"{len(training.positions):,} training images are shown as small dots, because the operator of the service has "
-            "switched their positions on. Do not pass this page on."
+            f"{markup.counted(len(training.positions), 'training image is', 'training images are')} shown as small dots, "
+            "because the operator of the service has switched their positions on. Do not pass this page on."
         )
-    total = f"{training.counted:,} training images"
     if not training.cubes:
         return (
-            f"The {total} are not shown: the operator of the service has switched that off, or no part of the map has "
-            f"{training.smallest} of them."
+            f"{markup.counted(training.counted, 'training image is', 'training images are')} not shown: the operator of the "
+            f"service has switched that off, or no part of the map has {training.smallest} of them."
         )
+    total = markup.counted(training.counted, "training image")
     return (
-        f"Circles: cubes of the map with at least {training.smallest} training images, together about {shown:,} of {total}; "
+        f"Circles: cubes of the map with at least {markup.counted(training.smallest, 'training image')}, together about "
+        f"{shown:,} of {total}; "
         "the larger the circle, the more images. Single training images are not shown, because their places could tell who is "
         "among them."
     )

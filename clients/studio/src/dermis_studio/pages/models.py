@@ -35,12 +35,14 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     @shows_problems(4)
     async def load(request: gr.Request) -> Any:
         async with studio.client(request) as client:
-            update, chosen = await chosen_model(client, request)
+            update, chosen = await chosen_model(studio, client, request)
             whole = await client.models.retrieve(chosen.name)
         return summary(whole), measured(whole), text_of(whole), update
 
     @shows_problems(3)
     async def choose(name: str, request: gr.Request) -> Any:
+        if not studio.displays.changed(request, "model", name):
+            return gr.skip(), gr.skip(), gr.skip()
         async with studio.client(request) as client:
             whole = await client.models.retrieve(name)
         return summary(whole), measured(whole), text_of(whole)
@@ -65,15 +67,16 @@ def summary(model: Model) -> str:
         ("Trained with", f"{model.kimg:,.1f} thousand images shown" if model.kimg else "not known"),
         ("Licence", escape(model.licence or "not stated")),
         ("Digest", markup.short_digest(model.digest)),
-        ("Latents", f"z {model.z_dim}, w {model.w_dim}, {model.num_ws} layers"),
         ("Directions", f"{len(model.directions)}"),
     ]
+    if model.num_ws is not None:
+        rows.append(("Latents", f"z {model.z_dim}, w {model.w_dim}, {markup.counted(model.num_ws, 'layer')}"))
     index, classifier = model.authenticity, model.classifier
     if index is not None:
         rows.append(
             (
                 "Training index",
-                f"{int(index.get('vectors', 0)):,} images {markup.short_digest(str(index.get('digest', '')))}",
+                f"{markup.counted(int(index.get('vectors', 0)), 'image')} {markup.short_digest(str(index.get('digest', '')))}",
             )
         )
     if classifier is not None:
@@ -91,15 +94,18 @@ def _provenance(provenance: ModelProvenance | None) -> list[tuple[str, str]]:
     rows = []
     if dataset is not None:
         classes = ", ".join(f"{count:,} {name}" for name, count in dataset.classes.items())
-        images = "" if dataset.images is None else f"{dataset.images:,} images" + (f": {classes}" if classes else "")
+        images = "" if dataset.images is None else markup.counted(dataset.images, "image")
+        images += f": {classes}" if images and classes else ""
         digest = markup.short_digest(dataset.sha256) if dataset.sha256 else "no digest stated"
         rows.append(("Training set", "<br>".join(filter(None, (escape(dataset.name or ""), escape(images), digest)))))
     else:
         rows.append(("Training set", "not stated"))
     if training is not None:
         hours = "" if training.hours is None else f"{training.hours:,.1f} hours"
+        # Models of earlier versions say "1 threads".
+        hardware = re.sub(r"\b1 threads\b", "1 thread", training.hardware or "")
         seed = "" if training.seed is None else f"seed {training.seed}"
-        rows.append(("Training", escape(", ".join(filter(None, (training.hardware, hours, seed))) or "not stated")))
+        rows.append(("Training", escape(", ".join(filter(None, (hardware, hours, seed))) or "not stated")))
     rows.append(("Made with", f"dermis {escape(provenance.code_version)}" if provenance.code_version else "not stated"))
     privacy = provenance.privacy
     if privacy is None:

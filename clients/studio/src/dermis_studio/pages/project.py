@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from html import escape
 from typing import Any
@@ -31,6 +32,8 @@ from dermis_studio.studio import (
     shows_problems,
 )
 
+logger = logging.getLogger("dermis.studio")
+
 MOST_PROBABLE = "Most probable"
 KEPT = (
     "<h3>What is kept, and for how long</h3><ul><li>Your image: until the projection has ended.</li>"
@@ -42,8 +45,10 @@ NOTHING = (
     '<div class="ds-empty"><h2>No projection yet</h2><p>Choose an image, then press Project. It takes seconds to a minute.</p>'
     f'<div class="ds-kept">{KEPT}</div></div>'
 )
+STOPPED = markup.empty_state("Stopped", "Nothing of the image is kept. Press Project to start again.")
 SHORT = '<p class="ds-muted">Kept: your image until the projection has ended, the result until you delete it or it expires.</p>'
 POLL_SECONDS = 0.7
+STOP_SECONDS = 10.0  # that the service has to say whether there is a projection already when the visitor stops
 USES = (quotas.PROJECTIONS, quotas.UPLOADS, quotas.JOBS, quotas.STORED)
 # The address names the projection, so that the page can be loaded again.
 _ON_LOAD = """
@@ -88,13 +93,18 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             video = gr.Checkbox(label="Film of the optimisation", value=True)
             used_up = html(markup.progress("Loading the models", None))
             start = gr.Button("Project", variant="primary", interactive=False)
+            stop = gr.Button("Stop", variant="stop", visible=False)
         with gr.Column():
             result = html(NOTHING, js_on_load=_ON_LOAD)
+    sending = gr.update(visible=False), gr.update(visible=True)  # start and stop
+    sent = gr.update(visible=True), gr.update(visible=False)
 
     async def load(request: gr.Request) -> Any:
         try:
             async with studio.client(request) as client:
-                (update, chosen), left = await asyncio.gather(chosen_model(client, request), quotas.left(client, *USES))
+                (update, chosen), left = await asyncio.gather(
+                    chosen_model(studio, client, request), quotas.left(client, *USES)
+                )
             usable = gr.update(interactive=not left.blocks(*USES))
             return gr.skip(), update, class_update(chosen), left.note, usable
         except Exception as error:
@@ -102,28 +112,41 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
 
     @shows_problems(2)
     async def choose_model(name: str, request: gr.Request) -> Any:
+        if not studio.displays.changed(request, "model", name):
+            return gr.skip(), gr.skip()
         async with studio.client(request) as client:
             return gr.skip(), class_update(await find_model(client, name))
 
-    @studio.displays.newest()
+    @studio.displays.newest(3)
     async def run(
         request: gr.Request, file: str | None, name: str, class_name: str, schedule: ProjectionSchedule, video: bool
     ) -> AsyncIterator[Any]:
-        yield markup.progress("Sending the image", None)
+        yield markup.progress("Sending the image", None), *sending
+        is_wanted = studio.displays.begin(request, "sending")
         try:
             content, _ = content_of(file)
+            projection = await created(
+                studio,
+                request,
+                content,
+                model=name or None,
+                schedule=schedule,
+                class_name=None if class_name == MOST_PROBABLE else class_name,
+                video=video,
+            )
             async with studio.client(request) as client:
-                projection = await client.projections.create(
-                    content,
-                    model=name or None,
-                    schedule=schedule,
-                    class_name=None if class_name == MOST_PROBABLE else class_name,
-                    video=video,
-                )
+                if not is_wanted():  # Gradio has not ended this handler yet
+                    await client.projections.delete(projection.id)
+                    return
                 async for shown in followed(studio, client, request, projection, content):
-                    yield shown
+                    yield shown, *sent
         except Exception as error:
-            yield problem_of(error)
+            yield problem_of(error), *sent
+
+    def stop_sending(request: gr.Request) -> Any:
+        studio.displays.begin(request, "sending")
+        studio.displays.begin(request)
+        return STOPPED, *sent
 
     @studio.displays.newest()
     async def reopen(request: gr.Request) -> AsyncIterator[Any]:
@@ -157,7 +180,9 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     model.input(choose_model, model, [result, class_name], trigger_mode="always_last", **PRIVATE)
     inputs = [file, model, class_name, schedule, video]
     stops(start.click, reopened)
-    running = start.click(run, inputs, result, concurrency_limit=None, **PRIVATE)
+    running = start.click(run, inputs, [result, start, stop], concurrency_limit=None, **PRIVATE)
+    stops(stop.click, running)
+    stop.click(stop_sending, None, [result, start, stop], concurrency_limit=None, **PRIVATE)
     stops(result.select, running, reopened)
     result.select(act, None, [result, file], concurrency_limit=None, trigger_mode="multiple", **PRIVATE)
 
@@ -165,6 +190,46 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
 def class_update(model: Model) -> Any:
     """Return an update of the choice of the class."""
     return gr.update(choices=[MOST_PROBABLE, *model.classes], value=MOST_PROBABLE)
+
+
+async def created(studio: Studio, request: gr.Request, content: bytes, **options: Any) -> Projection:
+    """Create a projection. If the visitor stops it meanwhile, none is left, also if the service has made one already.
+
+    Args:
+        studio: The studio.
+        request: The request of the visitor.
+        content: The image.
+        options: Options of `AsyncProjections.create`.
+    """
+
+    async def create() -> Projection:
+        async with studio.client(request) as client:
+            return await client.projections.create(content, **options)
+
+    creation = asyncio.create_task(create())
+    try:
+        return await asyncio.shield(creation)
+    except asyncio.CancelledError:
+        removal = asyncio.create_task(_remove(studio, request, creation))
+        _removals.add(removal)
+        removal.add_done_callback(_removals.discard)
+        raise
+
+
+_removals: set[asyncio.Task[None]] = set()  # tasks that nothing refers to are collected
+
+
+async def _remove(studio: Studio, request: gr.Request, creation: asyncio.Task[Projection]) -> None:
+    """Delete a projection as soon as it has been created. If that takes long, end the sending of its image."""
+    try:
+        projection = await asyncio.wait_for(creation, STOP_SECONDS)
+    except (TimeoutError, DermisError):
+        return  # there is none
+    try:
+        async with studio.client(request) as client:
+            await client.projections.delete(projection.id)
+    except DermisError as error:
+        logger.warning("a projection that its visitor has stopped could not be deleted: %s", error)
 
 
 async def followed(
@@ -183,7 +248,7 @@ async def followed(
     current, step = "", 0
     while not projection.finished:
         done = projection.progress
-        text = f"{done.steps_done:,} of {done.steps_total:,} steps"
+        text = f"{done.steps_done:,} of {markup.counted(done.steps_total, 'step')}"
         if done.eta_seconds is not None:
             text += f", {markup.duration(done.eta_seconds)} left"
         fraction = done.fraction if projection.state == "running" else None

@@ -39,6 +39,7 @@ element.addEventListener('change', async (event) => {
   const input = event.target.closest('[data-study-upload]');
   if (!input || !input.files.length) return;
   const id = input.dataset.studyUpload, files = [...input.files], total = files.length;
+  const images = window.dermisCounted(total, 'image is', 'images are');
   const bar = element.querySelector('[data-study-progress]'), cancel = element.querySelector('[data-study-cancel]');
   const query = input.dataset.class ? '?class=' + encodeURIComponent(input.dataset.class) : '';
   const enabled = [...element.querySelectorAll('[data-study-upload], [data-act]')].filter((other) => !other.disabled);
@@ -50,13 +51,13 @@ element.addEventListener('change', async (event) => {
   cancel.onclick = () => controller.abort();
   const result = await window.dermisUpload('studies/' + id + '/images' + query, files, controller.signal, (done, words) => {
     bar.value = done;
-    tell(`${done} of ${total} images are uploaded. ${words}`);
+    tell(`${done} of ${images} uploaded. ${words}`);
   });
   input.value = '';
   for (const other of enabled) other.disabled = false;  // the page may be shown as it was before
   bar.hidden = cancel.hidden = true;
   input.focus();
-  tell(`${result.done} of ${total} images are uploaded`);
+  tell(`${result.done} of ${images} uploaded`);
   trigger('select', { act: 'uploaded', id, total, ...result });
 });
 let made = '';
@@ -117,7 +118,7 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             reads_models = (await studio.visitor(request)).may("models:read")  # without it, the default model is used
             async with studio.client(request) as client:
                 studies, left = await asyncio.gather(client.studies.list(), quotas.left(client, *USES))
-                update = (await chosen_model(client, request))[0] if reads_models else gr.skip()
+                update = (await chosen_model(studio, client, request))[0] if reads_models else gr.skip()
         except Exception as error:
             return problem_of(error), "", *[gr.skip()] * 4
         most = studies.max_images or 200
@@ -238,8 +239,13 @@ async def carried_out(
         if message.get("problem"):
             return _upload_problem(message), None
         stopped = "" if done == total else " The upload was stopped."
-        return markup.success(f"{done} of {total} images are uploaded.{stopped}"), None
+        return markup.success(f"{done} of {_uploaded(total)}.{stopped}"), None
     return "", None
+
+
+def _uploaded(total: Any) -> str:
+    """Return the words after "2 of " for a number from a page."""
+    return f"{markup.counted(total if isinstance(total, int) else 0, 'image is', 'images are')} uploaded"
 
 
 def _upload_problem(message: Mapping[str, Any]) -> str:
@@ -252,7 +258,7 @@ def _upload_problem(message: Mapping[str, Any]) -> str:
     else:
         wait = message.get("wait")
         what = f"{markup.remedy(status, wait if isinstance(wait, int | float) else None)} Then choose the files again."
-    arrived = f"{message.get('done')} of {message.get('total')} are uploaded"
+    arrived = f"{message.get('done')} of {_uploaded(message.get('total'))}"
     what += f" {arrived}; images that are there already are not added twice."
     title = str(message.get("title") or "Not all images were uploaded")
     return markup.described_problem(title, str(message.get("problem")), what)

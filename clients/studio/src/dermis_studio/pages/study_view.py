@@ -84,7 +84,7 @@ def described(
         title = "The images of the study cannot be made"
         progress = markup.failure_in_words(study.error or "", title, "study", "create the study")
     elif study.state == "preparing":
-        text = f"{study.prepared:,} of {study.images:,} images are ready"
+        text = f"{study.prepared:,} of {markup.counted(study.images, 'image is', 'images are')} ready"
         progress = markup.progress(text, study.prepared / max(1, study.images))
     elif study.state == "collecting":
         progress = _collection(study)
@@ -137,9 +137,11 @@ def _collection(study: Study) -> str:
         "open", study.id, "Choose the images and open the study", kind="ds-button ds-strong", disabled=not ready
     )
     text = (
-        f"There are {got:,} real images; {need:,} of them are chosen, and as many are generated with the same classes."
+        f"{markup.counted(got, 'real image is', 'real images are')} uploaded; "
+        f"{markup.counted(need, 'of them is', 'of them are')} chosen, and as many are generated with the same classes."
         if ready
-        else f"{need:,} real images are needed; {got:,} are uploaded. Upload {need - got:,} more."
+        else f"{markup.counted(need, 'real image is', 'real images are')} needed; {markup.counted(got, 'is', 'are')} uploaded. "
+        f"Upload {need - got:,} more."
     )
     return (
         '<div class="ds-kept"><h3>What is kept, and who sees it</h3><ul>'
