@@ -43,7 +43,7 @@ threshold for passing: whether a number is good enough depends on the use. In br
         "Report of a synthetic dataset",
         [
             Section("scorecard", "Scorecard", cards),
-            *(Section(name, title, _section(getattr(report, name))) for name, title in _TITLES.items()),
+            *(Section(name, title, _section(title, getattr(report, name))) for name, title in _TITLES.items()),
             Section("audit", f"Privacy audit of the {report.audit.scope}", _audit(report.audit)),
             Section("limits", "Limits", f"<ul>{limits}</ul>"),
             Section("request", "Request", f"<p><code>{options}</code></p>"),
@@ -60,18 +60,18 @@ threshold for passing: whether a number is good enough depends on the use. In br
 def _question(question: ReportQuestion) -> str:
     notes = " ".join(question.notes)
     return f"""<article class="card"><h3>{html.escape(question.id.capitalize())}</h3><p>{html.escape(question.question)}</p>
-{_status(question.status)}{_table(question.numbers, bars=False)}<p class="note">{html.escape(notes)}</p></article>
+{_status(question.status)}{_table(f"Numbers of {question.id}", question.numbers, bars=False)}<p class="note">{html.escape(notes)}</p></article>
 """
 
 
-def _section(section: ReportSection) -> str:
+def _section(title: str, section: ReportSection) -> str:
     images = "" if section.images is None else f" Measured on {section.images:,} images."
     notes = html.escape(" ".join(section.notes) + images)
     problem = ""
     if section.reason is not None:
         problem = f'<p><span class="missing">{html.escape(section.status)}</span>: {html.escape(section.reason)}. '
         problem += f"To measure it: {html.escape(section.remedy or '')}.</p>"
-    return f'{problem}{_table(section.numbers, bars=True)}<p class="note">{notes}</p>\n'
+    return f'{problem}{_table(title, section.numbers, bars=True)}<p class="note">{notes}</p>\n'
 
 
 def _audit(audit: ReportAudit) -> str:
@@ -81,14 +81,14 @@ def _audit(audit: ReportAudit) -> str:
         return f"<p>{missing}</p>\n"
     rules = ([html.escape(rule.id), html.escape(rule.status), html.escape(rule.text)] for rule in audit.rules)
     verdict = f"<p>Verdict: <strong>{html.escape(audit.verdict)}</strong></p>"
-    return verdict + table(["rule", "result", "meaning"], rules)
+    return verdict + table("Rules of the audit", ["rule", "result", "meaning"], rules)
 
 
 def _status(status: str) -> str:
     return "" if status == "measured" else f'<p class="missing">{html.escape(status)}</p>'
 
 
-def _table(numbers: Sequence[ReportNumber], *, bars: bool) -> str:
+def _table(name: str, numbers: Sequence[ReportNumber], *, bars: bool) -> str:
     """Make a table with a row for each class and number, and a column for the reference if one is known."""
     if not numbers:
         return ""
@@ -106,7 +106,7 @@ def _table(numbers: Sequence[ReportNumber], *, bars: bool) -> str:
             bar = _bar(number.reference) if bars and number.unit == "share" else ""
             cells.append(f"{real}{bar}")
         rows.append(cells)
-    return table(head, rows)
+    return table(name, head, rows)
 
 
 def _value(number: ReportNumber) -> str:
