@@ -1,5 +1,5 @@
 'use strict';
-// Sorting of tables by their columns, and enlarging of images. The page is complete without this script.
+// Sorting of tables by their columns, enlarging of images, and their sizes in whole pixels. The page is complete without this script.
 
 function sortable(table) {
   const body = table.tBodies[0], heads = [...table.tHead.rows[0].cells];
@@ -75,6 +75,22 @@ function enlarging(images) {
   });
 }
 
+function sizing(images) {  // the largest whole multiple of the image's own size that fits; if none does, the image is reduced
+  const fit = () => {
+    for (const image of images) {
+      const natural = image.naturalWidth || 1, place = Math.min(Number(image.getAttribute('width')), image.parentElement.clientWidth);
+      const times = Math.floor(place / natural);
+      image.style.width = times ? `${times * natural}px` : '';
+      image.classList.toggle('reduced', !times);
+    }
+  };
+  addEventListener('resize', fit);
+  addEventListener('load', fit);
+}
+
 document.querySelectorAll('table.sortable').forEach(sortable);
 const pictures = [...document.querySelectorAll('main img:not(.legend img)')];
-if (pictures.length) enlarging(pictures);
+if (pictures.length) {
+  sizing(pictures);
+  enlarging(pictures);
+}

@@ -122,6 +122,16 @@ def picture(image: Images, alt: str, *, width: int | None = None, origin: ImageO
     return png_picture(encode(image, origin=origin), alt, (shown, round(shown * image.shape[0] / image.shape[1])))
 
 
+def whole_width(side: int, at_most: int) -> int:
+    """The width at which an image of this width is shown: a whole multiple, so that all pixels are equally wide.
+
+    Args:
+        side: Width of the image in pixels.
+        at_most: The largest width, except for images that are wider themselves.
+    """
+    return side * max(1, at_most // side)
+
+
 def png_picture(png: bytes, alt: str, size: tuple[int, int]) -> str:
     """A PNG file inside the page.
 

@@ -170,7 +170,7 @@ def _missing(request: Request) -> Response:
     if "text/html" not in request.headers.get("accept", ""):
         return problem_response(request, "not-installed", detail)
     text = f"""<p>The web pages of this service are in an optional package. Its operator installs it into the environment of
-the service and restarts the service:</p><p><code>{escape(_INSTALL)}</code></p>
+the service and restarts the service:</p><pre><code>{escape(_INSTALL)}</code></pre>
 <p>In a checkout, <code>make serve</code> installs it. The API works without it: <a href="/docs">documentation</a>.</p>"""
     page = html_page("The studio is not installed", [], introduction=text, interactive=False)
     return HTMLResponse(page, 501, {"Content-Security-Policy": f"{CONTENT_SECURITY_POLICY}; frame-ancestors 'none'"})

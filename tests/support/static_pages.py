@@ -52,7 +52,7 @@ def dataset_report() -> str:
     from dermis.report.page import report_page
 
     bundle, counts = open_bundle(DEMO), {"benign": 60, "malignant": 40}
-    plan, _ = plan_for(DatasetRequest(model="demo", classes=counts, seed=7), bundle), None
+    plan = plan_for(DatasetRequest(model="demo", classes=counts, seed=7), bundle)
     measured = Measurements(
         {name: [Appearance(("hair",) if k % 4 else (), 15.0 + k) for k in range(20)] for name in counts},
         features_problem="the index cannot be read",
@@ -79,7 +79,7 @@ def heat_maps() -> str:
         )
         for number in range(3)
     ]
-    return heat_map_page(tiny_classifier.describe(), "integrated-gradients", ("default", 0.5), entries, 40)
+    return heat_map_page(tiny_classifier.describe(digest="ab" * 32), "integrated-gradients", ("default", 0.5), entries, 40)
 
 
 def embeddings() -> str:
@@ -102,7 +102,7 @@ def embeddings() -> str:
         (positions / np.linalg.norm(positions, axis=1).max()).astype(np.float32),
         similarities,
         neighbours,
-        tiny_classifier.describe(),
+        tiny_classifier.describe(digest="ab" * 32),
         title="Embeddings of HAM10000",
         threshold=0.5,
     )
@@ -114,11 +114,12 @@ def survey(folder: Path) -> str:
     Args:
         folder: Where the survey is written.
     """
+    from dermis.bundle import open_bundle
     from training.data.images import ImageDataset
     from training.evaluation.survey import FOR_EXPERTS, create_survey, plan_survey
 
     class Synthesizer:
-        preferred_batch = 4
+        preferred_batch, bundle, identity = 4, open_bundle(DEMO), MappingProxyType({"device": "painted"})
 
         def images(self, seeds: list[int], indices: list[int], labels: list[int], **_: object) -> Any:
             return np.stack([lesion(100 + index, 64) for index in indices])

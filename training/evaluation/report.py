@@ -159,5 +159,5 @@ ratio {match.distance_ratio:.2f}<br>distances {distances}</figcaption></figure>"
 
 
 def _sheet(caption: str, images: Images, columns: int, scale: int, origin: ImageOrigin) -> str:
-    sheet = contact_sheet(as_rgb(images), columns)
+    sheet = contact_sheet(as_rgb(images), columns, padding=1)
     return f"<h3>{html.escape(caption)}</h3>{picture(sheet, caption, width=sheet.shape[1] * scale, origin=origin)}"
