@@ -75,7 +75,7 @@ def heat_map_page(
     named = f"{value:.4g}" if name == f"{value:g}" else f"{html.escape(name)}, {value:.4g}"
     bar = _picture(legend(), 256, f"colours from lower to higher probability of {description.positive_class}")
     reading = f"""<p class="legend">lowers the probability of {positive} {bar} raises it</p>
-<p class="note">Left: the input of the classifier. Middle: what its parts add to the logit of {positive}. Right: the
+<p class="note">First picture: the input of the classifier. Second: what its parts add to the logit of {positive}. Third: the
 {SALIENT_PERCENT:g} % of the area that raise its probability most, or more so that regions are complete. Each picture has its
 own scale: 95 % of the area are below full colour, whose value is beside the picture, in logits for each 1 % of the area. A heat
 map shows what this network computes. It is no evidence about the lesion, and it does not show that the network is right.</p>
@@ -118,7 +118,7 @@ def _figure(entry: Entry, description: ClassifierDescription) -> str:
     return f"""<figure>{shown}<figcaption><strong>{html.escape(name)}</strong><br>{html.escape(entry.class_name)}, calibrated
 {entry.calibrated:.3f} (probability {entry.probability:.3f}){label}{wrong}<br>
 <span class="note">logit {attribution.logit:.2f}, of the baselines {attribution.baseline:.2f}<br>
-full colour: &plusmn;{scale:.2g} logits for each 1 % of the area<br>right:
+full colour: &plusmn;{scale:.2g} logits for each 1 % of the area<br>third picture:
 {100 * salient_mask(attribution).mean():.0f} % of the area</span></figcaption></figure>
 """
 
