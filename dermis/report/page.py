@@ -138,6 +138,7 @@ def _with_bar(text: str, value: float | None) -> str:
         return text
     width = round(_BAR * min(max(value, 0.0), 1.0), 1)
     return (
-        f'<div class="measured"><span>{text}</span><svg width="{_BAR}" height="8" viewBox="0 0 {_BAR} 8" preserveAspectRatio="none" aria-hidden="true"><rect class="bar-whole" width="{_BAR}" height="8"/>'
-        f'<rect class="bar-part" width="{width}" height="8"/></svg></div>'
+        f'<div class="measured"><span>{text}</span>'
+        f'<svg width="{_BAR}" height="8" viewBox="0 0 {_BAR} 8" preserveAspectRatio="none" aria-hidden="true">'
+        f'<rect class="bar-whole" width="{_BAR}" height="8"/><rect class="bar-part" width="{width}" height="8"/></svg></div>'
     )
