@@ -104,8 +104,9 @@ def embeddings_page(
         "colour": "class",
     }
     template = files("dermis.explain").joinpath("embeddings_page.html").read_text(encoding="utf-8")
+    template = template.replace("{{colours}}", page_colours())
     # "<" would let an id end the script element that holds the JSON.
-    return template.replace("{{colours}}", page_colours()).replace("{{data}}", json.dumps(data).replace("<", "\\u003c"))
+    return template.replace("{{data}}", json.dumps(data).replace("<", "\\u003c"))
 
 
 def sprite(thumbnails: Images) -> Images:

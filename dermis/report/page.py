@@ -60,8 +60,9 @@ threshold for passing: whether a number is good enough depends on the use. In br
 
 def _question(question: ReportQuestion) -> str:
     notes = _prose(" ".join(question.notes))
+    numbers = _table(f"Numbers of {question.id}", question.numbers, bars=False)
     return f"""<article class="card"><h3>{html.escape(question.id.capitalize())}</h3><p>{html.escape(question.question)}</p>
-{_status(question.status)}{_table(f"Numbers of {question.id}", question.numbers, bars=False)}<p class="note">{notes}</p></article>
+{_status(question.status)}{numbers}<p class="note">{notes}</p></article>
 """
 
 

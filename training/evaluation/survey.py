@@ -280,5 +280,6 @@ def _page(key: SurveyKey, encoded: Mapping[str, bytes], page: int) -> str:
         ],
     }
     template = files("training.evaluation").joinpath("survey_page.html").read_text(encoding="utf-8")
+    template = template.replace("{{colours}}", page_colours(dark=False))
     # "<" would let a class name end the script element that holds the JSON.
-    return template.replace("{{colours}}", page_colours(dark=False)).replace("{{survey}}", json.dumps(survey).replace("<", "\\u003c"))
+    return template.replace("{{survey}}", json.dumps(survey).replace("<", "\\u003c"))
