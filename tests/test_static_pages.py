@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from static_pages import PAGES
-from studio_browser import browsing, violations
+from studio_browser import WAIT_SECONDS, browsing, violations
 
 SIZES = {"wide": (1280, 800), "tablet": (820, 1180), "phone": (390, 844), "narrow": (320, 640)}
 # One case in every run of the tests; the others take a browser too long.
@@ -57,6 +58,16 @@ def focused(page: Any) -> Any:
       const seen = [style(element), style(element.closest('label'))].some((each) => each.outlineStyle !== 'none');
       return [element === document.body ? null : element.outerHTML.replace(/base64,[^"]*/, '').slice(0, 120), seen];
     }""")
+
+
+def scroll_right(page: Any, part: Any) -> None:
+    """Scroll a part of the page with the keyboard."""
+    part.focus()
+    page.keyboard.press("ArrowRight")
+    deadline = time.monotonic() + WAIT_SECONDS
+    while part.evaluate("(element) => element.scrollLeft") == 0:
+        assert time.monotonic() < deadline, "it does not scroll"
+        page.wait_for_timeout(20)
 
 
 @pytest.mark.parametrize(("name", "size"), CASES)
@@ -111,9 +122,7 @@ def test_enlarged_image_is_accessible_and_gives_the_focus_back(open_page: Open, 
         box = button.bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= SIZES[size][0] and box["y"] >= 0, "the buttons stay in view"
     if size == "phone":
-        view.focus()
-        page.keyboard.press("ArrowRight")
-        page.wait_for_function("document.querySelector('dialog .view').scrollLeft > 0")
+        scroll_right(page, view)
     page.keyboard.press("Escape")
     assert focused(page)[0].startswith('<img alt="benign"')
     page.context.close()
@@ -123,9 +132,7 @@ def test_enlarged_image_is_accessible_and_gives_the_focus_back(open_page: Open, 
 def test_wide_tables_are_scrolled_by_keyboard_with_the_names_of_their_rows_in_view(open_page: Open) -> None:
     page = open_page("evaluation report", "phone")
     table = page.get_by_role("group", name="Numbers in lite0", exact=True)
-    table.focus()
-    page.keyboard.press("ArrowRight")
-    page.wait_for_function("document.activeElement.scrollLeft > 0")
+    scroll_right(page, table)
     assert table.get_by_role("rowheader", name="FD@lite0").bounding_box()["x"] == table.bounding_box()["x"]
     page.context.close()
 
@@ -141,7 +148,7 @@ def test_every_view_of_a_survey_is_accessible(open_page: Open, size: str) -> Non
     scale = page.evaluate("document.querySelector('#image').getBoundingClientRect().width / 64")
     assert scale == round(scale) and scale >= (8 if size == "wide" else 4), "the image fills the screen"
     page.keyboard.press("Enter")
-    assert "Please answer first" in page.get_by_role("status").inner_text()
+    assert "Please answer first" in page.inner_text("#message")
     for key in ("g", "4", "m"):
         page.keyboard.press(key)
     assert faults(page) == []
