@@ -101,7 +101,8 @@ def table(name: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, clas
     """
     header = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = "".join(
-        f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in others)}</tr>' for first, *others in rows
+        f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in others)}</tr>'
+        for first, *others in rows
     )
     attribute = f' class="{classes}"' if classes else ""
     whole = f"<table{attribute}><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>"

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from dermis.html_page import Section, html_page, picture, whole_width
 from dermis.imaging import Images
 
-
 _WIDTH = 256  # width of an image on the page, px, at most if it is smaller itself
 
 

@@ -52,7 +52,7 @@ def dataset_report() -> str:
     from dermis.report.page import report_page
 
     bundle, counts = open_bundle(DEMO), {"benign": 60, "malignant": 40}
-    plan = plan_for(DatasetRequest(model="demo", classes=counts, seed=7), bundle)
+    plan = plan_for(DatasetRequest.model_validate({"model": "demo", "classes": counts, "seed": 7}), bundle)
     measured = Measurements(
         {name: [Appearance(("hair",) if k % 4 else (), 15.0 + k) for k in range(20)] for name in counts},
         features_problem="the index cannot be read",
@@ -79,7 +79,9 @@ def heat_maps() -> str:
         )
         for number in range(3)
     ]
-    return heat_map_page(tiny_classifier.describe(digest="ab" * 32), "integrated-gradients", ("default", 0.5), entries, 40)
+    return heat_map_page(
+        tiny_classifier.describe(digest="ab" * 32), "integrated-gradients", ("default", 0.5), entries, 40
+    )
 
 
 def embeddings() -> str:
@@ -127,8 +129,8 @@ def survey(folder: Path) -> str:
     labels = np.arange(12) % 2
     real = ImageDataset(lesions(12), labels, CLASSES, tuple(f"ISIC_{k}" for k in range(12)), "ab" * 32)
     drawn: Any = Synthesizer()
-    options = {"size": 64, "pages": 1, "with_diagnosis": True, "progress": False, "data_name": "painted"}
-    create_survey(plan_survey(labels, CLASSES, 6, 1), real, drawn, folder / "survey", seed=1, **options)
+    slots = plan_survey(labels, CLASSES, 6, 1)
+    create_survey(slots, real, drawn, folder / "survey", seed=1, size=64, with_diagnosis=True, progress=False)
     return (folder / "survey" / FOR_EXPERTS / "index.html").read_text(encoding="utf-8")
 
 
@@ -152,12 +154,14 @@ def missing_studio() -> str:
     return bytes(_missing(request).body).decode()
 
 
-PAGES: Mapping[str, Callable[[Path], str]] = MappingProxyType({
-    "evaluation report": lambda _: evaluation_report(),
-    "dataset report": lambda _: dataset_report(),
-    "heat maps": lambda _: heat_maps(),
-    "embeddings": lambda _: embeddings(),
-    "survey": survey,
-    "pairs": lambda _: pairs(),
-    "missing studio": lambda _: missing_studio(),
-})
+PAGES: Mapping[str, Callable[[Path], str]] = MappingProxyType(
+    {
+        "evaluation report": lambda _: evaluation_report(),
+        "dataset report": lambda _: dataset_report(),
+        "heat maps": lambda _: heat_maps(),
+        "embeddings": lambda _: embeddings(),
+        "survey": survey,
+        "pairs": lambda _: pairs(),
+        "missing studio": lambda _: missing_studio(),
+    }
+)

@@ -84,7 +84,11 @@ def report_page(
     spaces = "".join(
         f'<h3>Feature space {html.escape(each.space)}</h3><p class="note">{html.escape(each.remark)}</p>'
         + _table(f"Numbers in {each.space}", each.rows)
-        + (f"<h4>By class</h4>{_table(f'Numbers in {each.space} by class', each.class_rows)}" if each.class_rows else "")
+        + (
+            f"<h4>By class</h4>{_table(f'Numbers in {each.space} by class', each.class_rows)}"
+            if each.class_rows
+            else ""
+        )
         for each in space_tables(metrics)
     )
     numbers = f"""<p class="note">{metrics["images"]:,} generated images (seed {metrics["seed"]}, truncation_psi
