@@ -1,9 +1,10 @@
 """Restarts of one replica after another under load: `python -m benchmarks.rolling_restart [--rounds 3] [--json FILE]`.
 
 Two replicas that do everything (gateway, models and jobs) run on a real PostgreSQL and a real S3 server, behind a load balancer
-that sends new connections to those whose /readyz answers 200. Clients with the SDK generate images, and request, await,
-download and verify datasets, without a pause. Each replica gets SIGTERM, ends, and is started again; when it is ready, the next
-one follows. Required: no call of a client fails, as the SDK repeats requests; and the same request always has the same bytes.
+that sends new connections to those whose /readyz answers 200. With `--separate`, two gateways with models are behind it, and
+two workers make the datasets. Clients with the SDK generate images, and request, await, download and verify datasets, without a
+pause. Each replica gets SIGTERM, ends, and is started again; when it is ready, the next one follows. Required: no call of
+a client fails, as the SDK repeats requests; and the same request always has the same bytes.
 
 Needs PostgreSQL's server, and the extras `cluster` and `cpu`.
 """
@@ -164,8 +165,9 @@ class Clients:
 
 
 @contextmanager
-def two_replicas(bundle: Path, folder: Path) -> Iterator[list[Replica]]:
-    """Two replicas on one database and one bucket, ready."""
+def running_replicas(bundle: Path, folder: Path, separate: bool) -> Iterator[list[Replica]]:
+    """Replicas on one database and one bucket, ready: two that do everything, or two gateways and two workers."""
+    roles = {"replica": "all"} if not separate else {"gateway": "gateway", "worker": "worker"}
     with ExitStack() as stack:
         database = stack.enter_context(running_postgres())
         bucket = stack.enter_context(running_s3())
@@ -179,7 +181,9 @@ def two_replicas(bundle: Path, folder: Path) -> Iterator[list[Replica]]:
         }
         environment = bucket.environment | {"OMP_NUM_THREADS": "1"}
         replicas = [
-            Replica(f"replica-{n}", folder / f"replica-{n}", free_port(), settings, environment) for n in (1, 2)
+            Replica(name, folder / name, free_port(), settings | {"ROLE": role}, environment)
+            for kind, role in roles.items()
+            for name in (f"{kind}-1", f"{kind}-2")
         ]
         for replica in replicas:
             stack.callback(replica.stop)
@@ -189,8 +193,13 @@ def two_replicas(bundle: Path, folder: Path) -> Iterator[list[Replica]]:
         yield replicas
 
 
+def answers_clients(replica: Replica) -> bool:
+    """Whether a replica is behind the load balancer: it is not only a worker."""
+    return replica.settings["ROLE"] != "worker"
+
+
 def restart(replica: Replica, balancer: LoadBalancer) -> Restart:
-    """Stop a replica by SIGTERM, start it again and wait until it is ready and gets connections.
+    """Stop a replica by SIGTERM, start it again and wait until it is ready and, but for a worker, gets connections.
 
     Raises:
         ServiceNotReadyError: It is not ready within minutes.
@@ -202,13 +211,13 @@ def restart(replica: Replica, balancer: LoadBalancer) -> Restart:
     stopped = time.time()
     replica.start()
     replica.wait_until_ready()
-    if not wait_for(lambda: replica.port in balancer.ready, 60):
+    if answers_clients(replica) and not wait_for(lambda: replica.port in balancer.ready, 60):
         raise ServiceNotReadyError(f"{replica.name} gets no connections")
     return Restart(replica.name, began, stopped - began, time.time() - stopped, status)
 
 
-def run(bundle: Path, folder: Path, rounds: int, clients: int, images: int) -> Result:
-    """Restart both replicas `rounds` times while clients work.
+def run(bundle: Path, folder: Path, rounds: int, clients: int, images: int, separate: bool = False) -> Result:
+    """Restart all replicas `rounds` times while clients work.
 
     Args:
         bundle: The bundle to serve.
@@ -216,6 +225,7 @@ def run(bundle: Path, folder: Path, rounds: int, clients: int, images: int) -> R
         rounds: How often each replica is restarted.
         clients: Number of clients for images, and of those for datasets.
         images: Images of a dataset.
+        separate: Whether gateways and workers are separate replicas.
 
     Raises:
         MissingComponentError: PostgreSQL or the S3 server is not installed.
@@ -223,8 +233,11 @@ def run(bundle: Path, folder: Path, rounds: int, clients: int, images: int) -> R
     """
     opened, result, repetitions = open_bundle(bundle), Result(), _Repetitions()
     logging.getLogger("dermis_client").addHandler(repetitions)
-    with two_replicas(bundle, folder) as replicas, load_balancer([each.port for each in replicas]) as balancer:
-        wait_for(lambda: len(balancer.ready) == 2, 60)
+    with ExitStack() as stack:
+        replicas = stack.enter_context(running_replicas(bundle, folder, separate))
+        ports = [each.port for each in replicas if answers_clients(each)]
+        balancer = stack.enter_context(load_balancer(ports))
+        wait_for(lambda: len(balancer.ready) == len(ports), 60)
         url = f"http://127.0.0.1:{balancer.port}"
         working = Clients(url, opened.name, classes_of(opened), folder, result, images)
         working.start(clients)
@@ -275,6 +288,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="how often each replica is restarted")
     parser.add_argument("--clients", type=int, default=3, help="for images, and as many for datasets")
     parser.add_argument("--images", type=int, default=100, help="of a dataset")
+    parser.add_argument(
+        "--separate", action="store_true", help="two gateways and two workers, in place of two of all roles"
+    )
     parser.add_argument("--bundle", type=Path, default=DEMO, help="a folder, or `small` for a bundle of 16 px")
     parser.add_argument("--json", type=Path, help="file for all calls and restarts")
     parser.add_argument("--markdown", type=Path, help="file for the table")
@@ -286,7 +302,7 @@ def main() -> int:
         if str(bundle) == "small":
             bundle = stack.enter_context(small_bundle())
         try:
-            result = run(bundle, folder, options.rounds, options.clients, options.images)
+            result = run(bundle, folder, options.rounds, options.clients, options.images, options.separate)
         except (MissingComponentError, ServiceNotReadyError) as error:
             raise SystemExit(str(error)) from None
     print(report(result))

@@ -194,7 +194,7 @@ class SleepingShards:
 
 
 def simulated_jobs(
-    url: str, folder: Path, name: str, seconds: float, *, role: Literal["gateway", "worker"]
+    url: str, folder: Path, name: str, seconds: float, poll_seconds: float, *, role: Literal["gateway", "worker"]
 ) -> JobService:
     """The jobs of one process with sleeping shards, not started.
 
@@ -203,6 +203,7 @@ def simulated_jobs(
         folder: Folder of the data folders of all processes.
         name: Name of the worker.
         seconds: Time that a shard of 500 images sleeps.
+        poll_seconds: Time between two polls of each queue.
         role: A gateway only enqueues jobs.
     """
     settings = read_settings(
@@ -212,6 +213,7 @@ def simulated_jobs(
         data_dir=folder / name,
         executor_id=name,
         shard_concurrency=2,  # one works, and one waits for its place
+        queue_poll_seconds=poll_seconds,
     )
     execution.KINDS = {"dataset": SleepingShards(seconds)}
     ctx = JobContext(
@@ -227,7 +229,7 @@ def simulated_jobs(
     return JobService(settings, ctx)
 
 
-def simulated_workers(url: str, folder: Path, count: int, seconds: float) -> None:
+def simulated_workers(url: str, folder: Path, count: int, seconds: float, poll_seconds: float) -> None:
     """Run workers with sleeping shards, each a process of its own, until stdin is closed.
 
     The processes are copies of this one, so that modules are imported once and not by each of them.
@@ -237,7 +239,7 @@ def simulated_workers(url: str, folder: Path, count: int, seconds: float) -> Non
     for number in range(count):
         child = os.fork()
         if child == 0:
-            jobs = simulated_jobs(url, folder, f"w{number}", seconds, role="worker")
+            jobs = simulated_jobs(url, folder, f"w{number}", seconds, poll_seconds, role="worker")
             jobs.start()
             while os.getppid() == parent:
                 time.sleep(1)
@@ -249,7 +251,9 @@ def simulated_workers(url: str, folder: Path, count: int, seconds: float) -> Non
 
 
 @contextmanager
-def _simulated_workers(url: str, folder: Path, count: int, seconds: float) -> Iterator[psutil.Process]:
+def _simulated_workers(
+    url: str, folder: Path, count: int, seconds: float, poll_seconds: float
+) -> Iterator[psutil.Process]:
     command = [
         sys.executable,
         "-m",
@@ -259,6 +263,7 @@ def _simulated_workers(url: str, folder: Path, count: int, seconds: float) -> It
         str(folder),
         str(count),
         str(seconds),
+        str(poll_seconds),
     ]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
@@ -295,13 +300,14 @@ class _Connections(threading.Thread):
         return self.most
 
 
-def simulate(count: int, images: int, seconds_per_shard: float) -> dict[str, Any]:
+def simulate(count: int, images: int, seconds_per_shard: float, poll_seconds: float) -> dict[str, Any]:
     """Run jobs of `images` in all with sleeping shards on `count` workers.
 
     Args:
         count: Number of workers. Each does one shard at a time.
         images: Number of images of all jobs together.
         seconds_per_shard: Time that a shard of 500 images sleeps.
+        poll_seconds: Time between two polls of each queue.
 
     Raises:
         RuntimeError: The workers do not start, or a job fails.
@@ -309,13 +315,13 @@ def simulate(count: int, images: int, seconds_per_shard: float) -> dict[str, Any
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         server: Postgres = stack.enter_context(running_postgres(max_connections=60 * (count + 1)))
-        gateway = simulated_jobs(server.url, folder, "gateway", seconds_per_shard, role="gateway")
+        gateway = simulated_jobs(server.url, folder, "gateway", seconds_per_shard, poll_seconds, role="gateway")
         gateway.start()
         stack.callback(gateway.stop)
         table = JobTable(server.url)
         stack.callback(table.close)
         launched = time.monotonic()
-        parent = stack.enter_context(_simulated_workers(server.url, folder, count, seconds_per_shard))
+        parent = stack.enter_context(_simulated_workers(server.url, folder, count, seconds_per_shard, poll_seconds))
         if not wait_for(lambda: len(table.live_executors()) == count + 1, 900, pause=0.5):
             raise RuntimeError(f"{count} workers did not start in 900 s: {(folder / 'log').read_text()[-2000:]}")
         start_seconds = time.monotonic() - launched
@@ -351,6 +357,7 @@ def simulate(count: int, images: int, seconds_per_shard: float) -> dict[str, Any
             "images": images,
             "shards": shards,
             "seconds_per_shard": seconds_per_shard,
+            "poll_seconds": poll_seconds,
             "start_seconds": start_seconds,
             "seconds": elapsed,
             "shards_per_second": rate,
@@ -433,15 +440,15 @@ def report(result: Mapping[str, Any]) -> str:
         lines += [
             f"Simulated workers, {result['cpus']} cores for all of them and PostgreSQL:",
             "",
-            "| workers | s for a shard | images | shards/s | of the ideal | cores of PostgreSQL | cores of the workers "
+            "| workers | s for a shard | s between polls | images | shards/s | of the ideal | cores of PostgreSQL | cores of the workers "
             "| connections | small job, median / most |",
-            "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+            "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]
         for row in result["simulated"]:
             times = (row["small_job_seconds_median"], row["small_job_seconds_max"])
             waits = " / ".join("-" if value is None else f"{value:.1f}" for value in times)
             lines.append(
-                f"| {row['workers']} | {row['seconds_per_shard']:g} | {row['images']:,} | {row['shards_per_second']:.1f} "
+                f"| {row['workers']} | {row['seconds_per_shard']:g} | {row['poll_seconds']:g} | {row['images']:,} | {row['shards_per_second']:.1f} "
                 f"| {row['efficiency']:.0%} | {row['database_cores']:.2f} | {row['worker_cores']:.2f} "
                 f"| {row['database_connections_most']} | {waits} s |"
             )
@@ -466,12 +473,15 @@ def main() -> None:
     parser.add_argument(
         "--shard-seconds", type=float, nargs="+", default=[5.0], help="times of 500 images on the simulated GPU"
     )
+    parser.add_argument(
+        "--poll-seconds", type=float, default=0.5, help="DERMIS_QUEUE_POLL_SECONDS of the simulated workers"
+    )
     parser.add_argument("--markdown", type=Path, help="file for the tables")
-    parser.add_argument("--simulated-workers", nargs=4, dest="workers_command", help=argparse.SUPPRESS)
+    parser.add_argument("--simulated-workers", nargs=5, dest="workers_command", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.workers_command:
-        url, folder, count, seconds = options.workers_command
-        simulated_workers(url, Path(folder), int(count), float(seconds))
+        url, folder, count, seconds, poll_seconds = options.workers_command
+        simulated_workers(url, Path(folder), int(count), float(seconds), float(poll_seconds))
         return
     stop_everything_on_sigterm()
     result: dict[str, Any] = {"cpus": os.cpu_count(), "real": [], "simulated": []}
@@ -484,7 +494,7 @@ def main() -> None:
                 if count < max(options.simulated):
                     shards = max(1, round(count * options.simulated_seconds / seconds_per_shard))
                     images = min(images, shards * _SHARD_IMAGES)
-                result["simulated"].append(simulate(count, images, seconds_per_shard))
+                result["simulated"].append(simulate(count, images, seconds_per_shard, options.poll_seconds))
                 print(result["simulated"][-1], file=sys.stderr, flush=True)
     except MissingComponentError as error:
         raise SystemExit(str(error)) from None

@@ -3,7 +3,7 @@
 One real service (all processes, access control, SQLite, or PostgreSQL with `--postgresql`) serves the demo bundle. The load is
 that of `benchmarks.load`: single images, four images, classifications, comparisons of generated images, edits, lists, small
 datasets that are followed, downloaded and deleted, and a few projections, of three tenants. After a warm-up, the capacity is
-measured: the most completed operations/s of 4, 8 and 16 callers that never pause. Then follow 80 % of it for the given time,
+measured: the most completed operations/s of 8, 16, 32 and 64 callers that never pause. Then follow 80 % of it for the given time,
 and 200 %.
 
 Required: no error; no process that was restarted; no growth of memory after the first fifth of the time at 80 %, in any
@@ -44,7 +44,7 @@ from benchmarks.components.postgres import running_postgres
 ROOT = Path(__file__).resolve().parents[1]
 REFUSALS = (429, 503)
 SOAK_SHARE, OVERLOAD_SHARE = 0.8, 2.0
-CALLERS = (4, 8, 16)
+CALLERS = (8, 16, 32, 64)
 MAX_GROWTH = 0.02
 """Growth of memory in an hour, as a part of it, that counts as none; more counts if the interval excludes 0."""
 MAX_SLOWER = 1.5

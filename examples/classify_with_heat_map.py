@@ -1,4 +1,4 @@
-"""Classify images and save a heat map of each: which parts of the image speak for the positive class, and which against.
+"""Classify images and save heat maps of what raises and what lowers the probability of the positive class.
 
 Start a service first (`make serve`), then run
 

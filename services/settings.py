@@ -130,6 +130,13 @@ class Settings(AccessSettings, StudySettings):
         le=64,
         description="Number of shards that one gateway process generates at the same time; 3 keep the generator busy.",
     )
+    queue_poll_seconds: float = Field(
+        0.5,
+        ge=0.1,
+        le=60.0,
+        description="Time between two polls of each queue of a PostgreSQL; choose the same for all workers. In this time a worker "
+        "begins at most `DERMIS_SHARD_CONCURRENCY` shards of a tenant. With longer times idle workers load the database less.",
+    )
     min_free_bytes: int = Field(
         8 << 20,
         ge=0,

@@ -64,7 +64,7 @@ def edge_cases(
 ) -> None:
     """Find edge cases among real or generated images. Not a medical device.
 
-    Of real images only validation and test are used by default: a classifier has few edge cases among its training images.
+    By default only real images of validation and test are used: a classifier has few edge cases among its training images.
     """
     from commands.classify import threshold_value
     from dermis.bundle.classifier import NOTICE

@@ -73,6 +73,7 @@ class JobService:
             executor_id=executor_id,
             shard_concurrency=settings.shard_concurrency,
             max_active=settings.max_active_datasets,
+            shared_poll_seconds=settings.queue_poll_seconds,
             works=works,
         )
 

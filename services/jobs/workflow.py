@@ -46,9 +46,6 @@ _JOB_QUEUE = "dermis-tenant-jobs"
 # The shards of projections have their own queue, so that datasets do not wait for work that takes minutes.
 _SHARD_QUEUES: Mapping[Kind, str] = {"dataset": "dermis-tenant-shards", "projection": "dermis-tenant-projections"}
 _POLL_SECONDS = 0.2
-# On a PostgreSQL, which many workers may share: each poll of each queue is several transactions. An idle worker needs 4 % of
-# a core with this, and 8 % with 0.2 s.
-_SHARED_POLL_SECONDS = 0.5
 # Each running workflow is a thread: limits for all tenants together, as a multiple of that for one.
 _MAX_TENANT_JOBS = 8
 _MAX_TENANT_SHARDS = 32
@@ -103,7 +100,14 @@ def create_tables(url: str) -> None:
 
 
 def start(
-    ctx: JobContext, *, url: str, executor_id: str, shard_concurrency: int, max_active: int, works: bool = True
+    ctx: JobContext,
+    *,
+    url: str,
+    executor_id: str,
+    shard_concurrency: int,
+    max_active: int,
+    shared_poll_seconds: float = 0.5,
+    works: bool = True,
 ) -> None:
     """Launch DBOS and continue the workflows that this worker left unfinished. Not to be called on an event loop.
 
@@ -115,6 +119,8 @@ def start(
         executor_id: The name of this worker.
         shard_concurrency: Shards of datasets of one tenant that this worker runs at the same time.
         max_active: Jobs of one tenant whose workflow this worker runs at the same time.
+        shared_poll_seconds: Time between two polls of each queue of a PostgreSQL, which many workers may share: each poll is
+            several transactions. SQLite is polled every 0.2 s.
         works: Whether this process runs jobs. If not, it only enqueues them.
     """
     global _ctx, _executor_id
@@ -147,7 +153,7 @@ def start(
             queue,
             worker_concurrency=of_tenant * tenants,
             partition_worker_concurrency=of_tenant,
-            polling_interval_sec=_SHARED_POLL_SECONDS if shared else _POLL_SECONDS,
+            polling_interval_sec=shared_poll_seconds if shared else _POLL_SECONDS,
             on_conflict="always_update" if works else "never_update",
         )
 
