@@ -8,7 +8,6 @@ The generator is measured in the same rounds on one core: the last column is the
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from benchmarks import DEMO
+from benchmarks.signers import make_signer
 from dermis.bundle import open_bundle
 from dermis.cpus import cpu_identity
 from dermis.image_metadata import origin_of
@@ -26,51 +26,13 @@ from dermis.provenance.c2pa import ImageSigner, ImageVerifier
 from dermis.synthesizer import Synthesizer
 
 
-def signer_files(folder: Path) -> tuple[Path, Path, Path]:
-    """Make a certificate for images, its key and its authority, as files in a folder."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-
-    now, day = datetime.datetime.now(datetime.UTC), datetime.timedelta(days=1)
-    root, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-
-    def certificate(name: str, of: ec.EllipticCurvePrivateKey, authority: bool) -> x509.Certificate:
-        subject, issuer = (
-            x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, each)]) for each in (name, "authority")
-        )
-        builder = x509.CertificateBuilder(
-            issuer, subject, of.public_key(), x509.random_serial_number(), now - day, now + day
-        )
-        builder = builder.add_extension(x509.BasicConstraints(authority, None), critical=True)
-        builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(of.public_key()), critical=False)
-        builder = builder.add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(root.public_key()), critical=False
-        )
-        usage = [False] * 9
-        usage[0], usage[5], usage[6] = not authority, authority, authority
-        builder = builder.add_extension(x509.KeyUsage(*usage), critical=True)
-        if not authority:
-            mail = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.EMAIL_PROTECTION])
-            builder = builder.add_extension(mail, critical=False)
-        return builder.sign(root, hashes.SHA256())
-
-    files = folder / "certificate.pem", folder / "key.pem", folder / "authority.pem"
-    files[0].write_bytes(certificate("benchmark", key, False).public_bytes(Encoding.PEM))
-    files[1].write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    files[2].write_bytes(certificate("authority", root, True).public_bytes(Encoding.PEM))
-    return files
-
-
 def measure(location: str, count: int, rounds: int) -> dict[str, Any]:
     """Measure all formats with `count` images of a bundle."""
     bundle = open_bundle(location)
     labels = [index % max(1, len(bundle.class_names)) for index in range(count)]
     with tempfile.TemporaryDirectory() as folder, Synthesizer(bundle, device="cpu", threads=1) as synthesizer:
-        certificate, key, authority = signer_files(Path(folder))
-        signer, verifier = ImageSigner(certificate, key), ImageVerifier([authority])
+        own = make_signer(Path(folder) / "signer")
+        signer, verifier = ImageSigner(own.certificate, own.key), ImageVerifier([own.authority])
 
         def generate() -> Any:
             return synthesizer.images([0] * count, range(count), labels)

@@ -16,7 +16,7 @@ import argparse
 import io
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,14 +115,15 @@ def generated(bundle: Bundle, count: int) -> Images:
     return np.concatenate(parts)
 
 
-def real(folder: Path, size: int, count: int | None) -> Images:
-    """Real images at the size of the generator; with `count`, as many at equal distances in the order of names."""
+def real(folder: Path, size: int, count: int | None) -> Iterator[Images]:
+    """Read real images at a size; with `count`, as many at equal distances in the order of names."""
     from dermis.image_reading import read_training_image
 
     files = sorted(folder.rglob("*.jpg"))
     if count is not None and count < len(files):
         files = [files[position * len(files) // count] for position in range(count)]
-    return np.stack([read_training_image(path.read_bytes(), size=size) for path in files])
+    for path in files:
+        yield read_training_image(path.read_bytes(), size=size)
 
 
 def enlarged(images: Images, size: int) -> Images:
@@ -200,13 +201,16 @@ def measure(
     return result
 
 
-def false_positives(bundle: Bundle, photographs: Images) -> dict[str, int]:
-    """The number of real images in which each method detects the mark of a bundle."""
-    message, limit = _message(bundle).astype(bool), needed_bits()
-    return {
-        name: sum(int((read(image) == message).sum()) >= limit for image in photographs)
-        for name, (_, read) in methods(_message(bundle)).items()
-    }
+def false_positives(bundle: Bundle, photographs: Iterable[Images]) -> tuple[dict[str, int], int]:
+    """The number of real images in which each method detects the mark of a bundle, and the number of images."""
+    message, limit, total = _message(bundle).astype(bool), needed_bits(), 0
+    ways = methods(_message(bundle))
+    found = dict.fromkeys(ways, 0)
+    for image in photographs:
+        total += 1
+        for name, (_, read) in ways.items():
+            found[name] += int((read(image) == message).sum()) >= limit
+    return found, total
 
 
 def _message(bundle: Bundle) -> NDArray[np.uint8]:
@@ -245,18 +249,22 @@ def main() -> None:
     parser.add_argument("--real", type=int, help="real images; default: all")
     parser.add_argument("--enlarge", type=int, help="side to which all images are enlarged first")
     parser.add_argument("--only-false-positives", action="store_true", help="measure nothing else")
+    parser.add_argument(
+        "--size", type=int, help="with --only-false-positives: side of the real images; default: the bundle's"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     bundle = open_bundle(arguments.bundle)
-    images = generated(bundle, 1 if arguments.only_false_positives else arguments.count)
-    photographs = real(arguments.data, bundle.generator.img_resolution, arguments.real)
+    size = bundle.generator.img_resolution
+    if arguments.only_false_positives:
+        size = arguments.size or size
+        counts, total = false_positives(bundle, real(arguments.data, size, arguments.real))
+        for name, count in counts.items():
+            print(f"{name}: {count} of {total:,} real images of {size} px")
+        return
+    images, photographs = generated(bundle, arguments.count), np.stack(list(real(arguments.data, size, arguments.real)))
     if arguments.enlarge is not None:
         images, photographs = enlarged(images, arguments.enlarge), enlarged(photographs, arguments.enlarge)
-
-    if arguments.only_false_positives:
-        for name, count in false_positives(bundle, photographs).items():
-            print(f"{name}: {count} of {len(photographs):,} real images of {len(photographs[0])} px")
-        return
 
     shown: set[str] = set()
 

@@ -26,6 +26,7 @@ _IMAGE = f"registry.example.com/dermis:{__version__}"
 _GPU_IMAGE = f"registry.example.com/dermis-gpu:{__version__}"
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
 _GIB = 1 << 30
+_SIGNER_FOLDER = "/etc/dermis-c2pa"
 
 PrintJobOption = Annotated[
     bool,
@@ -74,13 +75,14 @@ def job_yaml(plan: DatasetPlan, resolution: int, options: JobOptions) -> str:
     arguments = ["generate", *places, *request_arguments(plan.request)]
     queue = "" if options.queue is None else f"\n    kueue.x-k8s.io/queue-name: {json.dumps(options.queue)}"
     shard_gib, finish_gib = _temporary_gib(plan, resolution)
-    parts_pod = _pod("generate", [*arguments, f"--shards=auto/{parts}"], options, shard_gib)
-    finish_pod = _pod("finish", [*arguments, "--finalize"], options, finish_gib)
+    signed = plan.request.signed
+    parts_pod = _pod("generate", [*arguments, f"--shards=auto/{parts}"], options, shard_gib, signed)
+    finish_pod = _pod("finish", [*arguments, "--finalize"], options, finish_gib, signed)
     return f"""# {plan.samples:,} images in {plan.shards:,} shards, made by {parts} pods and finished by one more.
 # In the namespace `dermis` of the service, whose network policies let these pods reach S3, or with the name of another one.
 # The secret holds what the S3 library reads from the environment; without a secret the pods' own identity is used:
 #   kubectl -n dermis create secret generic dermis-s3 --from-literal=AWS_ENDPOINT_URL=https://s3.example.com \\
-#       --from-literal=AWS_ACCESS_KEY_ID=... --from-literal=AWS_SECRET_ACCESS_KEY=...
+#       --from-literal=AWS_ACCESS_KEY_ID=... --from-literal=AWS_SECRET_ACCESS_KEY=...{_SIGNER_NOTE if signed else ""}
 #   kubectl -n dermis apply -f FILE
 #   kubectl -n dermis wait --for=condition=complete --timeout=24h job/{name}
 #   kubectl -n dermis patch job/{name}-finish -p '{{"spec": {{"suspend": false}}}}'
@@ -132,7 +134,23 @@ _GPU_NODES = """
         - {key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}"""
 
 
-def _pod(container: str, arguments: list[str], options: JobOptions, temporary_gib: int) -> str:
+_SIGNER_NOTE = """
+# The certificate and the key with which the pods sign the images:
+#   kubectl -n dermis create secret generic dermis-c2pa --from-file=certificate.pem --from-file=key.pem"""
+
+_SIGNER_ENV = f"""
+            - {{name: DERMIS_C2PA_CERTIFICATE, value: {_SIGNER_FOLDER}/certificate.pem}}
+            - {{name: DERMIS_C2PA_KEY, value: {_SIGNER_FOLDER}/key.pem}}"""
+
+_SIGNER_MOUNT = f"""
+            - {{name: c2pa, mountPath: {_SIGNER_FOLDER}, readOnly: true}}"""
+
+_SIGNER_VOLUME = """
+        - name: c2pa
+          secret: {secretName: dermis-c2pa, defaultMode: 0440}"""
+
+
+def _pod(container: str, arguments: list[str], options: JobOptions, temporary_gib: int, signed: bool) -> str:
     """Write the pod template of a Job. `$(` in an argument is escaped, as Kubernetes would replace variables."""
     args = "\n".join(f"            - {json.dumps(each.replace('$(', '$$('))}" for each in arguments)
     gpus = f", nvidia.com/gpu: {options.gpus}" if options.gpus else ""
@@ -161,7 +179,7 @@ def _pod(container: str, arguments: list[str], options: JobOptions, temporary_gi
           env:
             - {{name: HOME, value: /tmp}} # the root file system is read-only
             - {{name: TORCHINDUCTOR_CACHE_DIR, value: /tmp/inductor}}
-            - {{name: TRITON_CACHE_DIR, value: /tmp/triton}}
+            - {{name: TRITON_CACHE_DIR, value: /tmp/triton}}{_SIGNER_ENV if signed else ""}
           envFrom:
             - secretRef: {{name: dermis-s3, optional: true}}
           resources:
@@ -172,10 +190,10 @@ def _pod(container: str, arguments: list[str], options: JobOptions, temporary_gi
             readOnlyRootFilesystem: true
             capabilities: {{drop: [ALL]}}
           volumeMounts:
-            - {{name: tmp, mountPath: /tmp}}
+            - {{name: tmp, mountPath: /tmp}}{_SIGNER_MOUNT if signed else ""}
       volumes:
         - name: tmp
-          emptyDir: {{sizeLimit: {temporary_gib}Gi}}"""
+          emptyDir: {{sizeLimit: {temporary_gib}Gi}}{_SIGNER_VOLUME if signed else ""}"""
 
 
 def _check(plan: DatasetPlan, options: JobOptions) -> int:
@@ -203,11 +221,12 @@ def _temporary_gib(plan: DatasetPlan, resolution: int) -> tuple[int, int]:
 
     A shard is written there before it is uploaded, and at the end images.zip, metadata.csv and the embeddings of the gate.
     """
-    from dermis.dataset.shards import max_dataset_bytes, max_image_bytes
+    from dermis.dataset.shards import MAX_C2PA_BYTES, max_dataset_bytes, max_image_bytes
     from dermis.latents import MAX_INDEX
 
     request = plan.request
     image = max_image_bytes(request.image_format, request.image_quality, resolution, plan.origin(MAX_INDEX))
+    image += MAX_C2PA_BYTES if request.signed else 0
     shard = min(request.shard_size, plan.samples) * 2 * image
     dim = plan.authenticity.dim if plan.authenticity is not None and plan.gated else 0
     finish = plan.samples * (1000 + 2 * dim)
@@ -226,7 +245,8 @@ def request_arguments(request: DatasetRequest) -> list[str]:
         if "," in name or name != name.strip():
             raise RequestError("--classes", f"{escape(name)!r} cannot be written as an option")
     arguments = ["--classes=" + ",".join(f"{name}={count}" for name, count in request.classes.items())]
-    values = request.model_dump(exclude={"model", "classes", "edits", "classifier", "privacy"}, exclude_none=True)
+    parts = {"model", "classes", "edits", "classifier", "privacy", "provenance"}
+    values = request.model_dump(exclude=parts, exclude_none=True)
     if request.classifier is not None:
         values |= {f"classifier.{name}": value for name, value in request.classifier.model_dump().items()}
     if request.privacy is not None:
@@ -239,6 +259,8 @@ def request_arguments(request: DatasetRequest) -> list[str]:
             arguments.append(option if value else option.replace("--", "--no-", 1))
         else:
             arguments.append(f"{option}={value}")
+    if request.signed:
+        arguments.append("--c2pa")
     for edit in request.edits or ():
         layers = "" if edit.layers is None else "@{}-{}".format(*edit.layers)
         arguments.append(f"--edit={edit.direction}={Decimal(repr(edit.strength)):f}{layers}")

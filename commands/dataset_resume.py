@@ -30,7 +30,8 @@ def existing_manifest(store: Store, planned: DatasetPlan) -> Manifest | None:
     Raises:
         OtherDatasetError: The folder has another dataset or other files.
     """
-    from dermis.dataset.manifest import MANIFEST, read_manifest
+    from dermis.dataset.manifest import read_manifest
+    from dermis.dataset.store import MANIFEST
 
     # Listed first: other processes that work on this dataset write the mark before they add anything else.
     entries = store.entries()
@@ -65,7 +66,8 @@ def in_format_there(store: Store, planned: DatasetPlan, former: Manifest | None)
     Raises:
         OtherDatasetError: The folder has the dataset in another format than the manifest, or in that of a newer version.
     """
-    from dermis.dataset.manifest import MANIFEST, read_manifest
+    from dermis.dataset.manifest import read_manifest
+    from dermis.dataset.store import MANIFEST
 
     there: Any = None
     if store.size(_PLAN_FILE) is not None:
@@ -113,7 +115,7 @@ def is_complete(manifest: Manifest, store: Store, identity: Mapping[str, str]) -
 
 def begin(store: Store, planned: DatasetPlan, reopen: bool) -> None:
     """Mark the folder as an unfinished dataset; remove the manifest of a finished one, as its files will change."""
-    from dermis.dataset.manifest import MANIFEST
+    from dermis.dataset.store import MANIFEST
 
     if store.size(_PLAN_FILE) is None:
         store.write(_PLAN_FILE, _mark(planned))

@@ -27,7 +27,7 @@ from commands.dataset_audit import (
     prepare_audit,
 )
 from commands.dataset_resume import begin, differences, existing_manifest, in_format_there, is_complete
-from commands.image_signing import C2paOption, CertificateOption, KeyOption, image_signer
+from commands.image_signing import C2paOption, CertificateOption, KeyOption, image_signer, request_with_signing
 from commands.options import (
     DEMO_BUNDLE,
     BundleOption,
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from dermis.dataset.request import DatasetRequest
     from dermis.dataset.shards import FileEntry, Sign
     from dermis.dataset.store import Store
+    from dermis.provenance.c2pa import ImageSigner
     from dermis.synthesizer import Synthesizer
 
 
@@ -216,14 +217,16 @@ def generate(
         if gating:
             fields["privacy"] = gating
         request = _request({"model": opened.name, "classes": _parse_classes(classes), **fields})
-    request, signer = image_signer(request, c2pa_certificate, c2pa_key, repeated=former is not None)
+    signer: ImageSigner | None = None
+    if print_job:  # the pods have the certificate
+        request = request_with_signing(request, c2pa_certificate, repeated=former is not None)
+    else:
+        request, signer = image_signer(request, c2pa_certificate, c2pa_key, repeated=former is not None)
     check_against(request, opened, max_samples=10**8)
     planned = plan_for(request, opened)
     if print_job:
         if sources is not None or only_shard is not None or finalize_only:
             raise RequestError("--print-job", "omit --finalize, --only-shard and the options of the audit")
-        if signer is not None:
-            raise RequestError("--print-job", "the Job has no key to sign images with; add --no-c2pa")
         job = JobOptions(bundle, out, shards, queue, job_image, job_gpus)
         typer.echo(job_yaml(planned, opened.generator.img_resolution, job), nl=False)
         return

@@ -31,6 +31,17 @@ C2paOption = Annotated[
 ]
 
 
+def request_with_signing(request: DatasetRequest, certificate: Path | None, *, repeated: bool) -> DatasetRequest:
+    """Choose whether other processes sign the images of a request: if it asks for that, or there is a certificate here.
+
+    Args:
+        request: The request.
+        certificate: The certificate of `dermis generate` here.
+        repeated: Whether the request is that of a manifest, which has a choice already.
+    """
+    return request if repeated else request.with_signing(request.signed or certificate is not None, "")
+
+
 def image_signer(
     request: DatasetRequest, certificate: Path | None, key: Path | None, *, repeated: bool
 ) -> tuple[DatasetRequest, ImageSigner | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,10 +11,9 @@ from commands.options import BundleArgument
 from dermis.errors import RequestError, SignatureError, StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from dermis.bundle import Bundle
-    from dermis.dataset.store import Store
 
 KeyOption = Annotated[
     Path, typer.Option("--key", help="Private key on a curve of NIST in a PEM file, not encrypted.", show_default=False)
@@ -102,11 +100,14 @@ def sign_dataset(
 
     _check_chain(certificate, chain)
     report = verify(folder)
+    if not report.sha256:
+        raise StorageError(
+            f"{folder}: is a single file; give the folder of the dataset, whose files are signed together"
+        )
     if not report.ok:
         names = ", ".join([*report.changed, *report.missing, *report.extra][:3])
         raise StorageError(f"{folder}: is not as its manifest describes it ({names}); see dermis verify {folder}")
-    store = Store(folder)
-    records = _dataset_records(store)
+    store, records = Store(folder), report.sha256
     name = folder.rstrip("/").rpartition("/")[2] or "dataset"
     store.write(
         SIGNATURE,
@@ -116,11 +117,12 @@ def sign_dataset(
     typer.echo(f"{store.where(SIGNATURE)}: signature of {len(records)} files")
 
 
-def check_dataset_signature(folder: str, trusted: Sequence[Path] | None) -> str:
+def check_dataset_signature(folder: str, records: Mapping[str, str], trusted: Sequence[Path] | None) -> str:
     """Verify the signature of a dataset whose files were compared with its manifest, and describe it; empty if it has none.
 
     Args:
         folder: Folder or URL of the dataset.
+        records: SHA-256 of its files, as its verification has read them (`dermis.dataset.verify.Report.sha256`).
         trusted: Files of trusted signers; None if the dataset may be unsigned.
 
     Raises:
@@ -136,20 +138,11 @@ def check_dataset_signature(folder: str, trusted: Sequence[Path] | None) -> str:
         return _not_checked(signature)
     if signature is None:
         raise SignatureError(f"{folder}: is not signed")
-    return f", signed by {verify_records(signature, _dataset_records(store), read_signers(trusted), folder)}"
+    return f", signed by {verify_records(signature, records, read_signers(trusted), folder)}"
 
 
 def _not_checked(signature: bytes | None) -> str:
     return "" if signature is None else ", signed (by whom is checked with --trusted)"
-
-
-def _dataset_records(store: Store) -> dict[str, str]:
-    """SHA-256 of every file of a dataset by name, that of the manifest included."""
-    from dermis.dataset.manifest import MANIFEST, MAX_MANIFEST_BYTES, parse_manifest
-
-    data = store.read(MANIFEST, limit=MAX_MANIFEST_BYTES)
-    records = {file.name: file.sha256 for file in parse_manifest(data, store.where(MANIFEST)).files}
-    return records | {MANIFEST: hashlib.sha256(data).hexdigest()}
 
 
 def _check_chain(certificate: Path | None, chain: Sequence[Path] | None) -> None:

@@ -55,7 +55,7 @@ def verify(
     if archive:
         typer.echo(f"{folder}: {report.checked} images checked, all hashes match")
         return
-    signed = check_dataset_signature(folder, trusted)
+    signed = check_dataset_signature(folder, report.sha256, trusted)
     without = f"; digest without the signatures of images {report.canonical}" if report.canonical else ""
     typer.echo(f"{folder}: {report.checked} files checked, all hashes match{signed}{without}")
 

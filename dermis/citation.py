@@ -23,9 +23,9 @@ from dermis.bundle.citation import (
     entry,
     tex,
 )
-from dermis.dataset.manifest import CROISSANT, MANIFEST, REPORT, Manifest, read_manifest
+from dermis.dataset.manifest import CROISSANT, REPORT, Manifest, read_manifest
 from dermis.dataset.request import DatasetRequest
-from dermis.dataset.store import Store
+from dermis.dataset.store import MANIFEST, Store
 from dermis.dataset.terms import dataset_entry, dataset_key, terms_of
 from dermis.errors import DataError, RequestError, quote
 from dermis.strict_json import parse_json

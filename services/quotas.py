@@ -35,10 +35,12 @@ class Quota(BaseModel):
     )
     projections_per_day: _Whole | None = Field(default=None, description="Images that are projected in a day.")
     authenticity_per_minute: _Whole | None = Field(
-        default=None, description="Images compared by /v1/authenticity or placed by /v1/embeddings in a minute."
+        default=None,
+        description="Images compared by /v1/authenticity or the gate of /v1/images, or placed by /v1/embeddings, in a minute.",
     )
     authenticity_per_day: _Whole | None = Field(
-        default=None, description="Images compared by /v1/authenticity or placed by /v1/embeddings in a day."
+        default=None,
+        description="Images compared by /v1/authenticity or the gate of /v1/images, or placed by /v1/embeddings, in a day.",
     )
     upload_megapixels_per_minute: _Whole | None = Field(
         default=None, description="Megapixels of uploaded images in a minute."

@@ -43,7 +43,7 @@ from dermis.dataset.privacy import Checks, Examine, Expose, PrivacyReport, Priva
 from dermis.dataset.request import ClassifierOptions, DatasetRequest
 from dermis.dataset.scoring import ClassifierTally, tally
 from dermis.dataset.shards import FileEntry, Sign, find_shard, missing_shards, signed_image
-from dermis.dataset.store import PARTIAL, Store, hash_file, storage_error, storage_errors
+from dermis.dataset.store import MANIFEST, PARTIAL, Store, hash_file, storage_error, storage_errors
 from dermis.errors import MissingShardsError, RequestError, StorageError, escape
 from dermis.imaging import Images, contact_sheet, decode, encode, thumbnail
 from dermis.provenance.canonical import canonical_sha256
@@ -56,7 +56,6 @@ from dermis.strict_json import parse_json
 if TYPE_CHECKING:
     from dermis.bundle import Bundle
 
-MANIFEST = "manifest.json"
 ARCHIVE = "images.zip"
 METADATA = "metadata.csv"
 PREVIEW = "preview.png"
@@ -257,9 +256,19 @@ def read_manifest(store: Store) -> Manifest:
     Raises:
         StorageError: There is none, or it is damaged.
     """
+    return read_hashed_manifest(store)[0]
+
+
+def read_hashed_manifest(store: Store) -> tuple[Manifest, str]:
+    """Read the manifest of a finished dataset, and the SHA-256 (hex) of its file.
+
+    Raises:
+        StorageError: There is none, or it is damaged.
+    """
     if store.size(MANIFEST) is None:
         raise StorageError(f"{store.location}: has no {MANIFEST}; is this the folder of a finished dataset?")
-    return parse_manifest(store.read(MANIFEST, limit=MAX_MANIFEST_BYTES), store.where(MANIFEST))
+    data = store.read(MANIFEST, limit=MAX_MANIFEST_BYTES)
+    return parse_manifest(data, store.where(MANIFEST)), hashlib.sha256(data).hexdigest()
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:

@@ -23,7 +23,7 @@ from dermis.authenticity.index import Floats, Nearest
 from dermis.authenticity.verdict import Verdicts, baseline_problem, baseline_sentence, verdicts_of
 from dermis.bundle.index import PERCENTILES, IndexDescription
 from dermis.dataset.plan import DatasetPlan
-from dermis.dataset.request import PrivacyOptions
+from dermis.dataset.request import GateOptions
 from dermis.imaging import Images
 
 if TYPE_CHECKING:
@@ -128,15 +128,15 @@ def verdicts(plan: DatasetPlan, nearest: Nearest) -> list[GateVerdict]:
     index, options = plan.authenticity, plan.request.privacy
     assert index is not None and options is not None
     compared = verdicts_of(nearest, index)
-    passed = _passed(compared, index, options)
-    scores: list[float | None] = [None] * len(passed)
+    results = _passed(compared, index, options)
+    scores: list[float | None] = [None] * len(results)
     if options.detect_copies and compared.copies is not None and nearest.copy_scores is not None:
         scores = [round(float(score), 3) for score in nearest.copy_scores]
     rows = zip(
         compared.distances.tolist(),
         compared.percentiles.tolist(),
         compared.authentic.tolist(),
-        passed.tolist(),
+        results.tolist(),
         scores,
         nearest.embeddings.astype("<f2"),
         strict=True,
@@ -149,28 +149,34 @@ def verdicts(plan: DatasetPlan, nearest: Nearest) -> list[GateVerdict]:
     ]
 
 
-def pass_gate(checker: Checker, images: Images, options: PrivacyOptions) -> NDArray[np.bool_]:
+def pass_gate(checker: Checker, images: Images, options: GateOptions) -> NDArray[np.bool_]:
     """Return whether each image, uint8 [N, H, W, 3], meets the condition of a gate, as bool [N]."""
     index = checker.description
-    limit = _exact_below(index, options)
+    limit = exact_below_of(index, options)
     nearest = checker.nearest(images, exact_below=limit, detect_copies=options.detect_copies)
+    return passed(nearest, index, options)
+
+
+def passed(nearest: Nearest, index: IndexDescription, options: GateOptions) -> NDArray[np.bool_]:
+    """Return whether each image, whose nearest training image is known, meets the condition of a gate, as bool [N]."""
     return _passed(verdicts_of(nearest, index), index, options)
 
 
-def _passed(compared: Verdicts, index: IndexDescription, options: PrivacyOptions) -> NDArray[np.bool_]:
-    passed: NDArray[np.bool_] = compared.authentic
+def _passed(compared: Verdicts, index: IndexDescription, options: GateOptions) -> NDArray[np.bool_]:
+    results: NDArray[np.bool_] = compared.authentic
     if options.gate == "min_distance":
-        passed = compared.distances >= distance_at_percentile(index, options.percentile)
-    return passed & ~compared.copies if options.detect_copies and compared.copies is not None else passed
+        results = compared.distances >= distance_at_percentile(index, options.percentile)
+    return results & ~compared.copies if options.detect_copies and compared.copies is not None else results
 
 
 def exact_below(plan: DatasetPlan) -> float:
     """Return the distance up to which the gate needs exact results (`dermis.authenticity.checker.Checker.nearest`)."""
     index, options = plan.authenticity, plan.request.privacy
-    return math.inf if index is None or options is None else _exact_below(index, options)
+    return math.inf if index is None or options is None else exact_below_of(index, options)
 
 
-def _exact_below(index: IndexDescription, options: PrivacyOptions) -> float:
+def exact_below_of(index: IndexDescription, options: GateOptions) -> float:
+    """Return the distance up to which a gate needs exact results (`dermis.authenticity.checker.Checker.nearest`)."""
     return distance_at_percentile(index, options.percentile) if options.gate == "min_distance" else math.inf
 
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from dermis.dataset.containers import read_container
-from dermis.dataset.manifest import MANIFEST, METADATA, SINGLE_FILES, Manifest, read_manifest
+from dermis.dataset.manifest import METADATA, SINGLE_FILES, Manifest, read_manifest
 from dermis.dataset.plan import DatasetPlan, plan
-from dermis.dataset.store import Store
+from dermis.dataset.store import MANIFEST, Store
 from dermis.dataset.verify import verify
 from dermis.errors import DataError, escape, quote
 from dermis.provenance.canonical import canonical_sha256

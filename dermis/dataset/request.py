@@ -100,8 +100,8 @@ class EditOption(BaseModel):
         return Edit(self.direction, self.strength, None if self.layers is None else (self.layers[0], self.layers[1]))
 
 
-class PrivacyOptions(BaseModel):
-    """Options of comparing the images with the training images, and of the gate on the result."""
+class GateOptions(BaseModel):
+    """The condition of a gate: what the comparison of an image with the training images must give."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -125,6 +125,11 @@ class PrivacyOptions(BaseModel):
         description="Whether an image also fails the gate if the model's copy detector takes it for a changed copy of a "
         "training image (mirrored, cropped, recoloured, joined, ...). A model without a detector detects none.",
     )
+
+
+class PrivacyOptions(GateOptions):
+    """Options of comparing the images with the training images, and of the gate on the result."""
+
     on_reject: Literal["resample", "drop", "flag"] = Field(
         "resample",
         description="What to do with other images. resample: try the next latent. drop: leave the image out. flag: keep it, "

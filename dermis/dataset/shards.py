@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +17,7 @@ from dermis.dataset.plan import BATCH, DatasetPlan, latent_index
 from dermis.dataset.privacy import Checks, Examine, GateVerdict
 from dermis.dataset.request import DatasetRequest
 from dermis.dataset.scoring import SampleResult, Score, Synthesize, generate_samples
-from dermis.dataset.store import PARTIAL, Store, hash_file, storage_errors
+from dermis.dataset.store import MANIFEST, PARTIAL, Store, hash_file, storage_errors
 from dermis.errors import SignatureError, StorageError
 from dermis.image_metadata import ImageOrigin, metadata_bytes
 from dermis.imaging import ImageFormat, encode
@@ -24,6 +25,7 @@ from dermis.latents import MAX_INDEX
 
 Sign = Callable[[bytes, ImageFormat, ImageOrigin], bytes]
 """Puts a signed manifest into an encoded image (`dermis.provenance.c2pa`)."""
+_SIDECAR = re.compile(rf"{re.escape(PARTIAL)}/shard-(\d{{5,}})(-[0-9a-f]{{64}})?\.json")
 
 
 @dataclass(frozen=True)
@@ -96,16 +98,21 @@ def write_shard(
         return existing
     name = shard_file(plan, shard)
     done: list[DatasetSample] = []
-    with storage_errors(store.where(name), only_full=True), store.writing(name) as path:
-        with container_writer(plan, path) as add:
-            for samples in _encoded_batches(plan, shard, synthesize, score, examine, sign, batch_size):
-                with storage_errors(store.where(name)):
-                    add([sample for sample in samples if sample.sha256 is not None])
-                done.extend(replace(sample, data=b"") for sample in samples)
-                if on_batch is not None:
-                    on_batch(len(done))
-        with path.open("rb") as file:
-            entry = FileEntry(name, path.stat().st_size, hash_file(file))
+    try:
+        with storage_errors(store.where(name), only_full=True), store.writing(name) as path:
+            with container_writer(plan, path) as add:
+                for samples in _encoded_batches(plan, shard, synthesize, score, examine, sign, batch_size):
+                    with storage_errors(store.where(name)):
+                        add([sample for sample in samples if sample.sha256 is not None])
+                    done.extend(replace(sample, data=b"") for sample in samples)
+                    if on_batch is not None:
+                        on_batch(len(done))
+            with path.open("rb") as file:
+                entry = FileEntry(name, path.stat().st_size, hash_file(file))
+            if plan.request.signed:
+                _check_still_missing(plan, shard, store, identity)
+    except _MadeElsewhereError as error:
+        return error.record
     record = ShardRecord(shard, entry, tuple(sample.sha256 for sample in done))
     if plan.scored or plan.gated:
         record = replace(record, tries=tuple(sample.tries for sample in done))
@@ -113,8 +120,29 @@ def write_shard(
         record = replace(record, probabilities=tuple(sample.probability for sample in done))
     if plan.gated:
         record = replace(record, checks=tuple(sample.checks for sample in done if sample.checks is not None))
-    store.write(_sidecar(shard), _to_sidecar(plan, identity, record))
+    store.write(_sidecar(plan, shard, entry.sha256), _to_sidecar(plan, identity, record))
     return record
+
+
+class _MadeElsewhereError(Exception):
+    """Another process has made the shard in the meantime."""
+
+    def __init__(self, record: ShardRecord) -> None:
+        self.record = record
+
+
+def _check_still_missing(plan: DatasetPlan, shard: int, store: Store, identity: Mapping[str, str] | None) -> None:
+    """Check that no other process has made a shard with signed images, whose bytes would differ.
+
+    Raises:
+        _MadeElsewhereError: The shard is there, so it must not be replaced.
+        StorageError: The whole dataset is finished.
+    """
+    record = find_shard(plan, shard, store, identity=identity)
+    if record is not None:
+        raise _MadeElsewhereError(record)
+    if store.size(MANIFEST) is not None:
+        raise StorageError(f"{store.location}: another process has finished the dataset in the meantime")
 
 
 def find_shard(
@@ -124,7 +152,13 @@ def find_shard(
 
     The shard must be of the same plan and identity, and its file must have the recorded SHA-256.
     """
-    name = _sidecar(shard)
+    sha256 = None
+    if plan.request.signed:
+        file_there = shard_file(plan, shard)
+        sha256 = None if store.size(file_there) is None else store.sha256(file_there)
+        if sha256 is None:
+            return None
+    name = _sidecar(plan, shard, sha256)
     if store.size(name) is None:
         return None
     try:
@@ -138,17 +172,14 @@ def find_shard(
     whole = file.name == shard_file(plan, shard) and len(images) == len(plan.shard(shard))
     if not (same and whole and store.size(file.name) == file.bytes):
         return None
-    return record if store.sha256(file.name) == file.sha256 else None
+    return record if (sha256 or store.sha256(file.name)) == file.sha256 else None
 
 
 def missing_shards(plan: DatasetPlan, store: Store) -> list[int]:
     """Return the shards that are not finished, by one listing of the storage. No file is read."""
     entries = set(store.entries())
-    return [
-        shard
-        for shard in range(plan.shards)
-        if _sidecar(shard) not in entries or shard_file(plan, shard) not in entries
-    ]
+    recorded = {int(match[1]) for match in map(_SIDECAR.fullmatch, entries) if match is not None}
+    return [shard for shard in range(plan.shards) if shard not in recorded or shard_file(plan, shard) not in entries]
 
 
 def shard_file(plan: DatasetPlan, shard: int) -> str:
@@ -156,8 +187,14 @@ def shard_file(plan: DatasetPlan, shard: int) -> str:
     return container_name(plan, shard) or f"{PARTIAL}/shard-{shard:05d}.zip"
 
 
-def _sidecar(shard: int) -> str:
-    return f"{PARTIAL}/shard-{shard:05d}.json"
+def _sidecar(plan: DatasetPlan, shard: int, sha256: str | None) -> str:
+    """Return the name of the file that describes a shard.
+
+    If images are signed, processes that make a shard at the same time write different files, and the last one stays. Each of
+    them writes a description of its own, whose name has the SHA-256 of the shard's file.
+    """
+    suffix = f"-{sha256}" if plan.request.signed else ""
+    return f"{PARTIAL}/shard-{shard:05d}{suffix}.json"
 
 
 def _checks(row: Mapping[str, Any]) -> Checks:
@@ -239,7 +276,7 @@ def check_space(plan: DatasetPlan, store: Store, resolution: int) -> None:
     free = store.free_bytes()
     if free is None:
         return
-    missing = sum(len(plan.shard(k)) for k in range(plan.shards) if store.size(_sidecar(k)) is None)
+    missing = sum(len(plan.shard(shard)) for shard in missing_shards(plan, store))
     need = missing * _bytes_per_image(plan.request, resolution)
     if plan.request.format == "imagefolder":
         need += plan.samples * _bytes_per_image(

@@ -19,6 +19,8 @@ from typing import IO, Any
 from dermis.errors import DermisError, StorageError
 from dermis.files import names_below, open_regular
 
+MANIFEST = "manifest.json"
+"""The file that is written last: a folder with it is a finished dataset."""
 PARTIAL = ".partial"
 """Folder of the files that are removed when the dataset is complete."""
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -29,8 +28,9 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from dermis.bundle import open_bundle
+from dermis.dataset.plan import latent_index
 from dermis.dataset.privacy import pass_gate
-from dermis.dataset.request import PrivacyOptions, classes_of
+from dermis.dataset.request import GateOptions, classes_of
 from dermis.directions.edit import Edit, bundle_offset
 from dermis.errors import RequestError, escape
 from dermis.imaging import Images
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 GeneratedSample = tuple[Any, int]
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+_MAX_TRIES = 16
 _DIGEST_DIGITS = 15  # first digits of a bundle's digest, as in the states of `dermis_client.torch`
 
 
@@ -64,9 +65,8 @@ class GeneratedDataset(IterableDataset[GeneratedSample]):
     continue an interrupted epoch: of this object, if it is iterated in its own process, or through torchdata's
     StatefulDataLoader, which calls them in each worker. A state of `SyntheticIterable` can be loaded too, and the reverse.
 
-    With a gate, samples that are too near to a training image are left out, as with `on_reject: drop` of a dataset; with the
-    gate "authentic" the others are those of `SyntheticIterable` with `only_authentic`. The bundle needs an index of its
-    training images.
+    With a gate, samples that are too near to a training image are left out or replaced, as in a dataset with `on_reject` "drop"
+    or "resample". The bundle needs an index of its training images.
 
     Args:
         bundle: Folder or fsspec URL of a bundle, or the name of an installed one.
@@ -83,7 +83,10 @@ class GeneratedDataset(IterableDataset[GeneratedSample]):
         gate: None; "authentic": the distance to the nearest training image must be larger than the distance of that one to its
             nearest other training image; or "min_distance": it must be at least a percentile of these distances.
         percentile: That percentile, 0 to 100.
-        detect_copies: With a gate, also leave out what the bundle's copy detector finds, if it has one.
+        detect_copies: With a gate, refuse also what the bundle's copy detector finds, if it has one.
+        on_reject: What to do with refused samples. "drop": leave them out. "resample": generate the image of another latent
+            in their place, with the same label.
+        tries: For "resample": images that may be refused before a sample is left out, 1 to 16.
         device: "auto", or a name of torch.
         rank: Number of this process; by default that of torch.distributed.
         world_size: Number of processes.
@@ -110,6 +113,8 @@ class GeneratedDataset(IterableDataset[GeneratedSample]):
         gate: Literal["authentic", "min_distance"] | None = None,
         percentile: float = 1.0,
         detect_copies: bool = True,
+        on_reject: Literal["drop", "resample"] = "drop",
+        tries: int = 8,
         device: str = "auto",
         rank: int | None = None,
         world_size: int | None = None,
@@ -137,6 +142,10 @@ class GeneratedDataset(IterableDataset[GeneratedSample]):
             raise RequestError("gate", f'"{escape(gate)}" is none of authentic, min_distance')
         if not (math.isfinite(percentile) and 0 <= percentile <= 100):
             raise RequestError("percentile", "must be 0 to 100")
+        if on_reject not in ("drop", "resample"):
+            raise RequestError("on_reject", f'"{escape(on_reject)}" is none of drop, resample')
+        if not 1 <= tries <= _MAX_TRIES:
+            raise RequestError("tries", f"must be 1 to {_MAX_TRIES}")
         if gate is not None and self._bundle.authenticity is None:
             raise RequestError(
                 "gate", "the bundle has no index of its training images; make one with dermis index build", "no-index"
@@ -160,7 +169,10 @@ class GeneratedDataset(IterableDataset[GeneratedSample]):
             "truncation_cutoff": truncation_cutoff,
             "noise_mode": noise_mode,
         }
-        self._gate = None if gate is None else _gate(gate, percentile, detect_copies)
+        self._gate = (
+            None if gate is None else GateOptions(gate=gate, percentile=float(percentile), detect_copies=detect_copies)
+        )
+        self._tries = tries if on_reject == "resample" else 1
         self._device = device
         self._synthesizer: tuple[int, Synthesizer] | None = None
         self._checker: Checker | None = None
@@ -251,25 +263,33 @@ class GeneratedDataset(IterableDataset[GeneratedSample]):
 
     def _generate(self, start: int, size: int) -> list[tuple[Images, int]]:
         """Generate a chunk: the images that pass the gate and their labels, in the order of the stream."""
-        counts = Counter(self._label(start + position) for position in range(size))
-        labels = [
-            label for label in sorted(counts) for _ in range(counts[label])
-        ]  # class by class, as the service answers
-        indices = list(range(start, start + size))
-        images = self._synthesizer_here().images(
-            [self._seed] * size,
-            indices,
-            [self._numbers[label] for label in labels],
-            offset=self._offset,
-            **self._options,
-        )
-        if images.shape[-1] == 1:
-            images = np.repeat(images, 3, axis=-1)
-        places = list(range(size))
-        if self._gate is not None:
-            places = np.flatnonzero(pass_gate(self._checker_here(), images, self._gate)).tolist()
-        random.Random(f"{self._seed} {start}").shuffle(places)
-        return [(images[place], labels[place]) for place in places]
+        labels = sorted(
+            self._label(start + position) for position in range(size)
+        )  # class by class, as the service answers
+        images: list[Images | None] = [None] * size
+        pending = np.arange(size)
+        for attempt in range(self._tries):
+            indices = [latent_index(start + position, attempt) for position in pending.tolist()]
+            candidates = self._synthesizer_here().images(
+                [self._seed] * len(indices),
+                indices,
+                [self._numbers[labels[position]] for position in pending],
+                offset=self._offset,
+                **self._options,
+            )
+            if candidates.shape[-1] == 1:
+                candidates = np.repeat(candidates, 3, axis=-1)
+            accepted = np.ones(len(pending), bool)
+            if self._gate is not None:
+                accepted = pass_gate(self._checker_here(), candidates, self._gate)
+            for place in np.flatnonzero(accepted):
+                images[pending[place]] = candidates[place]
+            pending = pending[~accepted]
+            if not len(pending):
+                break
+        samples = [(image, label) for image, label in zip(images, labels, strict=True) if image is not None]
+        random.Random(f"{self._seed} {start}").shuffle(samples)
+        return samples
 
     def _label(self, index: int) -> int:
         """The class of a sample: a sequence that has the shares of the classes in every section, not only on average.
@@ -305,9 +325,3 @@ class GeneratedDataset(IterableDataset[GeneratedSample]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_synthesizer": None, "_checker": None}
-
-
-def _gate(condition: Literal["authentic", "min_distance"], percentile: float, detect_copies: bool) -> PrivacyOptions:
-    return PrivacyOptions(
-        gate=condition, percentile=float(percentile), detect_copies=detect_copies, on_reject="drop", tries=1
-    )

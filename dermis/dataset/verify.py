@@ -6,28 +6,20 @@ import csv
 import hashlib
 import io
 import os
-import tarfile
 import zipfile
 import zlib
-from collections.abc import Set
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from dermis.dataset.canonical_hashes import canonical_croissant, listing_sha256
 from dermis.dataset.containers import read_container
-from dermis.dataset.manifest import (
-    ARCHIVE,
-    CROISSANT,
-    MANIFEST,
-    METADATA,
-    PREVIEW,
-    SIGNATURE,
-    Manifest,
-    read_manifest,
-)
+from dermis.dataset.hashing import HashingReader
+from dermis.dataset.manifest import ARCHIVE, CROISSANT, METADATA, PREVIEW, SIGNATURE, Manifest, read_hashed_manifest
 from dermis.dataset.plan import plan
-from dermis.dataset.store import Store, hash_file
+from dermis.dataset.shards import FileEntry
+from dermis.dataset.store import MANIFEST, Store, hash_file
 from dermis.errors import StorageError, escape
 from dermis.files import NotRegularError, open_regular
 from dermis.provenance.canonical import canonical_sha256
@@ -45,6 +37,7 @@ class Report:
         missing: Files that are listed but do not exist.
         extra: Files that exist but are not listed.
         canonical: The digest of the dataset without the signatures of images; empty if they are not signed.
+        sha256: SHA-256 (hex) of manifest.json, and of each file as the manifest lists it, by name; empty for an archive alone.
     """
 
     checked: int
@@ -52,6 +45,7 @@ class Report:
     missing: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
     canonical: str = ""
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -75,18 +69,17 @@ def verify(location: str | Path) -> Report:
     if Path(location).is_file() and zipfile.is_zipfile(location):
         return _verify_archive(Path(location))
     store = Store(location)
-    manifest = read_manifest(store)
+    manifest, manifest_sha256 = read_hashed_manifest(store)
     listed = {file.name: file for file in manifest.files}
-    changed: list[str] = []
+    changed = _with_other_digest(manifest)
     missing: list[str] = []
     entries = set(store.entries())
     for name, file in listed.items():
         size = store.size(name)
         if size is None:
             (changed if name in entries else missing).append(name)
-        elif size != file.bytes or _sha256(store, name) != file.sha256:
+        elif size != file.bytes or not _is_as_listed(store, manifest, file):
             changed.append(name)
-    changed += _canonically_changed(store, manifest, {*changed, *missing})
     extra = entries - listed.keys() - {MANIFEST, SIGNATURE}
     if ARCHIVE in listed and ARCHIVE not in [*changed, *missing] and store.folder:
         unpacked = {name for name in extra if name.startswith("images/")}
@@ -96,46 +89,60 @@ def verify(location: str | Path) -> Report:
             changed += different
             extra -= known
     digest = "" if manifest.canonical is None else manifest.canonical.digest
-    return Report(len(listed), tuple(sorted(changed)), tuple(sorted(missing)), tuple(sorted(extra)), digest)
+    return Report(
+        len(listed),
+        tuple(sorted(changed)),
+        tuple(sorted(missing)),
+        tuple(sorted(extra)),
+        digest,
+        {MANIFEST: manifest_sha256, **{name: file.sha256 for name, file in listed.items()}},
+    )
 
 
-def _canonically_changed(store: Store, manifest: Manifest, wrong: Set[str]) -> list[str]:
-    """Return the files, except those that are known to be wrong, whose canonical hashes differ from their content.
-
-    If the digest of the manifest differs from these hashes, manifest.json itself is changed.
-    """
-    if manifest.canonical is None:
+def _with_other_digest(manifest: Manifest) -> list[str]:
+    """Return manifest.json if its digest without signatures is not that of its hashes, so that it is changed itself."""
+    if manifest.canonical is None or manifest.with_canonical(manifest.canonical.files) == manifest:
         return []
-    hashes = manifest.canonical.files
-    changed = [] if manifest.with_canonical(hashes) == manifest else [MANIFEST]
-    layout = plan(manifest.request, manifest.bundle_digest, manifest.class_names)
-    for name, sha256 in hashes.items():
-        if name in wrong:
-            continue
-        try:
-            if name == PREVIEW:
-                found = canonical_sha256(store.read(name))
-            elif name == CROISSANT:
-                found = hashlib.sha256(canonical_croissant(store.read(name), hashes)).hexdigest()
-            else:
-                with store.open(name) as container:
-                    images = read_container(layout, container)
-                    found = listing_sha256((image, canonical_sha256(data)) for image, data in images)
-        except (OSError, ValueError, zipfile.BadZipFile, tarfile.TarError, zlib.error):
-            found = ""
-        if found != sha256:
-            changed.append(name)
-    return changed
+    return [MANIFEST]
 
 
-def _sha256(store: Store, name: str) -> str | None:
-    """Return the SHA-256 of a file; None if it is not a regular file of the folder."""
+def _is_as_listed(store: Store, manifest: Manifest, file: FileEntry) -> bool:
+    """Whether a file has the hashes in the manifest. It is read once, also if it has a hash without signatures too."""
+    name = file.name
+    hashes = {} if manifest.canonical is None else manifest.canonical.files
     try:
-        return store.sha256(name)
+        if name not in hashes:
+            return store.sha256(name) == file.sha256
+        if name in (PREVIEW, CROISSANT):
+            data = store.read(name)
+            return hashlib.sha256(data).hexdigest() == file.sha256 and _canonical_of(name, data, hashes) == hashes[name]
+        with store.errors(name), store.open(name) as opened:
+            reader = HashingReader(opened)
+            canonical = _canonical_of_container(manifest, cast(IO[bytes], reader))
+            return reader.sha256() == file.sha256 and canonical == hashes[name]
     except StorageError as error:
         if isinstance(error.__cause__, NotRegularError):
-            return None
+            return False
         raise
+
+
+def _canonical_of(name: str, data: bytes, hashes: Mapping[str, str]) -> str:
+    """Return the canonical SHA-256 of the preview or of croissant.json; empty if the file is damaged."""
+    try:
+        if name == PREVIEW:
+            return canonical_sha256(data)
+        return hashlib.sha256(canonical_croissant(data, hashes)).hexdigest()
+    except ValueError:
+        return ""
+
+
+def _canonical_of_container(manifest: Manifest, file: IO[bytes]) -> str:
+    """Return the canonical SHA-256 of a container; empty if it is damaged."""
+    layout = plan(manifest.request, manifest.bundle_digest, manifest.class_names)
+    try:
+        return listing_sha256((name, canonical_sha256(data)) for name, data in read_container(layout, file))
+    except Exception:  # of zipfile, tarfile and pyarrow, which have many kinds for damaged files
+        return ""
 
 
 def _verify_archive(path: Path) -> Report:

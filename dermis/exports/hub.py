@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 from dermis.addresses import is_loopback, proxy_variable
-from dermis.dataset.manifest import MANIFEST, read_manifest
-from dermis.dataset.store import Store
+from dermis.dataset.manifest import read_manifest
+from dermis.dataset.store import MANIFEST, Store
 from dermis.dataset.terms import terms_of
 from dermis.dataset.verify import verify
 from dermis.errors import DataError, DermisError, RequestError, escape, install_command

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dermis.dataset.containers import folder_name
-from dermis.dataset.manifest import CROISSANT, MANIFEST, Manifest
+from dermis.dataset.manifest import CROISSANT, Manifest
 from dermis.dataset.reading import Row, open_dataset, samples_of
-from dermis.dataset.store import Store
+from dermis.dataset.store import MANIFEST, Store
 from dermis.errors import DataError, quote
 from dermis.strict_json import parse_json
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dermis.dataset.containers import read_container
-from dermis.dataset.manifest import MANIFEST, SINGLE_FILES, read_manifest
+from dermis.dataset.manifest import SINGLE_FILES, read_manifest
 from dermis.dataset.plan import plan
-from dermis.dataset.store import Store
+from dermis.dataset.store import MANIFEST, Store
 from dermis.errors import DataError, StorageError, escape
 from dermis.files import NotRegularError, names_below, open_regular
 

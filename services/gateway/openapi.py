@@ -18,7 +18,7 @@ from services.gateway.auth.principal import SCOPES
 from services.gateway.schemas.datasets import Dataset
 from services.gateway.schemas.edits import EditsRequest
 from services.gateway.schemas.embeddings import EmbeddingsRequest, ProjectedEmbeddingsRequest
-from services.gateway.schemas.images import ImagesRequest
+from services.gateway.schemas.images import ImagesRequest, SamplesRequest
 from services.gateway.schemas.keys import KeyRequest
 from services.gateway.schemas.latent_images import InterpolationRequest, NeighboursRequest
 from services.gateway.schemas.studies import AnswerRequest, InvitationRequest, StudyRequest
@@ -136,6 +136,7 @@ def openapi_document(app: FastAPI, settings: Settings) -> dict[str, Any]:
             [
                 (DatasetRequest, "validation"),
                 (ImagesRequest, "validation"),
+                (SamplesRequest, "validation"),
                 (EditsRequest, "validation"),
                 (InterpolationRequest, "validation"),
                 (NeighboursRequest, "validation"),

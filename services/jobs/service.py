@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis.bundle import Bundle
-from dermis.dataset.manifest import MANIFEST, read_manifest
+from dermis.dataset.manifest import read_manifest
 from dermis.dataset.plan import plan_for
 from dermis.dataset.request import DatasetRequest, check_against
 from dermis.dataset.shards import check_space, max_dataset_bytes
-from dermis.dataset.store import Store
+from dermis.dataset.store import MANIFEST, Store
 from dermis.errors import DermisError, RequestError, StorageError
 from services import tracing
 from services.image_signing import NO_CERTIFICATE

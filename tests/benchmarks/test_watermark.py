@@ -19,8 +19,8 @@ def test_threshold_is_the_least_number_that_random_bits_seldom_reach() -> None:
 def test_a_part_of_the_real_images_is_spread_over_all(tmp_path: Path) -> None:
     for index in range(9):
         Image.new("RGB", (8, 8), (20 * index, 0, 0)).save(tmp_path / f"{index}.jpg", quality=100)
-    reds = real(tmp_path, 8, 3)[:, 0, 0, 0]
-    assert np.abs(reds.astype(int) - [0, 60, 120]).max() <= 4 and len(real(tmp_path, 8, None)) == 9
+    reds = np.stack(list(real(tmp_path, 8, 3)))[:, 0, 0, 0]
+    assert np.abs(reds.astype(int) - [0, 60, 120]).max() <= 4 and len(list(real(tmp_path, 8, None))) == 9
 
 
 @pytest.mark.full

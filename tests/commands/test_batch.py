@@ -173,7 +173,7 @@ def test_printed_jobs_are_valid_restricted_and_equal_to_the_example(run: Run) ->
     "options",
     [
         "--classes benign=7,malignant=9 --keep agreeing --tries 3 --max-probability 0.75 --seed 9 --image-format jpeg",
-        "--classes malignant=9 --gate min_distance --no-detect-copies --score --edit hair=0.00001@0-4 --edit frame=-1",
+        "--classes malignant=9 --gate min_distance --no-detect-copies --score --c2pa --edit hair=0.00001@0-4 --edit frame=-1",
     ],
 )
 def test_arguments_of_the_pods_make_the_same_request(run: Run, options: str) -> None:
@@ -188,6 +188,30 @@ def test_arguments_of_the_pods_make_the_same_request(run: Run, options: str) -> 
         kept = [argument for argument in arguments if argument != "--finalize"]
         again = run(*kept, *(() if "--shards=auto/4" in kept else ("--shards", "auto/4")), "--print-job")
         assert again == (0, text, "")
+
+
+def test_pods_that_sign_have_the_certificate_of_a_secret(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--print-job needs no certificate here, and one that is here decides as for a dataset that is made here."""
+    place = ("generate", "--bundle", "demo", "--classes", "benign=9", "--out", "s3://datasets/lesions", "--print-job")
+    unsigned, signed = run(*place)[1], run(*place, "--c2pa")[1]
+    documents = list(yaml.safe_load_all(signed))
+    for document in documents:
+        kubernetes_validate.validate(document, "1.37", strict=True)
+        pod = document["spec"]["template"]["spec"]
+        (container,) = pod["containers"]
+        assert "--c2pa" in container["args"]
+        (secret,) = (volume for volume in pod["volumes"] if "secret" in volume)
+        assert secret["secret"] == {"secretName": "dermis-c2pa", "defaultMode": 0o440}
+        (mount,) = (mount for mount in container["volumeMounts"] if mount["name"] == secret["name"])
+        files = {each["name"]: each["value"] for each in container["env"] if each["name"].startswith("DERMIS_C2PA_")}
+        names = {"CERTIFICATE": "certificate.pem", "KEY": "key.pem"}
+        assert mount["readOnly"] and files == {
+            f"DERMIS_C2PA_{name}": f"{mount['mountPath']}/{file}" for name, file in names.items()
+        }
+    assert "secret generic dermis-c2pa --from-file=certificate.pem --from-file=key.pem" in signed
+    assert "c2pa" not in unsigned
+    monkeypatch.setenv("DERMIS_C2PA_CERTIFICATE", "certificate.pem")
+    assert run(*place)[1] == signed
 
 
 def test_jobs_that_could_not_run_are_refused(run: Run, tiny_bundle: Bundle, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,16 +13,16 @@ from pathlib import Path
 import dermis_client
 import pytest
 
+from benchmarks.signers import SignerFiles, make_signer
 from dermis.bundle import Bundle
 from painter import Painter
-from signers import TestSigner, make_signer
 
 pytest.importorskip("c2pa", reason="c2pa-python is not installed")
 Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
-def signers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TestSigner]:
+def signers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SignerFiles]:
     folder = tmp_path_factory.mktemp("signers")
     return {name: make_signer(folder / name, name) for name in ("Clinic", "Other")}
 
@@ -38,7 +39,7 @@ def test_signed_dataset_has_the_hashes_of_the_unsigned_one(
     run: Run,
     painter: type[Painter],
     tiny_bundle: Bundle,
-    signers: dict[str, TestSigner],
+    signers: dict[str, SignerFiles],
     tmp_path: Path,
     file_format: str,
     image_format: str,
@@ -101,14 +102,45 @@ def test_signed_dataset_has_the_hashes_of_the_unsigned_one(
         assert status == 1 and "SYN_00000000.png: tampered" in out and "8 signed, 1 tampered" in out
 
 
+def test_parts_that_two_processes_sign_make_the_dataset_of_one(
+    run: Run, painter: type[Painter], tiny_bundle: Bundle, signers: dict[str, SignerFiles], tmp_path: Path
+) -> None:
+    """Of each shard the file that was written last stays, whichever description was written last."""
+    clinic, other = (
+        ("--c2pa-certificate", signers[name].certificate, "--c2pa-key", signers[name].key)
+        for name in ("Clinic", "Other")
+    )
+    asked = ("generate", "--bundle", tiny_bundle.location, "--classes", "benign=5,malignant=4", "--shard-size", 4)
+    asked += ("--format", "webdataset", "--out")
+    one, parts, late = (tmp_path / name for name in ("one", "parts", "late"))
+    assert run(*asked, one, *clinic)[0] == 0
+    for folder, keys in ((parts, clinic), (late, other)):
+        assert run(*asked, folder, *keys, "--shards", "0/2")[0] == 0
+    first, second = sorted(path.name for path in late.glob("*.tar"))
+    shutil.copy(late / first, parts / first)  # the other process was killed before it wrote its description
+    shutil.copytree(late, parts, dirs_exist_ok=True, ignore=lambda *_: [first, *(_names(late, "shard-00000-*"))])
+    assert (parts / second).read_bytes() == (late / second).read_bytes() and len(_names(parts, "shard-00002-*")) == 2
+    assert run(*asked, parts, *clinic, "--shards", "1/2")[0] == 0
+    status, _, err = run(*asked, parts, *clinic, "--finalize")
+    assert status == 2 and "shard 0 of 3 is damaged" in err
+    assert run(*asked, parts, *clinic, "--shards", "0/2")[0] == 0
+    assert run(*asked, parts, *clinic, "--finalize")[0] == 0 and not (parts / ".partial").exists()
+    digests = [run("verify", folder)[1].split()[-1] for folder in (one, parts)]
+    assert digests[0] == digests[1] and len(digests[0]) == 64
+    status, out, _ = run("verify", "--provenance", parts)
+    assert status == 0 and "9 images: 9 unknown signer; signers: Clinic, Test, Other, Test" in out
+
+
+def _names(folder: Path, pattern: str) -> list[str]:
+    return [path.name for path in folder.rglob(pattern)]
+
+
 def test_wrong_options_of_signing_are_named(
-    run: Run, tiny_bundle: Bundle, signers: dict[str, TestSigner], tmp_path: Path
+    run: Run, tiny_bundle: Bundle, signers: dict[str, SignerFiles], tmp_path: Path
 ) -> None:
     asked = ("generate", "--bundle", tiny_bundle.location, "--classes", "benign=1", "--out", tmp_path / "d")
     clinic = signers["Clinic"]
     assert "give --c2pa-certificate and --c2pa-key" in run(*asked, "--c2pa")[2]
     assert "give both" in run(*asked, "--c2pa-key", clinic.key)[2]
-    keys = ("--c2pa-certificate", clinic.certificate, "--c2pa-key", clinic.key)
-    assert "add --no-c2pa" in run(*asked, *keys, "--print-job", "--shards", "auto/2")[2]
     assert "has no PNG" in run("verify", "--provenance", tmp_path)[2]
     assert "is no file" in run("verify", "--provenance", tmp_path / "missing")[2]

@@ -26,9 +26,9 @@ from tqdm import tqdm
 from dermis.bundle import DESCRIPTOR, Bundle, open_bundle, trained_on
 from dermis.bundle.folder import exists
 from dermis.classifier.preprocess import to_input
-from dermis.dataset.manifest import MANIFEST, METADATA
+from dermis.dataset.manifest import METADATA
 from dermis.dataset.reading import open_dataset, samples_of
-from dermis.dataset.store import Store
+from dermis.dataset.store import MANIFEST, Store
 from dermis.errors import DataError
 from dermis.files import write_file
 from dermis.imaging import Images, as_rgb, decode

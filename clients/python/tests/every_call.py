@@ -123,12 +123,15 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         ({"benign": 1},),
         {
             **GENERATION, "truncation_cutoff": 2, "noise_mode": "none", "image_format": "png", "image_quality": 90,
-            "edits": [{"direction": "sefa-1", "strength": -1, "layers": [0, 2]}], **SIGNED,
+            "edits": [{"direction": "sefa-1", "strength": -1, "layers": [0, 2]}], "privacy": {"gate": "authentic"}, **SIGNED,
         },
     ),
     "images.generate_pixels": (
         ({"benign": 1},),
-        {**GENERATION, "truncation_cutoff": 2, "noise_mode": "none", "edits": {"sefa-1": 1}},
+        {
+            **GENERATION, "truncation_cutoff": 2, "noise_mode": "none", "edits": {"sefa-1": 1},
+            "privacy": {"gate": "min_distance", "percentile": 5.0},
+        },
     ),
     "classifications.create": ((png(9),), {"model": "demo", "threshold": 0.25}),
     "authenticity.check": ((png(9),), {"model": "demo"}),

@@ -27,6 +27,15 @@ from dermis_client.torch import SyntheticDataset, SyntheticIterable, to_tensor
 from torch.utils.data import DataLoader
 
 SHARES = {"benign": 3.0, "malignant": 1.0}
+STRIDE = 1 << 34  # from a sample to its next candidate, as in datasets
+
+
+def passes(index: int, privacy: Mapping[str, Any]) -> bool:
+    """The result of a gate for the image of an index: of candidates after the first, every second one is refused."""
+    if index >= STRIDE:
+        return bool((index // STRIDE + index) % 2)
+    divisor = 5 if privacy["gate"] == "authentic" else round(privacy["percentile"])
+    return bool(index % divisor) and not (privacy["detect_copies"] and index % 7 == 0)
 
 
 class FakeClient:
@@ -46,9 +55,9 @@ class FakeClient:
         refusals: int = 0,
         refusal: Exception | None = None,
     ) -> None:
-        self.images, self.authenticity, self._fails_at = self, self, fails_at
+        self.images, self._fails_at = self, fails_at
         self._digests, self._refusals, self._refusal = deque(digests), refusals, refusal
-        self._refused: Counter[tuple[str, int]] = Counter()
+        self._refused: Counter[int] = Counter()
 
     def __enter__(self) -> FakeClient:
         return self
@@ -56,14 +65,22 @@ class FakeClient:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def _answer(self, call: str, start_index: int, data: list[Any]) -> Any:
-        if self._refusal is not None and self._refused[call, start_index] < self._refusals:
-            self._refused[call, start_index] += 1
+    def _answer(self, start_index: int, data: list[Any]) -> Any:
+        if self._refusal is not None and self._refused[start_index] < self._refusals:
+            self._refused[start_index] += 1
             raise self._refusal
         digest = self._digests.popleft() if len(self._digests) > 1 else self._digests[0]
         return ImagesResult.model_construct(model=ModelRef(name="demo", digest=digest), data=data)
 
-    def generate(self, classes: Mapping[str, int], *, seed: int, start_index: int, **_: Any) -> Any:
+    def generate(
+        self,
+        classes: Mapping[str, int],
+        *,
+        seed: int,
+        start_index: int,
+        privacy: Mapping[str, Any] | None = None,
+        **_: Any,
+    ) -> Any:
         if self._fails_at is not None and start_index >= self._fails_at:
             raise APIConnectionError("no answer")
         names = [name for name, count in classes.items() for _ in range(count)]
@@ -72,26 +89,25 @@ class FakeClient:
                 class_name=name,
                 seed=seed,
                 index=index,
-                image=Image.new("RGB", (1, 1), (index % 256, index // 256, seed)),
+                image=Image.new("RGB", (1, 1), (index % 256, index // STRIDE * 16 + index % STRIDE // 256, seed)),
+                passed=None if privacy is None else passes(index, privacy),
             )
             for index, name in enumerate(names, start_index)
         ]
-        return self._answer("generate", start_index, images)
+        return self._answer(start_index, images)
 
     def generate_pixels(self, classes: Mapping[str, int], **options: Any) -> Any:
         return pixels_of(self.generate(classes, **options))
-
-    def check_generated(self, classes: Mapping[str, int], *, start_index: int, **_: Any) -> Any:
-        verdicts = [
-            SimpleNamespace(authentic=index % 5 != 0, copy_detected=index % 7 == 0)
-            for index in range(start_index, start_index + sum(classes.values()))
-        ]
-        return self._answer("check", start_index, verdicts)
 
 
 def index_of(image: Image.Image) -> int:
     red, green, _ = image.getpixel((0, 0))  # type: ignore[misc]
     return int(red + 256 * green)
+
+
+def latent_index_of(image: Image.Image) -> int:
+    red, green, _ = image.getpixel((0, 0))  # type: ignore[misc]
+    return int(red + 256 * (green % 16) + green // 16 * STRIDE)
 
 
 def stream(**values: Any) -> SyntheticIterable:
@@ -125,12 +141,39 @@ def test_epochs_continue_each_other_and_a_position_can_be_restored() -> None:
     assert len(list(islice(stream(samples=None), 1000))) == 1000
 
 
-def test_samples_that_are_not_authentic_are_left_out() -> None:
-    assert sorted(index for index, _ in stream(only_authentic=True)) == [
-        index for index in range(200) if index % 5 and index % 7
-    ]
-    with pytest.raises(InvalidRequestError, match="noise_mode: only_authentic"):
-        stream(only_authentic=True, noise_mode="const")
+def test_samples_that_the_gate_refuses_are_left_out() -> None:
+    def kept(**options: Any) -> list[int]:
+        return sorted(index for index, _ in stream(**options))
+
+    authentic = [index for index in range(200) if index % 5 and index % 7]
+    assert kept(gate="authentic") == authentic
+    assert kept(gate="authentic", detect_copies=False) == [index for index in range(200) if index % 5]
+    assert kept(gate="min_distance", percentile=3) == [index for index in range(200) if index % 3 and index % 7]
+    assert kept(gate="authentic", noise_mode="const", image_format="jpeg") == authentic
+    with pytest.raises(TypeError, match="gate"):
+        len(stream(gate="authentic"))
+    with pytest.warns(DeprecationWarning, match='give gate="authentic"'):
+        assert kept(only_authentic=True) == authentic
+
+
+def test_samples_that_the_gate_refuses_are_replaced() -> None:
+    whole = list(stream())
+    label_of = dict(whole)
+    samples = list(stream(gate="authentic", on_reject="resample", transform=latent_index_of))
+    assert len(samples) == 200 and len({index % STRIDE for index, _ in samples}) == 200
+    assert all(label == label_of[index % STRIDE] for index, label in samples), (
+        "a replacement has the label of its sample"
+    )
+    attempts = {index % STRIDE: index // STRIDE for index, _ in samples}
+    for index, attempt in attempts.items():
+        assert attempt == (0 if index % 5 and index % 7 else 1 + index % 2), "the first candidate that passes"
+    few = list(stream(gate="authentic", on_reject="resample", tries=2, transform=latent_index_of))
+    assert sorted(few) == sorted(sample for sample in samples if sample[0] < 2 * STRIDE)
+    interrupted = stream(gate="authentic", on_reject="resample", transform=latent_index_of)
+    begun = list(islice(interrupted, 43))
+    other = stream(gate="authentic", on_reject="resample", transform=latent_index_of)
+    other.load_state_dict(interrupted.state_dict())
+    assert begun + list(other) == samples
 
 
 class FilesClient(FakeClient):
@@ -164,6 +207,18 @@ def test_errors_reach_the_training() -> None:
             stream(**values)
     with pytest.raises(InvalidRequestError, match="classes"):
         SyntheticIterable({"benign": -1.0})
+    for message, values in (
+        ("gate: 'near' is none of authentic, min_distance", {"gate": "near"}),
+        ("percentile: must be 0 to 100", {"gate": "min_distance", "percentile": float("nan")}),
+        ("on_reject: 'flag' is none of drop, resample", {"gate": "authentic", "on_reject": "flag"}),
+        ("tries: must be 1 to 16", {"gate": "authentic", "on_reject": "resample", "tries": 0}),
+        ("privacy: give gate", {"privacy": {"gate": "authentic"}}),
+        ("only_authentic: contradicts", {"only_authentic": True, "gate": "min_distance"}),
+    ):
+        with pytest.raises(InvalidRequestError, match=message):
+            stream(**values)
+    with pytest.raises(IntegrityError, match="without the results of the gate"):
+        list(stream(gate="authentic", client=SilentClient))
 
 
 def busy(status: int = 503, retry_after: float | None = 0.0) -> ServerError:
@@ -173,10 +228,10 @@ def busy(status: int = 503, retry_after: float | None = 0.0) -> ServerError:
 
 def test_calls_are_repeated_while_the_service_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dermis_client.torch._LEAST_WAIT", 1e-3)
-    alone = list(stream(only_authentic=True))
+    alone = list(stream(gate="authentic"))
     for status in (503, 429):
         refusing = partial(FakeClient, refusals=8, refusal=busy(status))
-        assert list(stream(client=refusing, only_authentic=True)) == alone
+        assert list(stream(client=refusing, gate="authentic")) == alone
     for refusal, timeout in (
         (busy(), 0.0),  # no time left
         (busy(retry_after=7200.0), 600.0),  # such as a quota of a day: it would be free after the time only
@@ -193,13 +248,20 @@ def test_calls_are_repeated_while_the_service_is_busy(monkeypatch: pytest.Monkey
     begun.close()  # type: ignore[attr-defined]
 
 
+class SilentClient(FakeClient):
+    """Answers without the results of a gate."""
+
+    def generate(self, classes: Mapping[str, int], **options: Any) -> Any:
+        return super().generate(classes, **{**options, "privacy": None})
+
+
 class RefusesLater(FakeClient):
     """Refuses all chunks but the first."""
 
-    def _answer(self, call: str, start_index: int, data: list[Any]) -> Any:
+    def _answer(self, start_index: int, data: list[Any]) -> Any:
         if start_index == 0:
-            self._refused[call, 0] = self._refusals
-        return super()._answer(call, start_index, data)
+            self._refused[0] = self._refusals
+        return super()._answer(start_index, data)
 
 
 class CountingClient(FakeClient):
@@ -225,10 +287,10 @@ def test_calls_run_ahead_while_a_chunk_is_consumed() -> None:
     assert sorted(client.starts) == [0, 8, 16]
 
 
-def test_samples_and_verdicts_of_two_bundles_are_not_mixed() -> None:
+def test_samples_of_two_bundles_are_not_mixed() -> None:
     a, b = "a" * 64, "b" * 64
     with pytest.raises(IntegrityError, match=r"images 0 to 7: .* from the bundle aaaaaaaaaaaa\.\.\. to bbbbbbbbbbbb"):
-        list(stream(client=partial(FakeClient, digests=[a, b]), only_authentic=True, prefetch=1))  # image, verdict
+        list(stream(client=partial(FakeClient, digests=[a, b]), gate="authentic", on_reject="resample", prefetch=1))
     samples: list[Any] = []
     with pytest.raises(IntegrityError, match="images 16 to 23: the service has changed"):
         samples.extend(stream(client=partial(FakeClient, digests=[a, a, b]), prefetch=1))
@@ -260,6 +322,30 @@ def test_position_of_workers_is_not_given_as_that_of_this_process(monkeypatch: p
         assert data.state_dict()["chunks"] == 1, "a worker knows its own position"
     assert len(list(islice(data, 10))) == 10
     assert data.state_dict()["chunks"] == 1
+
+
+@pytest.mark.parametrize("gate", [{}, {"gate": "authentic", "on_reject": "resample"}])
+def test_interrupted_loader_with_workers_continues_where_it_was(gate: dict[str, Any]) -> None:
+    """torchdata asks each worker for its position; the state survives being written to a file."""
+    loaders: Any = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is not installed")
+
+    def loader() -> Any:
+        data = stream(samples=100, transform=latent_index_of, **gate)
+        return loaders.StatefulDataLoader(data, batch_size=3, num_workers=2, multiprocessing_context="fork")
+
+    def batches(loaded: Any) -> list[Any]:
+        return [(images.tolist(), labels.tolist()) for images, labels in loaded]
+
+    whole = batches(loader())
+    assert len({index % STRIDE for indices, _ in whole for index in indices}) == 100
+    interrupted = loader()
+    begun = batches(islice(interrupted, 11))
+    file = io.BytesIO()
+    torch.save(interrupted.state_dict(), file)
+    file.seek(0)
+    other = loader()
+    other.load_state_dict(torch.load(file))
+    assert begun + batches(other) == whole
 
 
 def test_downloaded_dataset(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def accepted(client: DermisClient) -> None:
         edits=[{"direction": "sefa-1", "strength": 1, "layers": [0, 2]}, {"direction": "sefa-2", "strength": -0.5}],
     )
     client.edits.create(samples=[("benign", 0, 0)], edits=CLASSES, sweep={"direction": "sefa-1", "strengths": (-1, 1)})
+    client.images.generate_pixels(CLASSES, privacy={"gate": "min_distance", "percentile": 5})
     client.webhooks.create("https://receiver.example", events=["dataset.succeeded"])
     client.projections.create("a.png", schedule="official", space="w+", start="encoder")
     response = client.datasets.with_raw_response.create(CLASSES, seed=1)
@@ -56,6 +57,7 @@ async def refused(client: DermisClient, other: AsyncDermisClient) -> None:
     client.datasets.create(CLASSES, format="zip")  # type: ignore[arg-type]
     client.datasets.create(CLASSES, privacy={"gate": "autentic"})  # type: ignore[arg-type]
     client.datasets.create(CLASSES, privacy={"on_rejection": "drop"})  # type: ignore[arg-type]
+    client.images.generate(CLASSES, privacy={"gate": "authentic", "on_reject": "drop"})  # type: ignore[arg-type]
     client.datasets.create(CLASSES, classifier={"keep": "agreed"})  # type: ignore[arg-type]
     client.datasets.create(CLASSES, provenance={"c2pa": "yes"})  # type: ignore[arg-type]
     client.datasets.create(CLASSES, edits=[{"direction": "sefa-1"}])  # type: ignore[typeddict-item]

@@ -17,18 +17,17 @@ from dermis.authenticity.verdict import Verdicts, verdicts_of
 from dermis.bundle import Bundle
 from dermis.bundle.index import IndexDescription
 from dermis.classifier.preprocess import batch
-from dermis.errors import RequestError
 from dermis.imaging import Images, as_rgb
 from dermis.perceptual_hash import fingerprints
 from services.gateway.auth.authentication import check_scope, requires
 from services.gateway.auth.principal import Principal
+from services.gateway.comparing import comparisons, index_of, nearest_of
 from services.gateway.dependencies import (
     Context,
     ContextDep,
     ModelQuery,
     choose_media_type,
     count_pixels,
-    limited_time,
     model_header,
     read_model,
     served_bundle,
@@ -37,7 +36,7 @@ from services.gateway.openapi import JSON_PROBLEMS, UPLOAD_PROBLEMS, headers, im
 from services.gateway.routes.images import class_of_each, rows_of
 from services.gateway.sampling import generate_within_limits
 from services.gateway.schemas.authenticity import AuthenticityList, AuthenticityModel, AuthenticityVerdict
-from services.gateway.schemas.images import ImagesRequest
+from services.gateway.schemas.images import SamplesRequest
 from services.inference.pixels import Comparison
 from services.problems import ProblemError
 from services.settings import Settings
@@ -57,8 +56,8 @@ _STEP = 0.01  # to multiples of which distances of generated images are rounded
 it is farther from that training image than that training image is from its own nearest neighbour among the training images
 (Alaa et al., arXiv 2102.08921).
 
-Send the JSON body of `/v1/images`: its images are generated and compared. The response does not say which training image is
-the nearest, and distances are rounded.
+Send the JSON body of `/v1/images`, without `privacy`: its images are generated and compared. The response does not say which
+training image is the nearest, and distances are rounded.
 
 If the operator has enabled it (`DERMIS_AUTHENTICITY_UPLOADS`; `uploads` in `/v1/models` shows the setting), images can be sent
 instead, as for `/v1/classifications`. It is disabled by default (403 `uploads-disabled`), because a distance near 0 shows that
@@ -66,7 +65,7 @@ an image is a training image. Uploads are kept in memory only. They are not logg
 resembles one of the last day (`DERMIS_AUTHENTICITY_REPEAT_SECONDS`) gets the answer for that one, marked as `repeated`; for
 this, a fingerprint of 256 bits of each upload is stored with the answer for that time.""",
     response_model=AuthenticityList,
-    openapi_extra=image_or_json_body("files", "ImagesRequest"),
+    openapi_extra=image_or_json_body("files", "SamplesRequest"),
     responses={
         200: {"description": "One verdict for each image, in their order.", "headers": headers("X-Dermis-Model")},
         **problems(
@@ -188,7 +187,7 @@ def check_uploads_allowed(settings: Settings) -> None:
 async def _compare_generated(
     request: Request, context: Context, principal: Principal
 ) -> tuple[Bundle, IndexDescription, Nearest]:
-    body = await read_model(request, ImagesRequest)
+    body = await read_model(request, SamplesRequest)
     bundle = await served_bundle(context, principal, body.model)
     index = index_of(bundle)
     rows = rows_of(body, bundle, class_of_each(body, bundle, context.settings.max_images))
@@ -204,29 +203,3 @@ async def _compare_generated(
         )
     )
     return bundle, index, await nearest_of(context, bundle, batch(as_rgb(images), index.resolution), Comparison())
-
-
-def comparisons(images: int) -> dict[str, int]:
-    """What comparing images needs of quotas. They stay counted if the comparison fails."""
-    return {"authenticity_per_minute": images, "authenticity_per_day": images}
-
-
-async def nearest_of(context: Context, bundle: Bundle, inputs: Images, comparison: Comparison) -> Nearest:
-    """The comparison of images with the training images, within the limit of time.
-
-    Raises:
-        ProblemError: It takes too long.
-    """
-    async with limited_time(context, "the comparison is busy; try again"):
-        return await context.inference.authenticity.nearest(bundle, inputs, comparison)
-
-
-def index_of(bundle: Bundle) -> IndexDescription:
-    """The index of a bundle.
-
-    Raises:
-        RequestError: It has none.
-    """
-    if bundle.authenticity is None:
-        raise RequestError("model", f"{bundle.name} has no index; /v1/models shows which models have one", "no-index")
-    return bundle.authenticity

@@ -25,6 +25,7 @@ from dermis.errors import RequestError
 from dermis.imaging import as_rgb
 from services.gateway.auth.authentication import check_scope, requires
 from services.gateway.auth.principal import Principal
+from services.gateway.comparing import comparisons, index_of, nearest_of
 from services.gateway.dependencies import (
     Context,
     ContextDep,
@@ -45,10 +46,7 @@ from services.gateway.openapi import (
 )
 from services.gateway.routes.authenticity import (
     check_uploads_allowed,
-    comparisons,
-    index_of,
     model_and_index,
-    nearest_of,
     uploads_to_compare,
     verdict_rows,
 )

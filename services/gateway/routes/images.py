@@ -14,20 +14,39 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from dermis.bundle import Bundle
-from dermis.dataset.request import classes_of
+from dermis.bundle.index import IndexDescription
+from dermis.classifier.preprocess import batch
+from dermis.dataset.privacy import exact_below_of, passed
+from dermis.dataset.request import GateOptions, classes_of
 from dermis.errors import RequestError
 from dermis.image_metadata import SOURCE_TYPE_PREFIX, ImageOrigin, origin_of, png_texts
-from dermis.imaging import MEDIA_TYPES, ImageFormat, contact_sheet
+from dermis.imaging import MEDIA_TYPES, ImageFormat, as_rgb, contact_sheet
 from dermis.latents import MAX_INDEX
 from dermis.pixel_archive import MEDIA_TYPE as PIXELS
 from dermis.pixel_archive import pixel_archive
-from services.gateway.auth.authentication import requires
+from services.gateway.auth.authentication import check_scope, requires
 from services.gateway.auth.principal import Principal
-from services.gateway.dependencies import ContextDep, choose_media_type, model_header, read_model, served_bundle
+from services.gateway.comparing import comparisons, index_of, nearest_of
+from services.gateway.dependencies import (
+    Context,
+    ContextDep,
+    choose_media_type,
+    model_header,
+    read_model,
+    served_bundle,
+)
 from services.gateway.openapi import GENERATION_PROBLEMS, content, headers, json_body, problems
 from services.gateway.sampling import Encode, check_classes, check_cutoff, check_edits, encoder, generate_within_limits
 from services.gateway.schemas.common import model_ref
-from services.gateway.schemas.images import ImagesRequest, PixelMetadata, PixelSample, Sample, SampleList
+from services.gateway.schemas.images import (
+    ImagesRequest,
+    PixelMetadata,
+    PixelSample,
+    Sample,
+    SampleList,
+    SamplesRequest,
+)
+from services.inference.pixels import Comparison
 from services.inference.samples import Image, Options, Samples, pack_rows
 
 router = APIRouter(prefix="/v1/images", tags=["images"])
@@ -49,11 +68,14 @@ _IMAGE_TYPES = tuple(MEDIA_TYPES.values())
             "content": content(*_IMAGE_TYPES, PIXELS),
             "headers": headers("X-Dermis-Model"),
         },
-        **problems(*GENERATION_PROBLEMS),
+        **problems(*GENERATION_PROBLEMS, "no-index"),
     },
 )
 async def generate_images(request: Request, context: ContextDep, principal: _Sender) -> Response:
-    """Generate images of a seed's sequence. The same request returns the same images."""
+    """Generate images of a seed's sequence. The same request returns the same images.
+
+    With `privacy`, each image is compared with the training images, which needs the scope `authenticity:generated` too.
+    """
     body = await read_model(request, ImagesRequest)
     preferred = MEDIA_TYPES[body.image_format]
     offers = ["application/json", preferred, *(kind for kind in _IMAGE_TYPES if kind != preferred), PIXELS]
@@ -62,28 +84,53 @@ async def generate_images(request: Request, context: ContextDep, principal: _Sen
     if media_type == PIXELS and body.provenance is not None and body.provenance.c2pa:
         message = f"{PIXELS} has no signed images; leave the option out, or accept another media type"
         raise RequestError("provenance.c2pa", message, "invalid-request")
+    if body.privacy is not None:
+        check_scope(principal, "authenticity:generated")
+        if media_type not in ("application/json", PIXELS):
+            message = f"an image has no place for the results; accept application/json or {PIXELS}"
+            raise RequestError("privacy", message, "invalid-request")
     bundle = await served_bundle(context, principal, body.model)
     names = class_of_each(body, bundle, context.settings.max_images)
     rows = rows_of(body, bundle, names)
+    index = None if body.privacy is None else index_of(bundle, "privacy")
     images = await generate_within_limits(
-        context, request, principal, bundle, len(names), lambda: context.inference.generator.images(rows)
+        context,
+        request,
+        principal,
+        bundle,
+        len(names),
+        lambda: context.inference.generator.images(rows),
+        None if index is None else comparisons(len(names)),
     )
+    results: Sequence[bool | None] = [None] * len(names)
+    if index is not None and body.privacy is not None:
+        results = await _gate_results(context, bundle, index, images, body.privacy)
     response_headers = model_header(bundle) | {"Vary": "Accept"}
     if media_type == PIXELS:
-        data = await asyncio.to_thread(pixels_response, body, bundle, names, images)
+        data = await asyncio.to_thread(pixels_response, body, bundle, names, images, results)
         return Response(data, media_type=PIXELS, headers=response_headers)
     if media_type != "application/json":
         image_format = next(name for name, kind in MEDIA_TYPES.items() if kind == media_type)
         data = await asyncio.to_thread(_one_image, body, bundle, images, image_format, encode_image)
         return Response(data, media_type=media_type, headers=response_headers)
-    samples = await asyncio.to_thread(samples_of, body, bundle, names, images, encode_image)
+    samples = await asyncio.to_thread(samples_of, body, bundle, names, images, encode_image, results)
     response_body = SampleList(model=model_ref(bundle), data=samples)
     return Response(
         response_body.model_dump_json(by_alias=True), media_type="application/json", headers=response_headers
     )
 
 
-def class_of_each(body: ImagesRequest, bundle: Bundle, max_images: int) -> list[str]:
+async def _gate_results(
+    context: Context, bundle: Bundle, index: IndexDescription, images: Sequence[Image], options: GateOptions
+) -> list[bool]:
+    """Whether each image meets the condition of a gate."""
+    inputs = await asyncio.to_thread(lambda: batch(as_rgb(np.stack(images)), index.resolution))
+    comparison = Comparison(exact_below_of(index, options), options.detect_copies)
+    nearest = await nearest_of(context, bundle, inputs, comparison)
+    return [bool(result) for result in passed(nearest, index, options)]
+
+
+def class_of_each(body: SamplesRequest, bundle: Bundle, max_images: int) -> list[str]:
     """The class of each sample, in order.
 
     Raises:
@@ -101,7 +148,7 @@ def class_of_each(body: ImagesRequest, bundle: Bundle, max_images: int) -> list[
     return [name for name, count in body.classes.items() for _ in range(count)]
 
 
-def rows_of(body: ImagesRequest, bundle: Bundle, names: Sequence[str]) -> Samples:
+def rows_of(body: SamplesRequest, bundle: Bundle, names: Sequence[str]) -> Samples:
     """The rows of the samples of a call, for the generator.
 
     Args:
@@ -130,7 +177,13 @@ def _one_image(
     return encode_image(sheet, image_format, body.image_quality, origin).data
 
 
-def pixels_response(body: ImagesRequest, bundle: Bundle, names: Sequence[str], images: Sequence[Image]) -> bytes:
+def pixels_response(
+    body: ImagesRequest,
+    bundle: Bundle,
+    names: Sequence[str],
+    images: Sequence[Image],
+    results: Sequence[bool | None],
+) -> bytes:
     """The images of a call as an archive of pixels.
 
     Args:
@@ -138,6 +191,7 @@ def pixels_response(body: ImagesRequest, bundle: Bundle, names: Sequence[str], i
         bundle: The model.
         names: Class of each sample.
         images: The images.
+        results: Whether each image meets the condition of the gate; None without a gate.
     """
     origin, class_names = _origin(body, bundle, None), list(classes_of(bundle))
     metadata = PixelMetadata(
@@ -146,19 +200,25 @@ def pixels_response(body: ImagesRequest, bundle: Bundle, names: Sequence[str], i
         digital_source_type=SOURCE_TYPE_PREFIX + origin.source_type,
         description=png_texts(origin)["Description"],
         data=[
-            PixelSample(**{"class": name}, seed=body.seed, index=body.start_index + i) for i, name in enumerate(names)
+            PixelSample(**{"class": name}, seed=body.seed, index=body.start_index + i, passed=result)
+            for i, (name, result) in enumerate(zip(names, results, strict=True))
         ],
     )
     labels = [class_names.index(name) for name in names]
     return pixel_archive(images, labels, metadata.model_dump_json(by_alias=True).encode(), origin)
 
 
-def _origin(body: ImagesRequest, bundle: Bundle, index: int | None) -> ImageOrigin:
+def _origin(body: SamplesRequest, bundle: Bundle, index: int | None) -> ImageOrigin:
     return origin_of(bundle).of_sample(body.seed, index, [option.edit for option in body.edits or ()])
 
 
 def samples_of(
-    body: ImagesRequest, bundle: Bundle, names: Sequence[str], images: Sequence[Image], encode_image: Encode
+    body: SamplesRequest,
+    bundle: Bundle,
+    names: Sequence[str],
+    images: Sequence[Image],
+    encode_image: Encode,
+    results: Sequence[bool | None] | None = None,
 ) -> list[Sample]:
     """The encoded samples of a call.
 
@@ -168,6 +228,7 @@ def samples_of(
         names: Class of each sample.
         images: The images.
         encode_image: Encodes one.
+        results: Whether each image meets the condition of the gate; None without a gate.
     """
     samples: list[Sample] = []
     for i, (name, image) in enumerate(zip(names, images, strict=True)):
@@ -181,6 +242,7 @@ def samples_of(
                 media_type=MEDIA_TYPES[body.image_format],
                 sha256=hashlib.sha256(encoded.data).hexdigest(),
                 canonical_sha256=encoded.canonical_sha256,
+                passed=None if results is None else results[i],
                 b64=base64.b64encode(encoded.data).decode("ascii"),
             )
         )

@@ -9,10 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from services.gateway.schemas.authenticity import AuthenticityModel, AuthenticityVerdict
 from services.gateway.schemas.common import ResponseBody
 from services.gateway.schemas.edits import EditedProjection
-from services.gateway.schemas.images import ImagesRequest, Sample
+from services.gateway.schemas.images import Sample, SamplesRequest
 
 
-class EmbeddingsRequest(ImagesRequest):
+class EmbeddingsRequest(SamplesRequest):
     """The samples whose positions are wanted, as for `/v1/images`."""
 
     images: bool = Field(

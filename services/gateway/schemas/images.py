@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dermis.dataset.request import MAX_EDITS, EditOption, ProvenanceOptions
+from dermis.dataset.request import MAX_EDITS, EditOption, GateOptions, ProvenanceOptions
 from dermis.imaging import ImageFormat
 from dermis.latents import MAX_INDEX, MAX_SEED
 from dermis.network_config import NoiseMode
 from services.gateway.schemas.common import CanonicalHash, ModelRef, ResponseBody
 
 
-class ImagesRequest(BaseModel):
+class SamplesRequest(BaseModel):
     """A few samples, class by class. Sample i of the call has the latent of (seed, start_index + i)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -44,6 +44,25 @@ class ImagesRequest(BaseModel):
     )
 
 
+class ImagesRequest(SamplesRequest):
+    """A few samples that are sent, class by class. Sample i of the call has the latent of (seed, start_index + i)."""
+
+    privacy: GateOptions | None = Field(
+        None,
+        description="A gate: each image is compared with the training images, and `passed` in the response is the result. "
+        "All images are sent. Null: no image is compared.",
+    )
+
+
+Passed = Annotated[
+    bool | None,
+    Field(
+        exclude_if=lambda value: value is None,
+        description="Whether the image meets the condition of `privacy`. It is absent if the request has none.",
+    ),
+]
+
+
 class Sample(ResponseBody):
     """One generated image."""
 
@@ -53,6 +72,7 @@ class Sample(ResponseBody):
     media_type: str
     sha256: str = Field(description="SHA-256 of the decoded bytes.")
     canonical_sha256: CanonicalHash = None
+    passed: Passed = None
     b64: str = Field(description="The image file in base64.")
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
@@ -64,6 +84,7 @@ class PixelSample(ResponseBody):
     class_: str = Field(alias="class", serialization_alias="class")
     seed: int
     index: int
+    passed: Passed = None
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 

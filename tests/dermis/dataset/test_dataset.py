@@ -6,6 +6,7 @@ import errno
 import importlib
 import io
 import json
+import os
 import tarfile
 import zipfile
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from dermis.bundle import Bundle
 from dermis.dataset.manifest import finalize, parse_manifest, read_manifest
 from dermis.dataset.plan import plan
 from dermis.dataset.request import DatasetRequest, check_against
-from dermis.dataset.shards import check_space, write_shard
+from dermis.dataset.shards import check_space, find_shard, missing_shards, write_shard
 from dermis.dataset.store import Store
 from dermis.dataset.verify import verify
 from dermis.errors import RequestError, StorageError
@@ -85,6 +86,60 @@ def test_dataset_formats_contain_planned_images(tiny_bundle: Bundle, tmp_path: P
                 if info.name.endswith(".cls"):
                     seen[int(info.name[4:12])] = int(tar.extractfile(info).read())  # type: ignore[union-attr]
     assert seen == expected
+
+
+@pytest.mark.parametrize(
+    "file_format", ["parquet", *(pytest.param(each, marks=pytest.mark.full) for each in ("imagefolder", "webdataset"))]
+)
+def test_damage_of_a_container_with_signed_images_is_found(
+    tiny_bundle: Bundle, tmp_path: Path, file_format: str
+) -> None:
+    """It is parsed while it is hashed, so its damage must not end the verification."""
+
+    def sign(data: bytes, *_: object) -> bytes:
+        return data  # an image without a signature is its own canonical file
+
+    plan_, store = planned(tiny_bundle, format=file_format, provenance={"c2pa": True}), Store(tmp_path)
+    for shard in range(plan_.shards):
+        write_shard(plan_, shard, paint, store, identity=IDENTITY, sign=sign)
+    manifest = finalize(plan_, store, tiny_bundle, IDENTITY, sign=sign)
+    assert verify(tmp_path).ok and verify(tmp_path).sha256.keys() == {
+        "manifest.json",
+        *(f.name for f in manifest.files),
+    }
+    path = tmp_path / min(file.name for file in manifest.files if file.name.startswith(("data-", "images.zip")))
+    content = path.read_bytes()
+    for step in range(60):
+        damaged = bytearray(content)
+        damaged[len(content) * step // 60 + (step * 7) % 13] ^= 0xFF
+        damaged[-1 - step] ^= 0x55  # in the directory or the footer, where the format has one
+        path.write_bytes(damaged)
+        assert verify(tmp_path).changed == (path.name,), step
+
+
+def test_signed_shard_of_another_process_is_not_replaced(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    plan_ = planned(tiny_bundle, format="webdataset", provenance={"c2pa": True})
+    store = Store(tmp_path)
+
+    def write(on_batch: Any = None) -> Any:
+        def sign(data: bytes, *_: object) -> bytes:
+            return data + os.urandom(8)
+
+        return write_shard(plan_, 0, paint, store, identity=IDENTITY, sign=sign, on_batch=on_batch)
+
+    records: list[Any] = []
+
+    def other(_: int) -> None:
+        if not records:
+            records.append(write())
+
+    assert write(other) == records[0] == find_shard(plan_, 0, store, identity=IDENTITY)
+    before = contents(tmp_path)
+    assert len(before) == 2 and missing_shards(plan_, store) == [1, 2, 3]
+    (tmp_path / records[0].file.name).unlink()
+    with pytest.raises(StorageError, match="another process has finished"):
+        write(lambda _: store.write("manifest.json", b"{}"))
+    assert not list(tmp_path.glob("*.tar")) and not list((tmp_path / ".partial").glob("writing-*"))
 
 
 _TABLE = {"isic_id": "string", "target": "string", "source": "string"}

@@ -21,6 +21,7 @@ from benchmarks.components import free_port
 from dermis.authenticity.checker import Checker
 from dermis.bundle import Bundle, amend_bundle, open_bundle
 from dermis.bundle.directions import Direction
+from dermis.dataset.privacy import pass_gate
 from dermis.dataset.torch import GeneratedDataset
 from dermis.directions.fit import oriented
 from dermis.errors import BundleError, RequestError
@@ -55,20 +56,29 @@ class ServiceCode:
 
     def __init__(self, location: str) -> None:
         self.bundle, self.images = open_bundle(location), self
+        self._synthesizer = Synthesizer(self.bundle, threads=1)
+        self._checker: Checker | None = None
 
     def __enter__(self) -> ServiceCode:
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        self._synthesizer.close()
+        if self._checker is not None:
+            self._checker.close()
 
     def generate_pixels(self, classes: dict[str, int], **options: Any) -> PixelsResult:
-        edits = [{"direction": name, "strength": strength} for name, strength in options.pop("edits").items()]
-        body = ImagesRequest.model_validate({"classes": classes, "edits": edits, **options})
+        if "edits" in options:
+            options["edits"] = [{"direction": name, "strength": value} for name, value in options["edits"].items()]
+        body = ImagesRequest.model_validate({"classes": classes, **options})
         names = class_of_each(body, self.bundle, 64)
-        with Synthesizer(self.bundle, threads=1) as synthesizer:
-            images = list(generate_rows({self.bundle.digest: synthesizer}, rows_of(body, self.bundle, names)))
-        return read_pixels(pixels_response(body, self.bundle, names, images))
+        rows = rows_of(body, self.bundle, names)
+        images: list[Any] = list(generate_rows({self.bundle.digest: self._synthesizer}, rows))
+        results: list[bool | None] = [None] * len(names)
+        if body.privacy is not None:
+            self._checker = self._checker or Checker(self.bundle, device="cpu", threads=1)
+            results = pass_gate(self._checker, np.stack(images), body.privacy).tolist()
+        return read_pixels(pixels_response(body, self.bundle, names, images, results))
 
 
 def test_samples_are_those_of_the_code_of_the_service_bit_for_bit(bundle: str) -> None:
@@ -173,6 +183,39 @@ def test_gate_leaves_out_copies_of_training_images(indexed: Bundle) -> None:
 
 
 @pytest.mark.full
+def test_refused_samples_are_replaced_as_by_the_code_of_the_service(indexed: Bundle) -> None:
+    gate: dict[str, Any] = {"samples": 24, "chunk": 8, "gate": "min_distance", "percentile": 0.0}
+    dropped = list(GeneratedDataset(indexed.location, {"benign": 1.0}, **gate))
+    resampled = GeneratedDataset(indexed.location, {"benign": 1.0}, **gate, on_reject="resample")
+    samples = list(resampled)
+    assert len(dropped) < len(samples) <= 24
+    assert all(any(torch.equal(image, other) for other, _ in samples) for image, _ in dropped), "accepted samples stay"
+    client: Any = partial(ServiceCode, indexed.location)
+    remote = SyntheticIterable({"benign": 1.0}, **gate, on_reject="resample", client=client, prefetch=1)
+    stream = iter(remote)
+    begun = [next(stream) for _ in range(11)]
+    resampled.load_state_dict(remote.state_dict())
+    stream.close()  # type: ignore[attr-defined]
+    assert same(begun, samples[:11]) and same(list(resampled), samples[11:])
+
+
+@pytest.mark.full
+def test_gate_of_a_real_service_is_that_of_the_bundle(indexed: Bundle, launch: Callable[..., Launched]) -> None:
+    port = free_port()
+    service = launch(indexed.location, port)
+    service.wait_until(service.ready)
+    client = partial(DermisClient, f"http://127.0.0.1:{port}")
+    gates: list[dict[str, Any]] = [
+        {"gate": "authentic", "on_reject": "resample"},
+        {"gate": "min_distance", "percentile": 5.0, "detect_copies": False},
+    ]
+    for gate in gates:
+        options: dict[str, Any] = {"samples": 24, "chunk": 8, **gate}
+        ours = list(GeneratedDataset(indexed.location, {"benign": 1.0}, **options))
+        assert same(ours, list(SyntheticIterable({"benign": 1.0}, **options, client=client))) and ours
+
+
+@pytest.mark.full
 def test_spawned_workers_generate_each_sample_once_also_after_this_process_has(bundle: str) -> None:
     data = GeneratedDataset(bundle, SHARES, **OPTIONS)
     alone = list(data)
@@ -199,6 +242,8 @@ def test_spawned_workers_generate_each_sample_once_also_after_this_process_has(b
         ({"benign": 1}, {"gate": "authentic"}, "gate: the bundle has no index"),
         ({"benign": 1}, {"gate": "near"}, 'gate: "near" is none of'),
         ({"benign": 1}, {"percentile": 101}, "percentile: must be 0 to 100"),
+        ({"benign": 1}, {"on_reject": "flag"}, 'on_reject: "flag" is none of drop, resample'),
+        ({"benign": 1}, {"tries": 17}, "tries: must be 1 to 16"),
         ({"benign": 1}, {"noise_mode": "loud"}, '"loud" is none of const, random, none'),
     ],
 )

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from dermis_client import _canonical
 
+from benchmarks.signers import SignerFiles, make_signer
 from dermis.errors import SignatureError
 from dermis.image_metadata import ImageOrigin
 from dermis.imaging import MEDIA_TYPES, ImageFormat, decode, encode
 from dermis.provenance.c2pa import ImageSigner, ImageVerifier
 from dermis.provenance.canonical import canonical, canonical_sha256
-from signers import TestSigner, make_signer
 
 c2pa = pytest.importorskip("c2pa", reason="c2pa-python is not installed")
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
@@ -24,14 +24,14 @@ FORMATS: list[ImageFormat] = ["png", "jpeg", "webp"]
 
 
 @pytest.fixture(scope="module")
-def signers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TestSigner]:
+def signers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SignerFiles]:
     folder = tmp_path_factory.mktemp("signers")
     return {name: make_signer(folder / name, name) for name in ("Clinic", "Other")}
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_signing_adds_a_manifest_and_changes_nothing_else(
-    signers: dict[str, TestSigner], image_format: ImageFormat
+    signers: dict[str, SignerFiles], image_format: ImageFormat
 ) -> None:
     plain = encode(PIXELS, image_format, 95, ORIGIN)
     signer = ImageSigner(signers["Clinic"].certificate, signers["Clinic"].key)
@@ -66,7 +66,7 @@ def test_signing_adds_a_manifest_and_changes_nothing_else(
     ],
 )
 def test_origin_is_read_from_this_and_former_versions_only(
-    signers: dict[str, TestSigner], monkeypatch: pytest.MonkeyPatch, label: str, data: dict[str, Any], known: bool
+    signers: dict[str, SignerFiles], monkeypatch: pytest.MonkeyPatch, label: str, data: dict[str, Any], known: bool
 ) -> None:
     plain = encode(PIXELS, "png", 95, ORIGIN)
     data = dict(data)
@@ -85,7 +85,7 @@ def test_origin_is_read_from_this_and_former_versions_only(
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_states_of_images(signers: dict[str, TestSigner], image_format: ImageFormat) -> None:
+def test_states_of_images(signers: dict[str, SignerFiles], image_format: ImageFormat) -> None:
     plain = encode(PIXELS, image_format, 95, ORIGIN)
     signed = ImageSigner(signers["Clinic"].certificate, signers["Clinic"].key).sign(plain, image_format, ORIGIN)
     verifier = ImageVerifier([signers["Clinic"].authority])
@@ -110,7 +110,7 @@ def test_states_of_images(signers: dict[str, TestSigner], image_format: ImageFor
 
 
 def test_certificates_that_are_not_fit_are_refused_before_any_image(
-    signers: dict[str, TestSigner], tmp_path: Path
+    signers: dict[str, SignerFiles], tmp_path: Path
 ) -> None:
     clinic, other = signers["Clinic"], signers["Other"]
     expired = make_signer(tmp_path / "expired", days=-0.5)

@@ -13,13 +13,13 @@ from typing import ClassVar
 
 import pytest
 
+from benchmarks.signers import SignerFiles, make_signer
 from dermis.bundle import SIGNATURE, Bundle, amend_bundle, open_bundle
 from dermis.errors import BundleError, SignatureError
 from dermis.provenance.signing import read_signers
 from painted_dataset import make
 from services.models import ServedModels, check_signer, signers_of
 from services.settings import Settings, SettingsError
-from signers import TestSigner, make_signer
 
 signing = pytest.importorskip("model_signing.signing", reason="model-signing is not installed")
 verifying = pytest.importorskip("model_signing.verifying")
@@ -27,12 +27,12 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
-def signer(tmp_path_factory: pytest.TempPathFactory) -> TestSigner:
+def signer(tmp_path_factory: pytest.TempPathFactory) -> SignerFiles:
     return make_signer(tmp_path_factory.mktemp("signers") / "clinic")
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> TestSigner:
+def other(tmp_path_factory: pytest.TempPathFactory) -> SignerFiles:
     return make_signer(tmp_path_factory.mktemp("signers") / "other", "Other")
 
 
@@ -42,7 +42,7 @@ def bundle(tiny_bundle: Bundle, tmp_path: Path) -> Path:
 
 
 def test_signature_of_a_bundle_is_one_of_model_signing(
-    run: Run, tiny_bundle: Bundle, bundle: Path, signer: TestSigner
+    run: Run, tiny_bundle: Bundle, bundle: Path, signer: SignerFiles
 ) -> None:
     assert run("bundle", "sign", bundle, "--key", signer.key)[0] == 0
     signature = bundle / SIGNATURE
@@ -59,7 +59,7 @@ def test_signature_of_a_bundle_is_one_of_model_signing(
 
 
 def test_services_serve_only_bundles_of_a_trusted_signer(
-    run: Run, bundle: Path, signer: TestSigner, other: TestSigner, monkeypatch: pytest.MonkeyPatch
+    run: Run, bundle: Path, signer: SignerFiles, other: SignerFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trusted = signers_of(Settings(trusted_signers=(signer.public_key, signer.authority)))
     assert "is not signed" in problem(bundle, trusted)
@@ -81,7 +81,7 @@ def test_services_serve_only_bundles_of_a_trusted_signer(
     check_signer(open_bundle(bundle), None)
 
 
-def test_altered_bundles_and_signatures_are_refused(run: Run, bundle: Path, signer: TestSigner) -> None:
+def test_altered_bundles_and_signatures_are_refused(run: Run, bundle: Path, signer: SignerFiles) -> None:
     trusted = read_signers([signer.public_key, signer.authority])
     for options in ((), ("--certificate", signer.certificate)):
         assert run("bundle", "sign", bundle, "--key", signer.key, *options)[0] == 0
@@ -104,7 +104,7 @@ def test_altered_bundles_and_signatures_are_refused(run: Run, bundle: Path, sign
 
 
 def test_bundle_that_is_replaced_while_it_is_checked_is_refused(
-    run: Run, bundle: Path, signer: TestSigner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, bundle: Path, signer: SignerFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The storage gives the signed bundle at every read but those of opening it, and then one that nobody signed."""
     from services.inference import base
@@ -164,7 +164,7 @@ def test_bundle_with_other_unlisted_files_is_still_refused(bundle: Path) -> None
 
 
 def test_signed_dataset_is_verified_and_refused_after_a_change(
-    run: Run, tiny_bundle: Bundle, signer: TestSigner, other: TestSigner, tmp_path: Path
+    run: Run, tiny_bundle: Bundle, signer: SignerFiles, other: SignerFiles, tmp_path: Path
 ) -> None:
     folder = tmp_path / "d"
     make(folder, tiny_bundle)
@@ -188,7 +188,9 @@ def test_signed_dataset_is_verified_and_refused_after_a_change(
     assert "is not as its manifest" in run("sign", folder, "--key", signer.key)[2]
 
 
-def test_unusable_keys_are_named(run: Run, bundle: Path, signer: TestSigner, other: TestSigner, tmp_path: Path) -> None:
+def test_unusable_keys_are_named(
+    run: Run, bundle: Path, signer: SignerFiles, other: SignerFiles, tmp_path: Path
+) -> None:
     wrong = tmp_path / "wrong.pem"
     for content in (b"", signer.key.read_bytes(), b"-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n"):
         wrong.write_bytes(content)

@@ -244,6 +244,17 @@ def test_each_way_of_comparing_images_has_its_own_scope(served: Service) -> None
         assert (answer.status_code, "authenticity:uploads" in answer.json()["detail"]) == (403, True)
 
 
+def test_gate_of_images_needs_the_scope_of_comparisons(served: Service) -> None:
+    def answer(*scopes: str) -> Any:
+        body = {"classes": {"benign": 1}, "privacy": {"gate": "authentic"}}
+        headers = {"Authorization": f"Bearer {key_for(served, *scopes)}"}
+        return served.client.post("/v1/images", json=body, headers=headers)
+
+    refused = answer("images")
+    assert (refused.status_code, "authenticity:generated" in refused.json()["detail"]) == (403, True)
+    assert answer("images", "authenticity:generated").json()["type"] == "urn:dermis:problem:no-index"
+
+
 def test_editing_a_projection_needs_the_scope_of_projections(served: Service) -> None:
     body = {"projections": [{"id": IDS["projection_id"]}], "edits": [{"direction": "age", "strength": 1.0}]}
     key = key_for(served, "edits")

@@ -18,6 +18,8 @@ from PIL import Image
 
 from dermis.authenticity.checker import Checker
 from dermis.bundle import Bundle
+from dermis.dataset.privacy import pass_gate
+from dermis.dataset.request import GateOptions
 from dermis.imaging import Images, decode, encode
 from dermis.latents import partner_z
 from dermis.synthesizer import Synthesizer
@@ -99,6 +101,44 @@ def test_distances_of_uploads_are_rounded_and_copies_answered_alone_as_set(bundl
     assert all("repeated" not in row for row in rows)
     assert [row["distance"] for row in rows] == [round(float(distance) * 8) / 8 for distance in expected]
     assert len({round(float(distance), 2) for distance in expected}) > len({row["distance"] for row in rows})
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        {"gate": "authentic"},
+        {"gate": "min_distance", "percentile": 30.0},
+        {"gate": "min_distance", "percentile": 70.0, "detect_copies": False},
+    ],
+)
+def test_images_with_results_of_a_gate(running: Service, bundle: Bundle, gate: dict[str, Any]) -> None:
+    body = {"classes": {"benign": 8, "malignant": 4}, "seed": 3}
+    listed = running.client.post("/v1/images", json={**body, "privacy": gate}).json()["data"]
+    images = np.stack([decode(base64.b64decode(row["b64"])) for row in listed])
+    with Checker(bundle, device="cpu", threads=1) as checker:
+        expected = pass_gate(checker, images, GateOptions(**gate)).tolist()
+    assert [row.pop("passed") for row in listed] == expected and len(set(expected)) == 2
+    assert running.client.post("/v1/images", json=body).json()["data"] == listed, "the same images"
+    npz = running.client.post(
+        "/v1/images", json={**body, "privacy": gate}, headers={"Accept": "application/x-npz"}
+    ).content
+    metadata = json.loads(np.load(io.BytesIO(npz))["metadata.json"])
+    assert [row["passed"] for row in metadata["data"]] == expected
+
+
+def test_gate_of_images_that_cannot_be_is_refused(running: Service) -> None:
+    body: dict[str, Any] = {"classes": {"benign": 1}, "privacy": {"gate": "authentic"}}
+
+    def refusal(body: dict[str, Any], path: str = "/v1/images", accept: str = "application/json") -> tuple[str, str]:
+        answer = running.client.post(path, json=body, headers={"Accept": accept})
+        assert answer.status_code == 422, answer.text
+        return answer.json()["type"].rpartition(":")[2], answer.json()["errors"][0]["field"]
+
+    assert refusal({**body, "model": "plain", "classes": {"benign": 1}}) == ("no-index", "privacy")
+    assert refusal(body, accept="image/png") == ("invalid-request", "privacy")
+    assert refusal(body, "/v1/authenticity") == ("invalid-request", "privacy")
+    on_reject = {**body, "privacy": {"on_reject": "drop"}}
+    assert refusal(on_reject) == ("invalid-request", "privacy.on_reject")
 
 
 def test_generated_images_are_compared_without_being_sent(running: Service, bundle: Bundle) -> None:

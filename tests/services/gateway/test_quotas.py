@@ -260,6 +260,7 @@ def test_uploads_comparisons_and_projections_are_limited(
     clock.time += 60
     assert tenant.send("post", "/v1/authenticity", files=SMALL).status_code == 503
     tenant.refused(tenant.send("post", "/v1/authenticity", files=SMALL), "authenticity_per_day")
+    tenant.refused(tenant.send("post", "/v1/images", json={**compared, "privacy": {}}), "authenticity_per_day")
 
 
 def test_requests_of_a_tenant_are_limited_and_do_not_fill_the_audit_trail(

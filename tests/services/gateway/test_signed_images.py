@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.signers import SignerFiles, make_signer
 from dermis.bundle import Bundle
 from dermis.imaging import encode
 from dermis.provenance.c2pa import ImageVerifier
@@ -19,30 +20,29 @@ from dermis.provenance.check import images_at
 from service_kit import Service, service
 from services.image_signing import image_signer_of
 from services.settings import Settings, SettingsError
-from signers import TestSigner, make_signer
 
 pytest.importorskip("c2pa", reason="c2pa-python is not installed")
 BODY: dict[str, Any] = {"classes": {"benign": 2}, "seed": 5}
 
 
 @pytest.fixture(scope="module")
-def signer(tmp_path_factory: pytest.TempPathFactory) -> TestSigner:
+def signer(tmp_path_factory: pytest.TempPathFactory) -> SignerFiles:
     return make_signer(tmp_path_factory.mktemp("signers") / "clinic")
 
 
 @pytest.fixture(scope="module")
-def running(tiny_bundle: Bundle, signer: TestSigner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def running(tiny_bundle: Bundle, signer: SignerFiles, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     files = {"c2pa_certificate": signer.certificate, "c2pa_key": signer.key}
     with service(tiny_bundle.location, tmp_path_factory.mktemp("data"), **files) as running_service:
         yield running_service
 
 
-def state(data: bytes, signer: TestSigner) -> str:
+def state(data: bytes, signer: SignerFiles) -> str:
     return ImageVerifier([signer.authority]).verify(data).state
 
 
 @pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
-def test_images_are_signed_unless_the_request_refuses(running: Service, signer: TestSigner, image_format: str) -> None:
+def test_images_are_signed_unless_the_request_refuses(running: Service, signer: SignerFiles, image_format: str) -> None:
     body = BODY | {"image_format": image_format}
     first, second = (running.client.post("/v1/images", json=body).json()["data"] for _ in range(2))
     plain = running.client.post("/v1/images", json=body | {"provenance": {"c2pa": False}}).json()["data"]
@@ -64,7 +64,7 @@ def test_images_are_signed_unless_the_request_refuses(running: Service, signer: 
     assert state(base64.b64decode(edited["b64"]), signer) == "signed"
 
 
-def test_datasets_are_signed_by_default_and_keep_their_hashes(running: Service, signer: TestSigner) -> None:
+def test_datasets_are_signed_by_default_and_keep_their_hashes(running: Service, signer: SignerFiles) -> None:
     body = BODY | {"classes": {"benign": 5}, "format": "webdataset", "shard_size": 3}
     plain = running.wait(running.ask(body | {"provenance": {"c2pa": False}}))
     signed = running.wait(running.ask(body))
@@ -78,7 +78,7 @@ def test_datasets_are_signed_by_default_and_keep_their_hashes(running: Service, 
 
 
 @pytest.mark.full
-def test_projected_images_are_signed(running: Service, signer: TestSigner) -> None:
+def test_projected_images_are_signed(running: Service, signer: SignerFiles) -> None:
     image = encode(np.zeros((16, 16, 3), np.uint8))
     job = running.client.post(
         "/v1/projections?steps=1&start=mean", content=image, headers={"Content-Type": "image/png"}
@@ -88,7 +88,7 @@ def test_projected_images_are_signed(running: Service, signer: TestSigner) -> No
     assert state(data, signer) == "signed" and b"compositeWithTrainedAlgorithmicMedia" in data
 
 
-def test_service_without_certificate_refuses_to_sign(tiny_bundle: Bundle, signer: TestSigner, tmp_path: Path) -> None:
+def test_service_without_certificate_refuses_to_sign(tiny_bundle: Bundle, signer: SignerFiles, tmp_path: Path) -> None:
     with service(tiny_bundle.location, tmp_path / "data") as without:
         for path in ("/v1/images", "/v1/datasets"):
             answer = without.client.post(path, json=BODY | {"provenance": {"c2pa": True}})

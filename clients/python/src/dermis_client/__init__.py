@@ -80,7 +80,14 @@ from dermis_client.models import (
     Webhook,
     WebhookMessage,
 )
-from dermis_client.params import ClassifierParams, EditParams, PrivacyParams, ProvenanceParams, SweepParams
+from dermis_client.params import (
+    ClassifierParams,
+    EditParams,
+    GateParams,
+    PrivacyParams,
+    ProvenanceParams,
+    SweepParams,
+)
 from dermis_client.pixels import PixelSample, PixelsResult
 from dermis_client.report import (
     DatasetReport,
@@ -143,6 +150,7 @@ __all__ = [
     "EmbeddingsResult",
     "ExceededQuota",
     "FieldError",
+    "GateParams",
     "GeneratedImage",
     "HeatMap",
     "ImagesResult",

@@ -82,6 +82,7 @@ class GeneratedImage(ResponseRecord):
         sha256: SHA-256 of the content, in hex.
         canonical_sha256: That of the content without its signed manifest (C2PA), which the same request gives again; None if
             the image is not signed.
+        passed: Whether the image meets the condition of `privacy`; None if the request had none.
         content: The encoded image file.
     """
 
@@ -91,6 +92,7 @@ class GeneratedImage(ResponseRecord):
     media_type: str
     sha256: str
     canonical_sha256: str | None = None
+    passed: bool | None = None
     content: Base64Bytes = Field(alias="b64", repr=False)
 
     @property

@@ -43,20 +43,28 @@ class ClassifierParams(TypedDict, total=False):
     tries: int
 
 
-class PrivacyParams(TypedDict, total=False):
-    """Options of the gate against copies of training images.
+class GateParams(TypedDict, total=False):
+    """The condition of a gate against copies of training images.
 
     Attributes:
         gate: "authentic", or "min_distance" for a distance of your own.
         percentile: For "min_distance": percentile of the radii of the training images, 0 to 100.
         detect_copies: Whether an image also fails the gate if the copy detector of the model takes it for a changed copy.
-        on_reject: What to do with images that fail: "resample" (try the next latent), "drop" or "flag".
-        tries: For "resample": images that may be rejected before a sample is left out, 1 to 16.
     """
 
     gate: GateCondition
     percentile: float
     detect_copies: bool
+
+
+class PrivacyParams(GateParams, total=False):
+    """Options of the gate of a dataset, in addition to its condition.
+
+    Attributes:
+        on_reject: What to do with images that fail: "resample" (try the next latent), "drop" or "flag".
+        tries: For "resample": images that may be rejected before a sample is left out, 1 to 16.
+    """
+
     on_reject: OnReject
     tries: int
 

@@ -31,11 +31,19 @@ _MAX_METADATA_BYTES = 16 << 20
 
 
 class PixelSample(ResponseRecord):
-    """One image of a PixelsResult. class_name: the requested class; `seed` and `index` determine latent and noise."""
+    """One image of a PixelsResult.
+
+    Attributes:
+        class_name: The requested class.
+        seed: With `index`, determines latent and noise.
+        index: Index of the image.
+        passed: Whether the image meets the condition of `privacy`; None if the request had none.
+    """
 
     class_name: str = Field(alias="class")
     seed: Count
     index: Count
+    passed: bool | None = None
 
 
 class _Metadata(ResponseRecord):
@@ -49,7 +57,7 @@ class PixelsResult:
 
     Attributes:
         model: The model.
-        data: Class, seed and index of each image.
+        data: Class, seed and index of each image, and the result of the gate.
         width: Pixels in a row.
         height: Rows of an image.
         content: The pixels, which cannot be changed: the images in order, each row by row, with 3 bytes (RGB) for each pixel.
@@ -119,7 +127,10 @@ def pixels_of(result: ImagesResult) -> PixelsResult:
     sizes = {image.size for image in images}
     if len(sizes) != 1:
         raise ValueError(f"images of one size were expected, not of {len(sizes)}")
-    data = [PixelSample(**{"class": item.class_name}, seed=item.seed, index=item.index) for item in result]
+    data = [
+        PixelSample(**{"class": item.class_name}, seed=item.seed, index=item.index, passed=item.passed)
+        for item in result
+    ]
     (width, height), xmp = sizes.pop(), images[0].info.get("xmp", b"")
     pixels = memoryview(b"".join(image.tobytes() for image in images))
     return PixelsResult(result.model, data, width, height, pixels, xmp)

@@ -23,6 +23,7 @@ import os
 import random
 import threading
 import time
+import warnings
 import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, SupportsIndex, TypeVar
+from typing import Any, Literal, SupportsIndex, TypeVar, get_args
 
 from PIL import Image
 
@@ -39,6 +40,7 @@ from dermis_client._client import DermisClient
 from dermis_client.errors import APIStatusError, IntegrityError, InvalidRequestError
 from dermis_client.folders import ARCHIVE, METADATA
 from dermis_client.images import ImagesResult, decode
+from dermis_client.params import GateCondition, GateParams
 from dermis_client.pixels import PixelsResult
 
 try:
@@ -51,6 +53,7 @@ except ImportError as error:
 
 Sample = tuple[Any, int]
 Transform = Callable[[Image.Image], Any]
+OnReject = Literal["drop", "resample"]
 T = TypeVar("T")
 logger = logging.getLogger("dermis_client")
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
@@ -59,9 +62,8 @@ _BUSY = frozenset({429, 503})  # with Retry-After: a limit is reached, or the se
 _LEAST_WAIT = 0.5  # seconds
 _DIGEST_DIGITS = 15  # first digits of a bundle's digest, as many as an int64 holds
 _OF_FILES = frozenset({"image_format", "image_quality", "provenance"})  # options that only image files have
-_COMPARED = frozenset(
-    {"model", "truncation_psi", "edits"}
-)  # options that `client.authenticity.check_generated` takes too
+_MAX_TRIES = 16
+_STRIDE = 1 << 34  # from the index of a sample to that of its next candidate, as in datasets
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
@@ -119,8 +121,15 @@ class SyntheticIterable(IterableDataset[Sample]):
         chunk: Samples of one call, at most what the service generates in one call.
         prefetch: Calls of each worker that run at the same time, ahead of the training.
         transform: Makes the item of a PIL image in RGB; by default float32 [3, H, W] between 0 and 1, as `to_tensor`.
-        only_authentic: Leave out samples that are nearer to a training image than its own nearest neighbour, or that the
-            copy detector of the model finds. The model needs an index of its training images, and each call takes longer.
+        gate: The condition on each sample, for a model with an index of its training images. "authentic": the distance to the
+            nearest training image must be larger than the distance of that one to its nearest other training image.
+            "min_distance": it must be at least a percentile of these distances. None: no sample is compared.
+        percentile: That percentile, 0 to 100.
+        detect_copies: With a gate, refuse also what the copy detector of the model finds, if it has one.
+        on_reject: What to do with refused samples. "drop": leave them out. "resample": send the image of another latent
+            in their place, with the same label, as a dataset does.
+        tries: For "resample": images that may be refused before a sample is left out, 1 to 16.
+        only_authentic: Deprecated: give gate="authentic".
         busy_timeout: Seconds for which a call is repeated while the service refuses it because it is busy or a limit is reached
             (503 or 429 with Retry-After), beyond the retries of the client. A slow generator refuses calls that would wait
             for long, so that they come in turn. Other errors are not repeated.
@@ -145,6 +154,11 @@ class SyntheticIterable(IterableDataset[Sample]):
         chunk: int = 32,
         prefetch: int = 3,
         transform: Transform | None = None,
+        gate: GateCondition | None = None,
+        percentile: float = 1.0,
+        detect_copies: bool = True,
+        on_reject: OnReject = "drop",
+        tries: int = 8,
         only_authentic: bool = False,
         busy_timeout: float = 600.0,
         client: Callable[[], DermisClient] = DermisClient,
@@ -159,9 +173,15 @@ class SyntheticIterable(IterableDataset[Sample]):
         for name, value, least in (("samples", samples, 1), ("chunk", chunk, 1), ("first_index", first_index, 0)):
             if value is not None and value < least:
                 raise InvalidRequestError(f"{name}: must be at least {least}")
-        unknown = sorted(options.keys() - _COMPARED) if only_authentic else []
-        if unknown:
-            raise InvalidRequestError(f"{unknown[0]}: only_authentic works with {', '.join(sorted(_COMPARED))} alone")
+        if only_authentic:
+            warnings.warn('only_authentic is deprecated: give gate="authentic"', DeprecationWarning, stacklevel=2)
+            if gate not in (None, "authentic"):
+                raise InvalidRequestError(f'only_authentic: contradicts gate="{gate}"; leave it out')
+            gate = "authentic"
+        if "privacy" in options:
+            raise InvalidRequestError("privacy: give gate, percentile and detect_copies as arguments of their own")
+        self._privacy = _gate_params(gate, percentile, detect_copies)
+        self._tries = _checked_tries(on_reject, tries)
         if not 1 <= prefetch <= _MAX_PREFETCH:
             raise InvalidRequestError(f"prefetch: must be 1 to {_MAX_PREFETCH}")
         if not (math.isfinite(busy_timeout) and busy_timeout >= 0):
@@ -177,7 +197,7 @@ class SyntheticIterable(IterableDataset[Sample]):
         self._limits = [sum(shares[: position + 1]) / sum(shares) for position in range(len(shares))]
         self._samples, self._seed, self._first_index, self._chunk = samples, int(seed), first_index, chunk
         self._first_value = int(random.Random(self._seed).random() * 2**53)
-        self._prefetch, self._transform, self._only_authentic = prefetch, transform, only_authentic
+        self._prefetch, self._transform = prefetch, transform
         self._client, self._options, self._busy_timeout = client, options, float(busy_timeout)
         # In shared memory, so that workers that persist between epochs see it.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
@@ -225,10 +245,10 @@ class SyntheticIterable(IterableDataset[Sample]):
         """Return the number of samples of an epoch at this rank.
 
         Raises:
-            TypeError: The stream has no end, or leaves out samples.
+            TypeError: The stream has no end, or a gate.
         """
-        if self._samples is None or self._only_authentic:
-            raise TypeError("a stream without an end, or with only_authentic, has no length")
+        if self._samples is None or self._privacy is not None:
+            raise TypeError("a stream without an end, or with a gate, has no length")
         whole, rest = divmod(self._samples, self._chunk)
         own = sum(self._chunk for number in range(self._rank, whole, self._world_size))
         return own + (rest if whole % self._world_size == self._rank else 0)
@@ -300,42 +320,56 @@ class SyntheticIterable(IterableDataset[Sample]):
 
     def _generate(self, client: DermisClient, start: int, size: int, stopped: threading.Event) -> _Chunk:
         name = f"images {start} to {start + size - 1}"
-        counts = Counter(self._label(start + position) for position in range(size))
+        labels = sorted(
+            self._label(start + position) for position in range(size)
+        )  # class by class, as the service answers
+        items: list[Callable[[], Any] | None] = [None] * size
+        digest, pending = "", list(range(size))
+        for attempt in range(self._tries):
+            refused: list[int] = []
+            for positions in _runs(pending):
+                result = self._call(
+                    client,
+                    [labels[position] for position in positions],
+                    start + positions[0] + attempt * _STRIDE,
+                    stopped,
+                )
+                if digest and result.model.digest != digest:
+                    raise _other_bundle(digest, result.model.digest, name)
+                digest = result.model.digest
+                results = [sample.passed for sample in result.data]
+                for position, item, passed in zip(positions, self._items_of(result), results, strict=True):
+                    if self._privacy is None or passed:
+                        items[position] = item
+                    else:
+                        refused.append(position)
+            pending = refused
+            if not pending:
+                break
+        samples = [(item, label) for item, label in zip(items, labels, strict=True) if item is not None]
+        random.Random(f"{self._seed} {start}").shuffle(samples)
+        return _Chunk(name, digest, samples)
+
+    def _call(
+        self, client: DermisClient, labels: Sequence[int], start: int, stopped: threading.Event
+    ) -> ImagesResult | PixelsResult:
+        """Generate the images of consecutive indices. labels: their labels, ascending."""
+        counts = Counter(labels)
         classes = {self.class_names[label]: counts[label] for label in sorted(counts)}
         as_files = any(self._options.get(option) is not None for option in _OF_FILES)
         generate: Callable[..., ImagesResult | PixelsResult] = (
             client.images.generate if as_files else client.images.generate_pixels
         )
+        options = self._options if self._privacy is None else {**self._options, "privacy": self._privacy}
         result = self._repeat_while_busy(
-            lambda: generate(classes, seed=self._seed, start_index=start, **self._options), stopped
+            lambda: generate(classes, seed=self._seed, start_index=start, **options), stopped
         )
-        names = [item.class_name for item in result.data]
-        if Counter(names) != Counter(classes):
-            message = "the service has sent other classes than those that were requested"
-            raise IntegrityError(message, name=name)
-        labels = {class_name: label for label, class_name in enumerate(self.class_names)}
-        samples = [
-            (make_item, labels[class_name]) for make_item, class_name in zip(self._items_of(result), names, strict=True)
-        ]
-        if self._only_authentic:
-            verdicts = self._repeat_while_busy(
-                lambda: client.authenticity.check_generated(
-                    classes, seed=self._seed, start_index=start, **self._options
-                ),
-                stopped,
-            )
-            if verdicts.model.digest != result.model.digest:  # verdicts on the images of another generator
-                raise _other_bundle(result.model.digest, verdicts.model.digest, name)
-            if len(verdicts) != len(samples):
-                raise IntegrityError("the service has sent another number of verdicts than of images", name=name)
-            samples = [
-                sample
-                for sample, verdict in zip(samples, verdicts, strict=True)
-                if verdict.authentic and not verdict.copy_detected
-            ]
-        # The service answers class by class.
-        random.Random(f"{self._seed} {start}").shuffle(samples)
-        return _Chunk(name, result.model.digest, samples)
+        name = f"images {start} to {start + len(labels) - 1}"
+        if [item.class_name for item in result.data] != [self.class_names[label] for label in labels]:
+            raise IntegrityError("the service has sent other classes than those that were requested", name=name)
+        if self._privacy is not None and any(item.passed is None for item in result.data):
+            raise IntegrityError("the service has sent images without the results of the gate", name=name)
+        return result
 
     def _items_of(self, result: ImagesResult | PixelsResult) -> list[Callable[[], Any]]:
         """Return what makes the item of each image, in the thread of the training: a transform may not be safe in others."""
@@ -376,6 +410,37 @@ class SyntheticIterable(IterableDataset[Sample]):
         step = int(_GOLDEN_RATIO * 2**53)
         value = ((index * step + self._first_value) % 2**53) / 2**53
         return next((label for label, limit in enumerate(self._limits) if value < limit), len(self._limits) - 1)
+
+
+def _gate_params(gate: GateCondition | None, percentile: float, detect_copies: bool) -> GateParams | None:
+    if gate is not None and gate not in get_args(GateCondition):
+        raise InvalidRequestError(f"gate: {gate!r} is none of {', '.join(get_args(GateCondition))}")
+    if not (math.isfinite(percentile) and 0 <= percentile <= 100):
+        raise InvalidRequestError("percentile: must be 0 to 100")
+    if gate is None:
+        return None
+    return {"gate": gate, "percentile": float(percentile), "detect_copies": bool(detect_copies)}
+
+
+def _checked_tries(on_reject: OnReject, tries: int) -> int:
+    """Return the number of images that may be refused before a sample is left out."""
+    if on_reject not in get_args(OnReject):
+        raise InvalidRequestError(f"on_reject: {on_reject!r} is none of {', '.join(get_args(OnReject))}")
+    if not 1 <= tries <= _MAX_TRIES:
+        raise InvalidRequestError(f"tries: must be 1 to {_MAX_TRIES}")
+    return tries if on_reject == "resample" else 1
+
+
+def _runs(positions: Sequence[int]) -> Iterator[list[int]]:
+    """Divide ascending numbers into runs of consecutive ones."""
+    run: list[int] = []
+    for position in positions:
+        if run and position != run[-1] + 1:
+            yield run
+            run = []
+        run.append(position)
+    if run:
+        yield run
 
 
 class SyntheticDataset(Dataset[Sample]):

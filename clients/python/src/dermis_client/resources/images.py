@@ -16,7 +16,7 @@ from dermis_client._untrusted import one_line
 from dermis_client.errors import APIResponseError
 from dermis_client.images import ImagesResult
 from dermis_client.models import ImageFormat, NoiseMode
-from dermis_client.params import EditParams, ProvenanceParams
+from dermis_client.params import EditParams, GateParams, ProvenanceParams
 from dermis_client.pixels import MEDIA_TYPE, PixelsResult, pixels_of, read_pixels
 
 # Flows
@@ -88,6 +88,7 @@ class Images:
         image_quality: SupportsIndex | None = None,
         edits: Sequence[EditParams] | Mapping[str, float] | None = None,
         provenance: ProvenanceParams | None = None,
+        privacy: GateParams | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> ImagesResult:
         """Generate a few images, class by class.
@@ -107,6 +108,8 @@ class Images:
             image_quality: 1 to 100, for "jpeg" and "webp".
             edits: Edits of every image; see `Edits.create`.
             provenance: {"c2pa": True} for images with a signed manifest, False for images without one.
+            privacy: A gate, such as {"gate": "min_distance", "percentile": 5}: each image is compared with the training
+                images, and `passed` of the result says whether it meets the condition. All images are returned.
             extra_body: Further fields, for a newer service.
 
         Returns:
@@ -133,6 +136,7 @@ class Images:
             image_quality=image_quality,
             edits=edits,
             provenance=provenance,
+            privacy=privacy,
         )
         return self._transport.run(generate(body, self._max_retries))
 
@@ -147,6 +151,7 @@ class Images:
         truncation_cutoff: SupportsIndex | None = None,
         noise_mode: NoiseMode | None = None,
         edits: Sequence[EditParams] | Mapping[str, float] | None = None,
+        privacy: GateParams | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> PixelsResult:
         """Generate a few images as pixels: those of the PNG files of `generate`, without encoding and decoding them.
@@ -171,6 +176,7 @@ class Images:
             truncation_cutoff=truncation_cutoff,
             noise_mode=noise_mode,
             edits=edits,
+            privacy=privacy,
         )
         return self._transport.run(generate_pixels(body, self._max_retries))
 
@@ -205,6 +211,7 @@ class AsyncImages:
         image_quality: SupportsIndex | None = None,
         edits: Sequence[EditParams] | Mapping[str, float] | None = None,
         provenance: ProvenanceParams | None = None,
+        privacy: GateParams | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> ImagesResult:
         """Generate a few images; see `Images.generate` for arguments and errors."""
@@ -221,6 +228,7 @@ class AsyncImages:
             image_quality=image_quality,
             edits=edits,
             provenance=provenance,
+            privacy=privacy,
         )
         return await self._transport.run(generate(body, self._max_retries))
 
@@ -235,6 +243,7 @@ class AsyncImages:
         truncation_cutoff: SupportsIndex | None = None,
         noise_mode: NoiseMode | None = None,
         edits: Sequence[EditParams] | Mapping[str, float] | None = None,
+        privacy: GateParams | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> PixelsResult:
         """Generate a few images as pixels; see `Images.generate_pixels` for arguments and errors."""
@@ -248,5 +257,6 @@ class AsyncImages:
             truncation_cutoff=truncation_cutoff,
             noise_mode=noise_mode,
             edits=edits,
+            privacy=privacy,
         )
         return await self._transport.run(generate_pixels(body, self._max_retries))

@@ -1,4 +1,4 @@
-"""Keys and certificates of signers, made for one test."""
+"""Keys and certificates of signers, made for one measurement or test."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ _DAY = datetime.timedelta(days=1)
 
 
 @dataclass(frozen=True)
-class TestSigner:
+class SignerFiles:
     """Files of a signer: its private key, its public key, its certificate, and that of the authority that issued it."""
 
-    __test__ = False
     key: Path
     public_key: Path
     certificate: Path
     authority: Path
 
 
-def make_signer(folder: Path, name: str = "Clinic", days: float = 30) -> TestSigner:
+def make_signer(folder: Path, name: str = "Clinic", days: float = 30) -> SignerFiles:
     """Make a signer whose certificate is fit for bundles and for images (C2PA), in a new folder."""
     folder.mkdir(parents=True)
     root, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
@@ -44,7 +43,7 @@ def make_signer(folder: Path, name: str = "Clinic", days: float = 30) -> TestSig
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(root.public_key()), critical=False)
         .sign(root, hashes.SHA256())
     )
-    signer = TestSigner(*(folder / name for name in ("key.pem", "public.pem", "certificate.pem", "authority.pem")))
+    signer = SignerFiles(*(folder / name for name in ("key.pem", "public.pem", "certificate.pem", "authority.pem")))
     signer.key.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     signer.public_key.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
     signer.certificate.write_bytes(certificate.public_bytes(Encoding.PEM))
