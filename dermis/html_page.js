@@ -1,5 +1,5 @@
 'use strict';
-// Sorting of tables by their columns, and enlarging of images. The page is complete without this script.
+// Sorting of tables by their columns, enlarging of images, and their sizes in whole pixels. The page is complete without this script.
 
 function sortable(table) {
   const body = table.tBodies[0], heads = [...table.tHead.rows[0].cells];
@@ -29,15 +29,18 @@ function sortable(table) {
 
 function enlarging(images) {
   const dialog = document.createElement('dialog'), large = document.createElement('img'), text = document.createElement('p');
-  const row = document.createElement('p');
+  const row = document.createElement('div'), view = document.createElement('div');
   let place = 0, scale = 1;
   const show = () => {
     const { naturalWidth, src, alt } = images[place];
     Object.assign(large, { src, alt });
-    large.style.width = `${naturalWidth * scale}px`;
+    large.style.width = `${naturalWidth * scale}px`;  // whole pixels
     text.textContent = `${alt}, ${scale} : 1`;
   };
-  const largest = () => Math.max(1, Math.floor(Math.min(0.9 * innerWidth / images[place].naturalWidth, 0.8 * innerHeight / images[place].naturalHeight)));
+  const largest = () => {  // the largest whole scale at which the image is seen whole, beside the buttons and the text
+    const { naturalWidth, naturalHeight } = images[place];
+    return Math.min(16, Math.max(1, Math.floor(Math.min((0.96 * innerWidth - 30) / naturalWidth, (0.96 * innerHeight - 150) / naturalHeight))));
+  };
   const open = (index) => { place = (index + images.length) % images.length; scale = largest(); show(); if (!dialog.open) dialog.showModal(); };
   const zoom = (by) => { scale = Math.min(16, Math.max(1, scale + by)); show(); };
   const actions = [['Previous', () => open(place - 1)], ['Next', () => open(place + 1)], ['Larger', () => zoom(1)], ['Smaller', () => zoom(-1)], ['Close', () => dialog.close()]];
@@ -48,10 +51,18 @@ function enlarging(images) {
     row.append(button);
   }
   dialog.setAttribute('aria-label', 'Enlarged image');
-  dialog.append(large, text, row);
+  row.className = 'tools';
+  view.className = 'view';
+  view.tabIndex = 0;  // so that the keyboard scrolls a large image
+  view.setAttribute('role', 'group');
+  view.setAttribute('aria-label', 'Image');
+  text.setAttribute('aria-live', 'polite');
+  view.append(large);
+  dialog.append(row, view, text);
   document.body.append(dialog);
   dialog.addEventListener('keydown', (event) => {
     const keys = { ArrowLeft: actions[0][1], ArrowRight: actions[1][1], '+': actions[2][1], '-': actions[3][1] };
+    if (event.target === view && event.key.startsWith('Arrow')) return;
     if (keys[event.key]) { event.preventDefault(); keys[event.key](); }
   });
   dialog.addEventListener('click', (event) => { if (event.target === dialog) dialog.close(); });
@@ -64,6 +75,22 @@ function enlarging(images) {
   });
 }
 
+function sizing(images) {  // the largest whole multiple of the image's own size that fits; if none does, the image is reduced
+  const fit = () => {
+    for (const image of images) {
+      const natural = image.naturalWidth || 1, place = Math.min(Number(image.getAttribute('width')), image.parentElement.clientWidth);
+      const times = Math.floor(place / natural);
+      image.style.width = times ? `${times * natural}px` : '';
+      image.classList.toggle('reduced', !times);
+    }
+  };
+  addEventListener('resize', fit);
+  addEventListener('load', fit);
+}
+
 document.querySelectorAll('table.sortable').forEach(sortable);
-const pictures = [...document.querySelectorAll('main img')];
-if (pictures.length) enlarging(pictures);
+const pictures = [...document.querySelectorAll('main img:not(.legend img)')];
+if (pictures.length) {
+  sizing(pictures);
+  enlarging(pictures);
+}

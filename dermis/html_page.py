@@ -51,7 +51,7 @@ def html_page(
     """
     policy, script = CONTENT_SECURITY_POLICY, ""
     if interactive:
-        code = _asset("js")
+        code = _asset("page.js")
         digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
         policy, script = f"{policy}; script-src 'sha256-{digest}'", f"<script>{code}</script>"
     has_contents = len(sections) > 1
@@ -64,7 +64,7 @@ def html_page(
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{html.escape(policy, quote=False)}">
-<title>{html.escape(title)}</title><style>{_asset("css")}</style></head>
+<title>{html.escape(title)}</title><style>{page_colours()}{_asset("page.css")}</style></head>
 <body><div class="layout{" with-contents" if has_contents else ""}">{_contents(sections) if has_contents else ""}<main>
 <h1>{html.escape(title)}</h1>
 {shown_warnings}{introduction}
@@ -73,26 +73,41 @@ def html_page(
 """
 
 
+def page_colours(*, dark: bool = True) -> str:
+    """The colours of all pages, as variables of CSS.
+
+    Args:
+        dark: Whether the page has a dark scheme too, for people whose browser asks for one.
+    """
+    whole = _asset("colours.css")
+    return whole if dark else whole.partition("@media")[0]
+
+
 def facts_table(facts: Iterable[tuple[str, str]]) -> str:
     """A table of names, as text, and what belongs to them, as HTML."""
     rows = "".join(f'<tr><th scope="row">{html.escape(name)}</th><td>{value}</td></tr>' for name, value in facts)
-    return f'<div class="scroll"><table><tbody>{rows}</tbody></table></div>'
+    return f'<div class="scroll"><table class="facts"><tbody>{rows}</tbody></table></div>'
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, classes: str = "") -> str:
-    """A table of cells as HTML.
+def table(name: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, classes: str = "") -> str:
+    """A table of cells as HTML. The first cell of a row names the row.
 
     Args:
+        name: What it shows, as text, for people who do not see it.
         head: The headings of the columns.
         rows: The rows.
         classes: `sortable` for columns that can be sorted in an interactive page, `numbers` for numbers in all columns but the
             first one, or both.
     """
     header = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    body = "".join(
+        f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in others)}</tr>'
+        for first, *others in rows
+    )
     attribute = f' class="{classes}"' if classes else ""
     whole = f"<table{attribute}><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="scroll" tabindex="0">{whole}</div>'
+    # The keyboard scrolls it where it is wider than the page.
+    return f'<div class="scroll" role="group" aria-label="{html.escape(name)}" tabindex="0">{whole}</div>'
 
 
 def picture(image: Images, alt: str, *, width: int | None = None, origin: ImageOrigin | None = None) -> str:
@@ -106,6 +121,16 @@ def picture(image: Images, alt: str, *, width: int | None = None, origin: ImageO
     """
     shown = image.shape[1] if width is None else width
     return png_picture(encode(image, origin=origin), alt, (shown, round(shown * image.shape[0] / image.shape[1])))
+
+
+def whole_width(side: int, at_most: int) -> int:
+    """The width at which an image of this width is shown: a whole multiple, so that all pixels are equally wide.
+
+    Args:
+        side: Width of the image in pixels.
+        at_most: The largest width, except for images that are wider themselves.
+    """
+    return side * max(1, at_most // side)
 
 
 def png_picture(png: bytes, alt: str, size: tuple[int, int]) -> str:
@@ -126,5 +151,5 @@ def _contents(sections: Sequence[Section]) -> str:
 
 
 @cache
-def _asset(suffix: str) -> str:
-    return files("dermis").joinpath(f"html_page.{suffix}").read_text(encoding="utf-8")
+def _asset(name: str) -> str:
+    return files("dermis").joinpath(f"html_{name}").read_text(encoding="utf-8")

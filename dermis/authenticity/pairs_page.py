@@ -6,8 +6,10 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dermis.html_page import Section, html_page, picture
+from dermis.html_page import Section, html_page, picture, whole_width
 from dermis.imaging import Images
+
+_WIDTH = 256  # width of an image on the page, px, at most if it is smaller itself
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,8 @@ have the size at which they were compared.</p>"""
 
 
 def _article(pair: Pair) -> str:
-    verdict = "authentic" if pair.authentic else "not authentic"
-    if pair.changed_copy:
-        verdict += ", a changed copy according to the copy detector"
+    verdict = "Authentic" if pair.authentic else "Not authentic"
+    changed = "<p>A changed copy, according to the copy detector.</p>" if pair.changed_copy else ""
     elsewhere = (
         ""
         if pair.is_in_index
@@ -78,13 +79,15 @@ def _article(pair: Pair) -> str:
         f"{pair.shown_distance:.3f}.</p>"
     )
     suspicious = pair.changed_copy or not pair.authentic
+    card, heading = (' alert"', ' class="wrong"') if suspicious else ('"', "")
     return (
-        f'<article class="card{" alert" if suspicious else ""}"><div class="pair">'
-        f"{_figure(pair.image, pair.name, 'checked image')}"
-        f"{_figure(pair.training_image, pair.training_name, 'training image')}</div>"
-        f"<p>{verdict}: distance {pair.distance:.3f}, percentile {pair.percentile:.1f}</p>{elsewhere}</article>"
+        f'<article class="card{card}><h3{heading}>{verdict}</h3>'
+        f"<p>Distance {pair.distance:.3f}, percentile {pair.percentile:.1f}</p>{changed}{elsewhere}"
+        f'<div class="pair">{_figure(pair.image, pair.name, "checked image")}'
+        f"{_figure(pair.training_image, pair.training_name, 'training image')}</div></article>"
     )
 
 
 def _figure(image: Images, name: str, kind: str) -> str:
-    return f"<figure>{picture(image, f'{kind} {name}')}<figcaption>{html.escape(name)}</figcaption></figure>"
+    shown = picture(image, f"{kind} {name}", width=whole_width(image.shape[1], _WIDTH))
+    return f"<figure>{shown}<figcaption>{html.escape(name)}</figcaption></figure>"

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from dermis.bundle.classifier import NOTICE, ClassifierDescription
 from dermis.errors import DataError
 from dermis.explain.embeddings import GENERATED, Embedded, origin_of_items
+from dermis.html_page import page_colours
 from dermis.imaging import Images, contact_sheet, encode
 
 SPRITE_SIDE = 8192  # px; all browsers, and TensorBoard, can decode it
@@ -103,6 +104,7 @@ def embeddings_page(
         "colour": "class",
     }
     template = files("dermis.explain").joinpath("embeddings_page.html").read_text(encoding="utf-8")
+    template = template.replace("{{colours}}", page_colours())
     # "<" would let an id end the script element that holds the JSON.
     return template.replace("{{data}}", json.dumps(data).replace("<", "\\u003c"))
 

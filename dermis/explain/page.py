@@ -18,10 +18,10 @@ from dermis.explain.rendering import (
     salient_view,
     to_png,
 )
-from dermis.html_page import Section, facts_table, html_page, png_picture
+from dermis.html_page import Section, facts_table, html_page, png_picture, whole_width
 from dermis.imaging import Images
 
-_WIDTH = 192  # width of a picture on the page, px
+_WIDTH = 224  # width of a picture on the page, px, at most if it is smaller itself
 _METHODS = {
     "xrai": "XRAI (Kapishnikov et al., arXiv 1906.02825): each region has the mean attribution of its pixels. Regions are "
     "selected by how much they raise the probability of the positive class; the last ones can be narrow strips, which mean "
@@ -75,7 +75,7 @@ def heat_map_page(
     named = f"{value:.4g}" if name == f"{value:g}" else f"{html.escape(name)}, {value:.4g}"
     bar = _picture(legend(), 256, f"colours from lower to higher probability of {description.positive_class}")
     reading = f"""<p class="legend">lowers the probability of {positive} {bar} raises it</p>
-<p class="note">Left: the input of the classifier. Middle: what its parts add to the logit of {positive}. Right: the
+<p class="note">First picture: the input of the classifier. Second: what its parts add to the logit of {positive}. Third: the
 {SALIENT_PERCENT:g} % of the area that raise its probability most, or more so that regions are complete. Each picture has its
 own scale: 95 % of the area are below full colour, whose value is beside the picture, in logits for each 1 % of the area. A heat
 map shows what this network computes. It is no evidence about the lesion, and it does not show that the network is right.</p>
@@ -111,15 +111,15 @@ def _figure(entry: Entry, description: ClassifierDescription) -> str:
         (heat_map(attribution), f"heat map of {name}"),
         (salient_view(attribution), f"areas of {name} that raise the probability of {description.positive_class} most"),
     )
-    shown = "".join(_picture(picture, _WIDTH, alt) for picture, alt in pictures)
+    shown = "".join(_picture(picture, whole_width(len(picture), _WIDTH), alt) for picture, alt in pictures)
     label = "" if entry.label is None else f"<br>label {html.escape(entry.label)}"
     wrong = ', <span class="wrong">wrong</span>' if entry.wrong else ""
     scale = per_percent(attribution, full_colour(attribution))
     return f"""<figure>{shown}<figcaption><strong>{html.escape(name)}</strong><br>{html.escape(entry.class_name)}, calibrated
 {entry.calibrated:.3f} (probability {entry.probability:.3f}){label}{wrong}<br>
 <span class="note">logit {attribution.logit:.2f}, of the baselines {attribution.baseline:.2f}<br>
-full colour: &plusmn;{scale:.2g} logits for each 1 % of the area<br>right:
-{salient_mask(attribution).mean():.0%} of the area</span></figcaption></figure>
+full colour: &plusmn;{scale:.2g} logits for each 1 % of the area<br>third picture:
+{100 * salient_mask(attribution).mean():.0f} % of the area</span></figcaption></figure>
 """
 
 

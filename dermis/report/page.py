@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Sequence
 
 from dermis.html_page import Section, facts_table, html_page, table
@@ -37,13 +38,13 @@ def report_page(report: DatasetReport) -> str:
     cards = f"""<div class="cards">{"".join(_question(question) for question in report.scorecard)}</div>
 <p class="note">Seven criteria after Zamzmi et al., Communications Engineering 4, 130 (2025). There is no total score and no
 threshold for passing: whether a number is good enough depends on the use. In brackets: 95 % interval.</p>"""
-    limits = "".join(f"<li>{html.escape(limit)}</li>" for limit in report.limits)
+    limits = "".join(f"<li>{_prose(limit)}</li>" for limit in report.limits)
     options = html.escape(json.dumps(report.request.options, sort_keys=True, ensure_ascii=False))
     return html_page(
         "Report of a synthetic dataset",
         [
             Section("scorecard", "Scorecard", cards),
-            *(Section(name, title, _section(getattr(report, name))) for name, title in _TITLES.items()),
+            *(Section(name, title, _section(title, getattr(report, name))) for name, title in _TITLES.items()),
             Section("audit", f"Privacy audit of the {report.audit.scope}", _audit(report.audit)),
             Section("limits", "Limits", f"<ul>{limits}</ul>"),
             Section("request", "Request", f"<p><code>{options}</code></p>"),
@@ -58,37 +59,38 @@ threshold for passing: whether a number is good enough depends on the use. In br
 
 
 def _question(question: ReportQuestion) -> str:
-    notes = " ".join(question.notes)
+    notes = _prose(" ".join(question.notes))
+    numbers = _table(f"Numbers of {question.id}", question.numbers, bars=False)
     return f"""<article class="card"><h3>{html.escape(question.id.capitalize())}</h3><p>{html.escape(question.question)}</p>
-{_status(question.status)}{_table(question.numbers, bars=False)}<p class="note">{html.escape(notes)}</p></article>
+{_status(question.status)}{numbers}<p class="note">{notes}</p></article>
 """
 
 
-def _section(section: ReportSection) -> str:
+def _section(title: str, section: ReportSection) -> str:
     images = "" if section.images is None else f" Measured on {section.images:,} images."
-    notes = html.escape(" ".join(section.notes) + images)
+    notes = _prose(" ".join(section.notes) + images)
     problem = ""
     if section.reason is not None:
-        problem = f'<p><span class="missing">{html.escape(section.status)}</span>: {html.escape(section.reason)}. '
-        problem += f"To measure it: {html.escape(section.remedy or '')}.</p>"
-    return f'{problem}{_table(section.numbers, bars=True)}<p class="note">{notes}</p>\n'
+        problem = f'<p><span class="missing">{html.escape(section.status)}</span>: {_prose(section.reason)}. '
+        problem += f"To measure it: {_prose(section.remedy or '')}.</p>"
+    return f'{problem}{_table(title, section.numbers, bars=True)}<p class="note">{notes}</p>\n'
 
 
 def _audit(audit: ReportAudit) -> str:
     if audit.verdict == NOT_MEASURED:
-        remedy = html.escape(audit.remedy or "")
+        remedy = _prose(audit.remedy or "")
         missing = f'<span class="missing">{NOT_MEASURED}</span>. To measure it: {remedy}.'
         return f"<p>{missing}</p>\n"
     rules = ([html.escape(rule.id), html.escape(rule.status), html.escape(rule.text)] for rule in audit.rules)
     verdict = f"<p>Verdict: <strong>{html.escape(audit.verdict)}</strong></p>"
-    return verdict + table(["rule", "result", "meaning"], rules)
+    return verdict + table("Rules of the audit", ["rule", "result", "meaning"], rules)
 
 
 def _status(status: str) -> str:
     return "" if status == "measured" else f'<p class="missing">{html.escape(status)}</p>'
 
 
-def _table(numbers: Sequence[ReportNumber], *, bars: bool) -> str:
+def _table(name: str, numbers: Sequence[ReportNumber], *, bars: bool) -> str:
     """Make a table with a row for each class and number, and a column for the reference if one is known."""
     if not numbers:
         return ""
@@ -100,13 +102,13 @@ def _table(numbers: Sequence[ReportNumber], *, bars: bool) -> str:
         cells = [html.escape(number.name)]
         if by_class:
             cells.append(html.escape(number.class_name or "all"))
-        cells.append(f"{_value(number)}{_bar(number.value) if bars and number.unit == 'share' else ''}")
+        drawn = bars and number.unit == "share"
+        cells.append(_with_bar(_value(number), number.value if drawn else None))
         if compared:
             real = "" if number.reference is None else _text(number.reference, number.unit)
-            bar = _bar(number.reference) if bars and number.unit == "share" else ""
-            cells.append(f"{real}{bar}")
+            cells.append(_with_bar(real, number.reference if drawn else None))
         rows.append(cells)
-    return table(head, rows)
+    return table(name, head, rows)
 
 
 def _value(number: ReportNumber) -> str:
@@ -118,20 +120,26 @@ def _value(number: ReportNumber) -> str:
     return text
 
 
+def _prose(text: str) -> str:
+    """A text as HTML; what is between backticks is code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
+
+
 def _text(value: float, unit: str) -> str:
     if unit == "share":
-        return f"{value:.1%}".replace("%", " %")
+        return f"{100 * value:.1f}&nbsp;%"
     if unit == "images":
         return f"{value:,.0f}"
     return f"{value:.1f}°" if unit == "degrees" else f"{value:.4g}"
 
 
-def _bar(value: float | None) -> str:
-    """Draw a share as a bar."""
+def _with_bar(text: str, value: float | None) -> str:
+    """The text of a number, and a bar for it if it is a share."""
     if value is None:
-        return ""
+        return text
     width = round(_BAR * min(max(value, 0.0), 1.0), 1)
     return (
-        f' <svg width="{_BAR}" height="8" aria-hidden="true"><rect class="bar-whole" width="{_BAR}" height="8"/>'
-        f'<rect class="bar-part" width="{width}" height="8"/></svg>'
+        f'<div class="measured"><span>{text}</span>'
+        f'<svg width="{_BAR}" height="8" viewBox="0 0 {_BAR} 8" preserveAspectRatio="none" aria-hidden="true">'
+        f'<rect class="bar-whole" width="{_BAR}" height="8"/><rect class="bar-part" width="{width}" height="8"/></svg></div>'
     )

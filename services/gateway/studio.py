@@ -21,6 +21,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from dermis.html_page import CONTENT_SECURITY_POLICY, html_page
 from services.gateway.audit import leave_out
 from services.gateway.problems import problem_response
 from services.settings import Settings
@@ -168,18 +169,8 @@ def _missing(request: Request) -> Response:
     detail = f"the service has no studio, because the package dermis-studio is not installed: {_INSTALL}"
     if "text/html" not in request.headers.get("accept", ""):
         return problem_response(request, "not-installed", detail)
-    return HTMLResponse(
-        f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>dermis studio</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>
-:root {{ color-scheme: light dark; }} body {{ font: 16px/1.6 system-ui, sans-serif; max-width: 40rem; margin:
-4rem auto; padding: 0 1.5rem; }}
-pre {{ padding: .8rem 1rem; border: 1px solid #8888; border-radius: 6px; overflow-x: auto; }}</style></head>
-<body><main><h1>The studio is not installed</h1>
-<p>The web pages of this service are in an optional package. Its operator installs it into the environment of the service and
-restarts the service:</p><pre tabindex="0">{escape(_INSTALL)}</pre>
-<p>In a checkout, <code>make serve</code> installs it. The API works without it:
-<a href="/docs">documentation</a>.</p></main></body>
-</html>""",
-        501,
-        {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"},
-    )
+    text = f"""<p>The web pages of this service are in an optional package. Its operator installs it into the environment of
+the service and restarts the service:</p><pre><code>{escape(_INSTALL)}</code></pre>
+<p>In a checkout, <code>make serve</code> installs it. The API works without it: <a href="/docs">documentation</a>.</p>"""
+    page = html_page("The studio is not installed", [], introduction=text, interactive=False)
+    return HTMLResponse(page, 501, {"Content-Security-Policy": f"{CONTENT_SECURITY_POLICY}; frame-ancestors 'none'"})

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.components import chromium
-from dermis.html_page import Section, html_page, picture, table
+from dermis.html_page import Section, html_page, page_colours, picture, table
 
 ROOT = Path(__file__).resolve().parents[2]
 BROWSER = chromium()
@@ -21,7 +21,7 @@ def a_page(*, interactive: bool = True) -> str:
     return html_page(
         "A <page>",
         [
-            Section("one", "One & two", table(["name", "value"], rows, classes="sortable numbers")),
+            Section("one", "One & two", table("Values", ["name", "value"], rows, classes="sortable numbers")),
             Section("three", "Three", images),
         ],
         warnings=["<strong>Careful</strong>"],
@@ -45,26 +45,31 @@ def test_pages_and_studio_have_the_same_colours() -> None:
         return [dict(re.findall(rf"--{prefix}([a-z-]+):\s*(#[0-9a-f]+)", scheme)) for scheme in schemes]
 
     studio = colours("clients/studio/src/dermis_studio/assets/studio.css", "ds-")
+    shared = colours("dermis/html_colours.css", "")
+    for own, theirs in zip(shared, studio, strict=True):
+        assert len(own) > 12 and own == {name: theirs[{"bar": "well"}.get(name, name)] for name in own}
+    assert shared[0].keys() == shared[1].keys()
     for path in ("dermis/html_page.css", "dermis/explain/embeddings_page.html"):
-        for own, shared in zip(colours(path, ""), studio, strict=True):
-            assert len(own) > 8 and own == {name: shared[{"bar": "well"}.get(name, name)] for name in own}
+        style = (ROOT / path).read_text(encoding="utf-8").partition("</style>")[0]
+        assert set(re.findall(r"var\(--([a-z-]+)\)", style)) <= shared[0].keys()
+        assert not re.search(r"#[0-9a-f]{3}(?:[0-9a-f]{3})?\b", style), "no colours of its own"
 
 
 def test_pages_of_readers_differ_from_the_studio_in_their_grey_surroundings_only() -> None:
-    def colours(path: str) -> dict[str, str]:
-        text = (ROOT / path).read_text(encoding="utf-8")
-        scheme = re.search(r":root[^{]*\{([^}]*)\}", text)
-        assert scheme is not None
-        own = dict(re.findall(r"--([a-z-]+):\s*(#[0-9a-f]+)", scheme[1]))
+    def colours(path: str, shared: str = "") -> dict[str, str]:
+        text = shared + (ROOT / path).read_text(encoding="utf-8")
+        own = dict(re.findall(r"--([a-z-]+):\s*(#[0-9a-f]+)", text))
         assert set(re.findall(r"var\(--([a-z-]+)\)", text)) <= own.keys() | {"size"}
         return own
 
-    studio = (ROOT / "clients/studio/src/dermis_studio/assets/studio.css").read_text(encoding="utf-8")
-    light = dict(re.findall(r"--ds-([a-z-]+):\s*(#[0-9a-f]+)", studio.partition("}")[0]))
-    reader, survey = colours("services/gateway/reader_page/reader.css"), colours("training/evaluation/survey_page.html")
+    light = page_colours(dark=False)
+    assert "color-scheme: light;" in light and "dark" not in light and light in page_colours()
+    known = dict(re.findall(r"--([a-z-]+):\s*(#[0-9a-f]+)", light))
+    reader = colours("services/gateway/reader_page/reader.css")
+    survey = colours("training/evaluation/survey_page.html", light)
     for own in (reader, survey):
         shared = {name: value for name, value in own.items() if not name.startswith("grey-")}
-        assert len(shared) >= 4 and shared == {name: light[name] for name in shared}
+        assert len(shared) >= 4 and shared == {name: known[name] for name in shared}
     greys = {name: value for name, value in survey.items() if name.startswith("grey-")}
     assert len(greys) == 3 and greys.items() <= reader.items()
     assert all(max(channels(grey)) - min(channels(grey)) <= 20 for grey in greys.values())  # hardly any hue

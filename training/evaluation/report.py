@@ -83,8 +83,12 @@ def report_page(
     kind = "training" if metrics["real_is_training_set"] else "real"
     spaces = "".join(
         f'<h3>Feature space {html.escape(each.space)}</h3><p class="note">{html.escape(each.remark)}</p>'
-        + _table(each.rows)
-        + (f"<h4>By class</h4>{_table(each.class_rows)}" if each.class_rows else "")
+        + _table(f"Numbers in {each.space}", each.rows)
+        + (
+            f"<h4>By class</h4>{_table(f'Numbers in {each.space} by class', each.class_rows)}"
+            if each.class_rows
+            else ""
+        )
         for each in space_tables(metrics)
     )
     numbers = f"""<p class="note">{metrics["images"]:,} generated images (seed {metrics["seed"]}, truncation_psi
@@ -142,9 +146,9 @@ whether the first one shows the same lesion.</p>
     )
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def _table(name: str, rows: Sequence[Sequence[str]]) -> str:
     head, *body = [[html.escape(cell) for cell in row] for row in rows]
-    return table([head[0] or "measure", *head[1:]], body, classes="sortable numbers")
+    return table(name, [head[0] or "measure", *head[1:]], body, classes="sortable numbers")
 
 
 def _match(match: Match, class_names: Sequence[str], scale: int, kind: str, origin: ImageOrigin) -> str:
@@ -159,5 +163,5 @@ ratio {match.distance_ratio:.2f}<br>distances {distances}</figcaption></figure>"
 
 
 def _sheet(caption: str, images: Images, columns: int, scale: int, origin: ImageOrigin) -> str:
-    sheet = contact_sheet(as_rgb(images), columns)
+    sheet = contact_sheet(as_rgb(images), columns, padding=1)
     return f"<h3>{html.escape(caption)}</h3>{picture(sheet, caption, width=sheet.shape[1] * scale, origin=origin)}"

@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm import tqdm
 
 from dermis.errors import DataError
+from dermis.html_page import page_colours
 from dermis.imaging import centre_square, encode
 from dermis.network_config import NoiseMode
 from dermis.reader_study import PlanError, Slot, Truth, equally_long, order_for_reader, plan_images
@@ -279,5 +280,6 @@ def _page(key: SurveyKey, encoded: Mapping[str, bytes], page: int) -> str:
         ],
     }
     template = files("training.evaluation").joinpath("survey_page.html").read_text(encoding="utf-8")
+    template = template.replace("{{colours}}", page_colours(dark=False))
     # "<" would let a class name end the script element that holds the JSON.
     return template.replace("{{survey}}", json.dumps(survey).replace("<", "\\u003c"))

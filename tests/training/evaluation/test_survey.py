@@ -23,6 +23,7 @@ from PIL import Image
 
 from dermis.bundle import Bundle
 from dermis.errors import DataError
+from dermis.html_page import page_colours
 from dermis.imaging import decode
 from dermis.metrics import reader_study
 from dermis.metrics.reader_study import (
@@ -174,6 +175,7 @@ def test_files_for_experts_do_not_reveal_origin_of_images(survey: Path, folder: 
             assert data[:29] == (survey / "for-experts/images/001.png").read_bytes()[:29]  # size, depth, colour type
         assert not [secret for secret in secrets if secret.encode() in data]
     template = files("training.evaluation").joinpath("survey_page.html").read_text()
+    template = template.replace("{{colours}}", page_colours(dark=False))
     orders = []
     for number in (1, 2):
         page = survey / f"for-experts/page-{number}.html"
