@@ -6,6 +6,32 @@
   // A number and the word of what is counted, such as "1 image" and "2 images".
   window.dermisCounted = (count, singular, plural = `${singular}s`) => `${count.toLocaleString("en")} ${count === 1 ? singular : plural}`;
 
+  // A service that stops ends the streams of results, with the message that they were cancelled or without a last message. Gradio
+  // takes the first for the end of an action and the second for a complete stream, and would show unfinished results for ever.
+  // As an error of the connection, either makes Gradio connect again.
+  const RESULTS = /\/gradio_api\/queue\/data(?:\?|$)/;
+  const LAST_CHARACTERS = 500; // of a stream, more than its last message has
+  const stopped = () => new TypeError("The service ended the connection.");
+  const fetchAny = window.fetch.bind(window);
+  window.fetch = async (address, options) => {
+    const answer = await fetchAny(address, options);
+    const url = address instanceof Request ? address.url : String(address);
+    if (!answer.ok || !answer.body || !RESULTS.test(url)) return answer;
+    const decoder = new TextDecoder();
+    let end = "";
+    const checked = new TransformStream({
+      transform(part, controller) {
+        end = (end + decoder.decode(part, { stream: true })).slice(-LAST_CHARACTERS);
+        if (end.includes("unexpected_error") && end.includes("Cancelled")) controller.error(stopped());
+        else controller.enqueue(part);
+      },
+      flush(controller) {
+        if (!end.includes("close_stream")) controller.error(stopped());
+      },
+    });
+    return new Response(answer.body.pipeThrough(checked), { status: answer.status, headers: answer.headers });
+  };
+
   const applyTheme = (dark) => {
     root.dataset.theme = dark ? "dark" : "light";
     document.body.classList.toggle("dark", dark);
