@@ -7,7 +7,7 @@
   window.dermisCounted = (count, singular, plural = `${singular}s`) => `${count.toLocaleString("en")} ${count === 1 ? singular : plural}`;
 
   // A service that stops ends the streams of results, with the message that they were cancelled or without a last message. Gradio
-  // takes the first for the end of an action and the second for a complete stream, and would show unfinished results for ever.
+  // takes the first for the end of an action and the second for a complete stream, and would keep showing unfinished results.
   // As an error of the connection, either makes Gradio connect again.
   const RESULTS = /\/gradio_api\/queue\/data(?:\?|$)/;
   const LAST_CHARACTERS = 500; // of a stream, more than its last message has
