@@ -97,7 +97,10 @@ class Store:
         """Return the relative names of all files, sorted. Names of empty folders are included, with a slash at the end."""
         with storage_errors(self.location, remote=not self.local):
             if self.local:
-                return sorted(names_below(Path(self._root))) if Path(self._root).is_dir() else []
+                while Path(self._root).is_dir():
+                    with suppress(FileNotFoundError):  # another process is removing folders: look again
+                        return sorted(names_below(Path(self._root)))
+                return []
             self._fs.invalidate_cache()
             if not self._root_exists():
                 return []

@@ -372,3 +372,18 @@ def test_metadata_has_a_row_for_each_image(tiny_bundle: Bundle, tmp_path: Path) 
     with zipfile.ZipFile(tmp_path / "images.zip") as archive:
         for row in rows:
             assert hashlib.sha256(archive.read(row["file_name"])).hexdigest() == row["sha256"]
+
+
+def test_listing_of_a_folder_that_is_removed_meanwhile_is_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dataset" / "part").mkdir(parents=True)
+    scandir = os.scandir
+
+    def remove_first(path: Path) -> Any:
+        if (tmp_path / "dataset").exists():
+            (tmp_path / "dataset").rename(tmp_path / "removed")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", remove_first)
+    assert Store(str(tmp_path / "dataset")).entries() == []
