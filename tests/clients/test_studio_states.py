@@ -280,7 +280,7 @@ def test_upload_of_a_study_says_what_a_quota_refuses(browser: Browser) -> None:
     )
     page.get_by_label("Real images: benign").set_input_files([picture(160), picture(200)])
     shows(page, "the quota of the day is used up")
-    shows(page, "0 of 2 are uploaded")
+    shows(page, "0 of 2 images are uploaded")
     assert violations(page) == []
     delete_study(page)
 
