@@ -24,6 +24,7 @@ UNCONDITIONAL_CLASS = "image"
 MAX_COUNT = 10**8
 MAX_CLASSES = 1000
 MAX_TRIES = 64
+MAX_GATE_TRIES = 16
 MAX_EDITS = 8
 
 ClassName = Annotated[str, Field(min_length=1, max_length=200)]
@@ -138,7 +139,7 @@ class PrivacyOptions(GateOptions):
     tries: int = Field(
         8,
         ge=1,
-        le=16,
+        le=MAX_GATE_TRIES,
         description="For resample: images that may be rejected before a sample is left out.",
     )
 

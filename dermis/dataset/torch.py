@@ -30,7 +30,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from dermis.bundle import open_bundle
 from dermis.dataset.plan import latent_index
 from dermis.dataset.privacy import pass_gate
-from dermis.dataset.request import GateOptions, classes_of
+from dermis.dataset.request import MAX_GATE_TRIES, GateOptions, classes_of
 from dermis.directions.edit import Edit, bundle_offset
 from dermis.errors import RequestError, escape
 from dermis.imaging import Images
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 GeneratedSample = tuple[Any, int]
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
-_MAX_TRIES = 16
 _DIGEST_DIGITS = 15  # first digits of a bundle's digest, as in the states of `dermis_client.torch`
 
 
@@ -144,8 +143,8 @@ class GeneratedDataset(IterableDataset[GeneratedSample]):
             raise RequestError("percentile", "must be 0 to 100")
         if on_reject not in ("drop", "resample"):
             raise RequestError("on_reject", f'"{escape(on_reject)}" is none of drop, resample')
-        if not 1 <= tries <= _MAX_TRIES:
-            raise RequestError("tries", f"must be 1 to {_MAX_TRIES}")
+        if not 1 <= tries <= MAX_GATE_TRIES:
+            raise RequestError("tries", f"must be 1 to {MAX_GATE_TRIES}")
         if gate is not None and self._bundle.authenticity is None:
             raise RequestError(
                 "gate", "the bundle has no index of its training images; make one with dermis index build", "no-index"
