@@ -1,5 +1,5 @@
 // Shows how much of an image has been sent, and lets the visitor stop it. Gradio sends the values of a page in one request by
-// fetch, which tells nothing of its progress. So a large request is sent by XMLHttpRequest.
+// fetch, which does not report its progress. So a large request is sent by XMLHttpRequest.
 (() => {
   "use strict";
   const EVENT = /\/gradio_api\/queue\/join(?:\?|$)/;
@@ -24,10 +24,7 @@
   const bar = element("div", { class: "ds-bar", role: "progressbar", "aria-label": "Sent", "aria-valuemin": 0, "aria-valuemax": 100 }, filled);
   const stop = element("button", { type: "button", class: "ds-button" }, "Stop sending");
   const place = element("div", { class: "ds-sending" }, element("div", { class: "ds-progress" }, words), stop);
-  place.hidden = true;
   document.getElementById("ds-main").append(place);
-
-  stop.hidden = true;
 
   let newest = 0; // the number of the last request
   const show = (text, sending) => {
@@ -37,6 +34,7 @@
     stop.hidden = !sending;
     place.hidden = !text;
   };
+  show("", false);
   const showSent = (sent, total) => {
     const percent = total ? Math.round(100 * sent / total) : 0;
     bar.setAttribute("aria-valuenow", percent);
