@@ -320,9 +320,9 @@ def test_new_sqlite_file_is_opened_while_another_process_locks_it(tmp_path: Path
 
 
 def test_lock_of_a_lost_machine_is_released(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.jobs.database.IDLE_TRANSACTION_SECONDS", 1)
     table = JobTable(postgres.url)
     table.open()
+    monkeypatch.setattr("services.jobs.database.IDLE_TRANSACTION_SECONDS", 1)
     lost = make_engine(postgres.url)
     with lost.connect() as connection:
         connection.execute(sa.text("LOCK TABLE dermis_workers"))  # and then nothing more is heard of it
