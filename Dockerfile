@@ -1,7 +1,7 @@
 # The image of dermis: the command line `dermis`, the service in each of its roles, and the demo bundle.
 #
-#   docker build -t registry.example.com/dermis:0.2.0-cpu .
-#   docker build -t registry.example.com/dermis:0.2.0-gpu --build-arg VARIANT=gpu .
+#   docker build -t registry.example.com/dermis:0.2.0 .
+#   docker build -t registry.example.com/dermis-gpu:0.2.0 --build-arg VARIANT=gpu .
 #   docker build -t registry.example.com/dermis-federation:0.2.0 --target federation --build-arg EXTRAS=federated,train .
 #
 # `buildah bud` and `podman build` take the same arguments. Versions are those of constraints.txt; docs/kubernetes.md says how to

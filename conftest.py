@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import signal
+from importlib.util import find_spec
 
 from dermis.cpus import keep_freed_memory
 
 keep_freed_memory()  # as in the tested programs
+
+# The GPU tests also run where Hypothesis is not installed.
+if find_spec("hypothesis"):
+    from hypothesis import settings
+
+    # A deadline for each example would make tests fail when other programs keep the processor busy.
+    settings.register_profile("dermis", deadline=None)
+    settings.load_profile("dermis")
 
 # A job in the background of a script starts with SIGINT ignored, and so would every program that a test starts and
 # then interrupts; a handler of our own is reset to the default at exec.

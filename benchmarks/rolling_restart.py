@@ -260,7 +260,7 @@ def _median_and_most(seconds: Sequence[float]) -> str:
 
 
 def report(result: Result) -> str:
-    """The results as Markdown, for docs/benchmarks.md."""
+    """The results as Markdown, for docs/benchmarks-cluster.md."""
     stopping = _median_and_most([each.stopping for each in result.restarts])
     starting = _median_and_most([each.starting for each in result.restarts])
     lines = [

@@ -419,7 +419,7 @@ def _cpu_seconds(process: psutil.Process) -> float:
 
 
 def report(result: Mapping[str, Any]) -> str:
-    """The results as Markdown, for docs/benchmarks.md."""
+    """The results as Markdown, for docs/benchmarks-cluster.md."""
     lines = []
     if result["real"]:
         lines += [

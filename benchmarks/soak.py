@@ -396,7 +396,7 @@ def run(
 
 
 def report(result: Result) -> str:
-    """The results as Markdown, for docs/benchmarks.md."""
+    """The results as Markdown, for docs/benchmarks-service.md."""
     steps = ", ".join(f"{step.completed:.1f} with {step.name}" for step in result.steps)
     lines = [f"Completed operations/s without pauses: {steps}.", ""]
     for phase in (result.soak, result.overload):

@@ -229,7 +229,7 @@ def main() -> None:
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """Return the lines of the table of docs/benchmarks.md."""
+    """Return the lines of the table of docs/benchmarks-service.md."""
     over = f"MB over {result['interactions']} interactions"
     rows = [
         ("first page, cold", f"{result['first_page_cold_seconds']:.2f} s", ""),

@@ -25,7 +25,7 @@ _More = Annotated[
     typer.Option(
         "--set",
         metavar="NAME=VALUE",
-        help="Another setting, such as --set max_images=16; repeatable. docs/deployment.md lists all of them.",
+        help="Another setting, such as --set max_images=16; repeatable. docs/settings.md lists all of them.",
         show_default=False,
     ),
 ]

@@ -69,8 +69,8 @@ def keep_freed_memory() -> bool:
     """Let this process keep freed memory for reuse, if the C library is glibc.
 
     By default glibc returns every large block to the kernel, and the next one costs a page fault for each 4 KB. Networks
-    on the CPU allocate and free such blocks at every layer: training at 128 px took 2 to 6 times as long (docs/benchmarks.md).
-    The process then keeps its peak memory until it ends.
+    on the CPU allocate and free such blocks at every layer: training at 128 px took 2 to 6 times as long
+    (docs/benchmarks-networks.md). The process then keeps its peak memory until it ends.
 
     Returns:
         Whether the C library took all settings.

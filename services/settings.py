@@ -68,7 +68,7 @@ class Settings(AccessSettings, StudySettings):
     inference: bool = Field(
         True,
         description="Whether a gateway has a generator, a classifier and so on of its own. Without them /v1/images, /v1/edits, "
-        "/v1/classifications, /v1/authenticity and heat maps are answered 503.",
+        "/v1/classifications, /v1/authenticity, /v1/embeddings and heat maps are answered 503.",
     )
     device: str = Field(
         "auto",
@@ -215,7 +215,7 @@ class Settings(AccessSettings, StudySettings):
         le=3600,
         description="Maximum time that a call for images may wait for those requested before, estimated from the measured "
         "rate of the model. A call above it is answered 503 at once, if its tenant has another one. Where calls have been "
-        "waiting without a pause for twice this time, a fifth of it.",
+        "waiting without a pause for twice this time, the limit is a fifth of it.",
     )
     max_body_bytes: int = Field(1 << 20, ge=1024, description="Maximum size of a request body in bytes.")
     max_upload_bytes: int = Field(
@@ -439,7 +439,7 @@ def settings_of_process() -> Settings:
 
 
 def settings_table() -> str:
-    """The settings as the Markdown table of docs/deployment.md."""
+    """The settings as the Markdown table of docs/settings.md."""
     lines = ["| variable | default | meaning |", "| --- | --- | --- |"]
     for name, field in sorted(Settings.model_fields.items(), key=lambda item: item[0] in StudySettings.model_fields):
         default = ",".join(field.default) if isinstance(field.default, tuple) else field.default

@@ -51,8 +51,13 @@ def test_deployment_files_name_settings_that_exist() -> None:
         "bentofile.cpu.yaml",
         "Dockerfile",
         "docs/deployment.md",
+        "docs/settings.md",
+        "docs/backup.md",
+        "docs/audit.md",
         "docs/kubernetes.md",
         "docs/api.md",
+        "docs/problems.md",
+        "docs/webhooks.md",
     ]
     manifests = [str(path.relative_to(ROOT)) for path in (ROOT / "k8s").rglob("*.yaml")]
     assert manifests
@@ -86,7 +91,7 @@ def test_image_is_built_from_files_and_extras_that_exist() -> None:
 
 
 def test_documented_settings_match_code() -> None:
-    assert settings_table() in (ROOT / "docs/deployment.md").read_text()
+    assert settings_table() in (ROOT / "docs/settings.md").read_text()
 
 
 def test_invalid_setting_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

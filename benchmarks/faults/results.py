@@ -76,7 +76,7 @@ def add_faults(result: Result, made: Mapping[str, int]) -> None:
 
 
 def report(results: Iterable[Result]) -> str:
-    """The results as Markdown, for docs/benchmarks.md."""
+    """The results as Markdown, for docs/benchmarks-cluster.md."""
     lines = [
         "| fault | format | faults by kind | datasets | lost | twice | different | recovery, median / most |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",

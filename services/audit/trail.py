@@ -262,7 +262,7 @@ class AuditTable:
     def _append(self, connection: sa.Connection, events: Sequence[Event]) -> list[Entry]:
         head = connection.execute(_lock_head).one_or_none()
         if head is None:
-            raise HeadMissingError("the head of the audit trail was removed from the database; see docs/security.md")
+            raise HeadMissingError("the head of the audit trail was removed from the database; see docs/audit.md")
         number, previous = head
         entries = []
         for event in events:

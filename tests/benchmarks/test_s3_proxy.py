@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -55,7 +56,7 @@ def server() -> Iterator[Server]:
 def outcomes(proxy: S3Proxy, method: str, number: int) -> list[object]:
     """The statuses of requests, and "cut" for those that got no whole answer."""
     made: list[object] = []
-    with httpx.Client(trust_env=False) as client:
+    with httpx.Client(trust_env=False, timeout=60) as client:
         for _ in range(number):
             try:
                 url = f"http://127.0.0.1:{proxy.port}/bucket/x"
@@ -85,4 +86,7 @@ def test_only_faults_that_were_made_are_counted(server: Server) -> None:
         assert made["half upload"] == 0 and made["half answer"] > 0
         assert got.count("cut") == made["time-out"] + made["half answer"] and 200 not in got
     # The server got the length of the whole body, half of the body, and the end of the connection.
+    deadline = time.monotonic() + 60
+    while len(server.uploads) < counts["half upload"] and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert server.uploads == [(100, BODY[:50])] * counts["half upload"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import pytest
 if importlib.util.find_spec("gradio") is None:  # importing it takes seconds
     pytest.skip("gradio is not installed", allow_module_level=True)
 
-from benchmarks.components import free_port
 from dermis.bundle import Bundle
 from service_kit import assemble, listening
 from studio_browser import (
@@ -31,9 +31,9 @@ from studio_pages import PAGES
 
 
 def test_page_generates_images_and_sends_nothing_to_other_hosts(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    port = free_port()
-    parts = assemble(tiny_bundle.location, tmp_path, port=port)
-    with listening(parts, port) as address, browsing(address) as browser:
+    listener = socket.create_server(("127.0.0.1", 0))  # open from now on, so that no other program gets the port
+    parts = assemble(tiny_bundle.location, tmp_path, port=listener.getsockname()[1])
+    with listening(parts, listener) as address, browsing(address) as browser:
         page = browser.open("")
         press(page, "Generate")
         shows(page, "16 images of")

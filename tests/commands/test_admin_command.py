@@ -44,7 +44,10 @@ def test_status_of_a_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         during = state(option)
         running.generator.gate.set()
         running.wait(dataset)
-        running.ctx.table.renew_lease("dead", -5.0)
+    table = JobTable(f"sqlite:///{data / 'jobs.sqlite'}")  # a service that runs would remove the lease
+    table.open()
+    table.renew_lease("dead", -5.0)
+    table.close()
     assert during["workers"][0]["state"] == "alive" and during["workers"][0]["active_jobs"] == 1
     assert during["workers"][0]["lease_seconds_left"] > 0
     assert during["jobs"]["dataset"]["running"] == 1 and during["jobs"]["dataset"]["unfinished_shards"] == 2

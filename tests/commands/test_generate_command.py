@@ -20,6 +20,18 @@ from tiny import make_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 Run = Callable[..., tuple[int, str, str]]
+# The command with slower shards, so that it has not ended when it is stopped, on a busy machine either.
+SLOW_COMMAND = """
+import time
+from dermis.dataset import shards
+write = shards.write_shard
+def write_slowly(*arguments, **options):
+    time.sleep(0.08)
+    return write(*arguments, **options)
+shards.write_shard = write_slowly
+from commands.main import main
+main()
+"""
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -52,7 +64,7 @@ def test_killed_run_resumes_to_same_bytes(run: Run, tiny_bundle: Bundle, tmp_pat
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     finished: dict[str, int] = {}
     for blow, status in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
-        command = [sys.executable, "-m", "commands.main", *asked, str(killed)]
+        command = [sys.executable, "-c", SLOW_COMMAND, *asked, str(killed)]
         with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
             deadline = time.monotonic() + 180
             while len(list(killed.glob(".partial/shard-*.json"))) < len(finished) + 3:

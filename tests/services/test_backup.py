@@ -1,4 +1,4 @@
-"""Rehearsals of backup and restore with the commands of docs/deployment.md, while a service makes a dataset."""
+"""Rehearsals of backup and restore with the commands of docs/backup.md, while a service makes a dataset."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ COMMANDS = {"sqlite": ("sqlite3", "sqlite3"), "bucket": ("rclone", "rclone")}
 
 
 def documented(kind: str) -> tuple[list[str], list[str]]:
-    """The commands of the section on backups, for a backup and for its restore."""
-    section = (ROOT / "docs/deployment.md").read_text().partition("\n## Backup\n")[2]
-    blocks = re.findall(r"^```bash no-run\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    """The commands of the documentation, for a backup and for its restore."""
+    page = (ROOT / "docs/backup.md").read_text()
+    blocks = re.findall(r"^```bash no-run\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     assert len(blocks) == 2 * len(KINDS)
     number = KINDS.index(kind)
     return str(blocks[number]).splitlines(), str(blocks[len(KINDS) + number]).splitlines()

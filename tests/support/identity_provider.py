@@ -150,17 +150,17 @@ class Provider:
 
     def token(self, **order: Any) -> str:
         """An access token; `Keys.token` says what can be ordered."""
-        answer = httpx.post(f"{self.issuer}/token", json=order, trust_env=False)
+        answer = httpx.post(f"{self.issuer}/token", json=order, trust_env=False, timeout=60)
         token: str = answer.json()["access_token"]
         return token
 
     def rotate(self) -> None:
         """Replace all keys of the provider."""
-        httpx.post(f"{self.issuer}/rotate", json={}, trust_env=False).raise_for_status()
+        httpx.post(f"{self.issuer}/rotate", json={}, trust_env=False, timeout=60).raise_for_status()
 
     def fetched(self) -> int:
         """How often the keys were fetched."""
-        number: int = httpx.get(f"{self.issuer}/fetched", trust_env=False).json()["fetched"]
+        number: int = httpx.get(f"{self.issuer}/fetched", trust_env=False, timeout=60).json()["fetched"]
         return number
 
 

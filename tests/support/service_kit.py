@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 import zlib
@@ -292,10 +293,10 @@ def assemble(bundles: Path | str, data_dir: Path, **settings: Any) -> Parts:
 
 
 @contextmanager
-def listening(parts: Parts, port: int = 0) -> Iterator[str]:
-    """The application on a port of this machine, by default a free one; its URL."""
-    server = uvicorn.Server(uvicorn.Config(parts.app, port=port, log_level="error", timeout_graceful_shutdown=5))
-    thread = threading.Thread(target=server.run)
+def listening(parts: Parts, listener: socket.socket | None = None) -> Iterator[str]:
+    """The application on a listening socket of this machine, by default on a free port; its URL."""
+    server = uvicorn.Server(uvicorn.Config(parts.app, port=0, log_level="error", timeout_graceful_shutdown=5))
+    thread = threading.Thread(target=server.run, args=(None if listener is None else [listener],))
     thread.start()
     try:
         wait_for(lambda: server.started)

@@ -205,7 +205,7 @@ def test_other_or_stopped_service_raises_clear_error(gateway: FakeGateway) -> No
 
 
 def test_missing_response_raises_timeout_error(gateway: FakeGateway) -> None:
-    gateway.faults = [Fault("GET /v1/models", silent=0.4)]
+    gateway.faults = [Fault("GET /v1/models", silent=60.0)]
     with DermisClient(gateway.url, timeout=0.1, max_retries=0) as client, pytest.raises(errors.APITimeoutError):
         client.models.list()
 
@@ -313,11 +313,14 @@ def test_waiting_polls_when_events_are_unusable(gateway: FakeGateway, fault: Fau
 
 
 def test_waiting_continues_after_service_restart(gateway: FakeGateway) -> None:
-    gateway.ticks, gateway.tick_seconds = 30, 0.02
+    gateway.ticks, gateway.tick_seconds = 30, 60.0  # the first stream lasts until the restart
 
     def restart() -> None:
-        time.sleep(0.1)
+        deadline = time.monotonic() + 60
+        while not gateway.requests(".*/events") and time.monotonic() < deadline:
+            time.sleep(0.01)
         gateway.stop()
+        gateway.tick_seconds = 0.005
         time.sleep(0.15)
         gateway.start()
 
@@ -336,6 +339,7 @@ def test_waiting_ends_at_the_timeout(gateway: FakeGateway) -> None:
     gateway.ticks = 10**6
     with DermisClient(gateway.url, max_retries=0) as client:
         dataset = client.datasets.create({"benign": 10**6})
+        dataset.refresh()  # it runs after the first request
         with pytest.raises(errors.WaitTimeoutError, match="continues") as caught:
             dataset.wait(timeout=0.1, poll_interval=0.02)
         assert caught.value.dataset is not None and caught.value.dataset.state == "running"

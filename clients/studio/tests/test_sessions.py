@@ -33,7 +33,7 @@ def test_session_keeps_no_values_and_one_component_of_each(monkeypatch: pytest.M
 
     def known() -> tuple[int, int]:
         gc.collect()
-        return len(holder["page"].blocks_config.blocks), sum(isinstance(each, gr.HTML) for each in gc.get_objects())
+        return len(holder["page"].blocks_config.blocks), sum(type(each) is gr.HTML for each in gc.get_objects())
 
     act(2)
     before = known()

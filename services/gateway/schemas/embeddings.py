@@ -67,7 +67,7 @@ class Cube(ResponseBody):
 
 
 class TrainingImages(ResponseBody):
-    """The training images on the map. Of no image alone anything is shown, unless the operator has switched positions on."""
+    """The training images on the map. Nothing is shown of a single image, unless the operator has switched positions on."""
 
     counted: int = Field(description="Number of training images that were counted; at most 20,000.")
     side: float = Field(description="Length of the sides of the cubes.")

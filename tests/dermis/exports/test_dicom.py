@@ -260,7 +260,7 @@ def test_credentials_for_this_machine_reach_no_proxy(server: Any, monkeypatch: p
             monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
         for name in ("NO_PROXY", "no_proxy"):
             monkeypatch.delenv(name, raising=False)
-        monkeypatch.setattr("dermis.exports.stow._TIMEOUT", 2.0)  # the proxy does not answer
+        monkeypatch.setattr("dermis.exports.stow._TIMEOUT", 30.0)  # the proxy does not answer
         assert store_instances(stow_target(url, "Bearer secret"), [("a.dcm", b"x")]) == 1
         with pytest.raises(TimeoutError):
             proxy.accept()

@@ -179,7 +179,7 @@ class Projections:
             steps: Optimisation steps; by default the schedule's.
             space: "w" or "w+"; by default the schedule's.
             start: "mean" or "encoder"; by default the schedule's.
-            class_name: Class of all images; by default the most probable one of each.
+            class_name: Class of all images; by default, for each image the class whose mean image is nearest.
             video: Whether to make a GIF of the optimisation of each image.
             idempotency_key: A request with the same key does not start a second job; by default a new key.
 
