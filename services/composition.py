@@ -57,7 +57,7 @@ class Composition:
             self.context.audit.writer.start()
             if self.context.settings.max_webhooks and self.context.settings.role != "worker":
                 self.deliverer.start()
-            if self.context.settings.max_studies and self.context.settings.inference:
+            if self.context.settings.inference:  # also without new studies: those that exist still expire
                 self.preparer.start()
             async with self.context.auth.running():
                 await self._record_bootstrap_key()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 
 class MissingComponentError(RuntimeError):
@@ -12,10 +13,21 @@ class MissingComponentError(RuntimeError):
 
 
 def free_ports(number: int) -> list[int]:
-    """Ports of the loopback address that are free at the moment, all different."""
+    """Ports of the loopback address that are free at the moment, all different.
+
+    They are below those that systems give to connections, so that no client takes one before its server has started.
+    """
+    ports: list[int] = []
     with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
-        return [each.getsockname()[1] for each in sockets]
+        for port in random.SystemRandom().sample(range(20_000, 32_000), 1000 + number):
+            if len(ports) == number:
+                break
+            with suppress(OSError):
+                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+                ports.append(port)
+    if len(ports) < number:
+        raise OSError(f"no {number} free ports between 20,000 and 32,000")
+    return ports
 
 
 def free_port() -> int:

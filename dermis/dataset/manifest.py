@@ -224,6 +224,13 @@ def finalize(
     if audited is not None:
         texts[PRIVACY_AUDIT] = (json.dumps(audited.document, indent=2) + "\n").encode()
         texts[AUDIT_TEXT] = audited.text.encode()
+    # Signatures differ each time. If another process has taken over and finished, or written the preview, its files stay.
+    done = _finished(plan, store, identity)
+    if done is not None:
+        return done
+    if plan.request.signed and store.size(PREVIEW) is not None:
+        there = store.read(PREVIEW)
+        texts[PREVIEW] = there if canonical_sha256(there) == canonical_sha256(preview) else preview
     for name in {PRIVACY_AUDIT, AUDIT_TEXT} - texts.keys():
         if store.size(name) is not None:  # of a run with an audit that was killed before the manifest
             store.remove(name)

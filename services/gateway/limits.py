@@ -17,6 +17,7 @@ from services.settings import Settings
 _WINDOW_SECONDS = 60.0
 _WEBHOOK_RETRIES = 60
 _STUDY_RESULTS = 4
+_STUDY_IMAGES = 8
 _SHARE = 3  # calls of a tenant for each one that is free
 _RATE_HALF_LIFE_SECONDS = 30.0
 _RATE_CALLS = 20  # the first calls say little about the rate: a generator is slow until it has warmed up
@@ -221,6 +222,7 @@ class GatewayLimits:
     uploads: Limiter
     heat_maps: Limiter
     study_results: Limiter
+    study_images: Limiter
     event_streams: Limiter
     comparisons: MinuteLimiter  # each reveals a little about which images are training images
     webhook_retries: MinuteLimiter
@@ -257,6 +259,13 @@ class GatewayLimits:
                 "overloaded",
                 "too many results of reader studies are being computed",
                 retry_after=5,
+                shared=shared,
+            ),
+            study_images=Limiter(
+                _STUDY_IMAGES,
+                "overloaded",
+                "too many readers of studies are loading images",
+                retry_after=1,
                 shared=shared,
             ),
             event_streams=Limiter(

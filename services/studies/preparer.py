@@ -24,6 +24,7 @@ from services.inference.client import InferenceClients
 from services.inference.samples import Options, pack_rows
 from services.models import ServedModels
 from services.observed_store import ObservedStore, check_free_space
+from services.problems import ProblemError
 from services.settings import Settings
 from services.studies.table import UPLOAD_PREFIX, StudyTable, upload_file
 from services.studies.tables import Study, StudyImage
@@ -54,13 +55,14 @@ def folder_images(folder: Path, class_names: Sequence[str]) -> list[tuple[int, s
         Class number and path below the folder of each image, sorted.
 
     Raises:
-        DermisError: The folder cannot be read. The message does not name it: it is for callers of the API.
+        ProblemError: The folder cannot be read. The message does not name it: it is for callers of the API.
     """
     try:
         names = sorted(name for name in names_below(folder) if Path(name).suffix.lower() in _SUFFIXES)
     except OSError as error:
         logger.error("real images of studies", extra={"folder": str(folder), "error": str(error)})
-        raise DermisError("the folder of real images of this service cannot be read; ask its operator") from None
+        detail = "the folder of real images of this service cannot be read; ask its operator"
+        raise ProblemError("internal", detail) from None
     if not class_names:
         return [(0, name) for name in names]
     label_of = {name: label for label, name in enumerate(class_names)}
@@ -104,13 +106,12 @@ class StudyPreparer:
                 await self._work()
             except Exception as error:  # such as a database that cannot be reached: the studies wait in it
                 logger.warning("studies not prepared", extra={"error": str(error).partition("\n")[0]})
-            await asyncio.sleep(_POLL_SECONDS)
+            await asyncio.sleep(_POLL_SECONDS if self._settings.max_studies else _CLEAN_SECONDS)
 
     async def _work(self) -> None:
-        if time.monotonic() - self._cleaned > _CLEAN_SECONDS:
+        if time.monotonic() - self._cleaned >= _CLEAN_SECONDS:
             self._cleaned = time.monotonic()
-            for ended in await asyncio.to_thread(self._table.to_delete):
-                await asyncio.to_thread(remove_study, self._table, self._settings.storage, ended)
+            await asyncio.to_thread(self._remove_ended)
         while (study := await asyncio.to_thread(self._table.claim)) is not None:
             try:
                 await self._prepare(study)
@@ -120,6 +121,13 @@ class StudyPreparer:
             except Exception as error:
                 await self._fail(study, error)
             await asyncio.to_thread(self._remove_if_deleted, study)
+
+    def _remove_ended(self) -> None:
+        for study in self._table.to_delete():
+            try:
+                remove_study(self._table, self._settings.storage, study)
+            except DermisError as error:  # it is tried again later, and does not keep the others
+                logger.warning("study not removed", extra={"study": study.id, "error": str(error)})
 
     def _remove_if_deleted(self, study: Study) -> None:
         """Remove files that were written after the study was deleted by someone else."""
@@ -184,8 +192,10 @@ class StudyPreparer:
             raise BundleError("the operator has withdrawn the folder of real images")
         try:
             data = (folder / name).read_bytes()
-        except OSError:
+        except FileNotFoundError:
             raise BundleError("a real image of the folder is missing; create the study again") from None
+        except OSError as error:  # such as that of a network file system that is not there for a moment
+            raise StorageError(f"{folder / name}: cannot be read: {error.strerror}") from None
         return read_training_image(data, study.size)
 
     def _open(self, study: Study) -> None:

@@ -80,6 +80,7 @@ class StudyService:
 
         Raises:
             RequestError: There are too many images, or no folder of real images.
+            ProblemError: The folder of real images cannot be read.
             TooManyStudiesError: The tenant has as many studies as the settings allow.
             QuotaExceededError: A quota of the tenant would be exceeded.
             StorageError: There is not enough space.
@@ -185,7 +186,7 @@ class StudyService:
         check_free_space(self._settings.storage, self._settings.min_free_bytes, needed)
 
     def open(self, study: Study) -> Study:
-        """Choose the images of a study with uploaded real images, and prepare it.
+        """Choose the images of a study with uploaded real images, and prepare it. So is one whose creation was interrupted.
 
         Raises:
             RequestError: There are too few real images.
@@ -195,6 +196,9 @@ class StudyService:
         """
         if study.state != "collecting":
             raise StudyStateError(f"the study is {study.state}: it was opened already")
+        folder = self._settings.study_folder_of(study.tenant)
+        if study.real_source == "folder" and folder is not None:  # the process ended while the study was created
+            return self._prepare(study, folder_images(folder, study.class_names))
         uploads = self.table.uploads(study.id)
         files = set(study_store(self._settings.storage, study).entries())
         complete = [upload for upload in uploads if upload.file in files]

@@ -246,6 +246,7 @@ class StudyTable:
             StudyStateError: The study is not open.
         """
         with writing(self._engine) as connection:
+            connection.execute(_select(study.id).with_for_update())  # a deletion at the same moment must not be undone
             current = _study(connection, study.id)
             if current.state != "closed":
                 _check_state(current, "open", "only open studies can be closed")
@@ -315,14 +316,15 @@ class StudyTable:
     def record_opened(self, study_id: str, stored_bytes: int) -> None:
         """Open a study whose images are complete."""
         with writing(self._engine) as connection:
-            if connection.execute(_select(study_id)).one().state == "preparing":
+            row = connection.execute(_select(study_id).with_for_update()).one_or_none()
+            if row is not None and row.state == "preparing":
                 connection.execute(sa.delete(tables.uploads).where(tables.uploads.c.study == study_id))
                 _change(connection, study_id, state="open", opened_at=time.time(), stored_bytes=stored_bytes)
 
     def record_failure(self, study_id: str, message: str, most: int) -> None:
         """Count a failed attempt to prepare a study; it has failed after `most` of them."""
         with writing(self._engine) as connection:
-            row = connection.execute(_select(study_id)).one_or_none()
+            row = connection.execute(_select(study_id).with_for_update()).one_or_none()
             if row is not None and row.state == "preparing":
                 failed = row.failures + 1 >= most
                 values = {"state": "failed"} if failed else {"claimed_until": time.time() + 5.0 * (row.failures + 1)}

@@ -7,6 +7,7 @@ import io
 import struct
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from dermis.imaging import decode, encode
 from service_kit import Service, service, wait_for
 from services.gateway.auth.principal import DEFAULT_SCOPES, SCOPES
 from services.observed_store import ObservedStore
-from services.studies import results
+from services.studies import preparer, results
 
 SEED = 987654321987  # long enough to be searched for in what readers get
 
@@ -405,8 +406,61 @@ def test_interrupted_preparation_continues_and_expired_study_is_removed(
         with sa.create_engine(running.settings.jobs_url).begin() as connection:
             connection.execute(sa.text("UPDATE dermis_studies SET expires_at = 1"))
         assert reader.send("get", "").status_code == 401
-        preparer = running.client.app.state.context.studies  # type: ignore[attr-defined]
-        assert [each.id for each in preparer.table.to_delete()] == [study["id"]]
+        studies = running.client.app.state.context.studies  # type: ignore[attr-defined]
+        assert [each.id for each in studies.table.to_delete()] == [study["id"]]
+    with service(
+        tiny_bundle.location, tmp_path / "data", max_studies=0
+    ) as running:  # they expire also if new ones are off
+        table = running.client.app.state.context.studies.table  # type: ignore[attr-defined]
+        wait_for(lambda: not table.to_delete())
+        assert not (Path(running.settings.storage) / study["id"]).exists()
+
+
+def test_study_that_cannot_be_removed_does_not_keep_the_others(
+    served: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    derma, studies = Owner(served, "derma-two"), served.client.app.state.context.studies  # type: ignore[attr-defined]
+    made = [derma.send("post", "/v1/studies", json={"name": "n", "images": 4}).json()["id"] for _ in range(2)]
+    stored = [study for study in (studies.table.get("derma-two", each) for each in made) if study is not None]
+    monkeypatch.setattr(studies.table, "to_delete", lambda: stored)
+    remove = preparer.remove_study
+
+    def failing(table: Any, storage: str, study: Any) -> None:
+        if study.id == made[0]:
+            raise StorageError("no permission")
+        remove(table, storage, study)
+
+    monkeypatch.setattr(preparer, "remove_study", failing)
+    preparer.StudyPreparer(studies.table, served.settings, served.models, None)._remove_ended()  # type: ignore[arg-type]
+    assert [studies.table.get("derma-two", each) is None for each in made] == [False, True]
+    studies.table.record_opened(made[1], 1)  # by a process that was preparing it: nothing is left to open
+    assert derma.send("delete", f"/v1/studies/{made[0]}").status_code == 204
+
+
+def test_study_whose_creation_was_interrupted_can_be_opened(served: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    derma, studies = Owner(served, "derma"), served.client.app.state.context.studies  # type: ignore[attr-defined]
+    body = {"name": "Interrupted", "images": 4, "real_images": "folder"}
+    with monkeypatch.context() as ending:  # as if the process ended before the images were chosen
+        ending.setattr(studies, "_prepare", lambda *_: 1 / 0)
+        ending.setattr(studies.table, "delete", lambda _: None)
+        assert derma.send("post", "/v1/studies", json=body).status_code == 500
+    listed = derma.send("get", "/v1/studies").json()["data"]
+    (study,) = [each for each in listed if each["name"] == "Interrupted"]
+    assert study["state"] == "collecting"
+    assert derma.send("post", f"/v1/studies/{study['id']}/open").json()["state"] == "preparing"
+    derma.wait(study)
+    assert derma.send("delete", f"/v1/studies/{study['id']}").status_code == 204
+
+
+def test_images_for_readers_are_limited_to_few_at_a_time(served: Service, owner: Owner, study: dict[str, Any]) -> None:
+    reader = Reader(served, owner.invite(study, "L"))
+    limit = served.client.app.state.context.limits.study_images  # type: ignore[attr-defined]
+    with ExitStack() as held:
+        for _ in range(6):
+            held.enter_context(limit.hold("default"))
+        busy = reader.send("get", "/images/1")
+        assert (busy.status_code, busy.headers["retry-after"]) == (503, "1")
+    reader.image(1)
 
 
 def test_study_that_is_deleted_while_it_is_prepared_leaves_no_files(served: Service) -> None:

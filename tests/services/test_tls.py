@@ -47,16 +47,19 @@ def authority(tmp_path: Path) -> Authority:
 
 
 @pytest.fixture
-def settings(authority: Authority, tmp_path: Path) -> Settings:
+def header_seconds() -> float:
+    return 60.0
+
+
+@pytest.fixture
+def settings(authority: Authority, tmp_path: Path, header_seconds: float) -> Settings:
     authority.issue(tmp_path / "tls.crt", tmp_path / "tls.key")
-    return make_settings(tmp_path)
+    return make_settings(tmp_path, header_timeout_seconds=header_seconds)
 
 
 def make_settings(folder: Path, **values: Any) -> Settings:
     files = {"tls_certificate": folder / "tls.crt", "tls_key": folder / "tls.key"}
-    return Settings(
-        **{"_env_file": None, "data_dir": folder / "data", "header_timeout_seconds": 1.0, **files, **values}
-    )
+    return Settings(**{"_env_file": None, "data_dir": folder / "data", **files, **values})
 
 
 @pytest.fixture
@@ -157,6 +160,7 @@ def test_replaced_certificate_is_used_without_a_restart(
     ]
 
 
+@pytest.mark.parametrize("header_seconds", [1.0])
 def test_handshake_has_the_time_limit_of_headers(port: int) -> None:
     began = time.monotonic()
     with socket.create_connection(("127.0.0.1", port), timeout=30) as silent, suppress(ConnectionResetError):

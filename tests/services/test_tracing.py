@@ -24,12 +24,18 @@ from service_kit import service, wait_for
 from services import tracing
 from services.errors import InferenceUnreachableError
 from services.inference.connection import Connection
+from services.jobs import workflow
 from tiny import make_bundle
 
 TRACE, CALLER = "ab" * 16, "cd" * 8
 PARENT = f"00-{TRACE}-{CALLER}-01"
 OTLP = importlib.util.find_spec("opentelemetry.exporter") and importlib.util.find_spec("opentelemetry.exporter.otlp")
 needs_otlp = pytest.mark.skipif(not OTLP, reason="the extra otel is not installed")
+
+
+@pytest.fixture(autouse=True)
+def patient_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing, "_STOP_SECONDS", 60.0)
 
 
 @contextlib.contextmanager
@@ -66,6 +72,7 @@ def test_request_job_shards_and_storage_are_one_trace(tmp_path: Path) -> None:
         running.client.get(f"/v1/datasets/{dataset['id']}?secret=patient-7")
         job = running.ctx.table.get(dataset["id"])
         assert job is not None and str(job.trace_parent).startswith(f"00-{TRACE}-")
+        wait_for(lambda: not workflow._running)  # the spans of its shards have ended
         tracing.stop()  # exports the rest
     spans = exporter.get_finished_spans()
     (request,) = named(spans, "POST /v1/datasets")

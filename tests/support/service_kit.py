@@ -73,11 +73,19 @@ class LocalClient:
 
 @dataclass
 class FakeGenerator(LocalClient):
-    """The function `draw` as a generator. It can be made to wait or to fail. Style vectors go to the real generator."""
+    """The function `draw` as a generator. It can be made to wait or to fail. Style vectors go to the real generator.
+
+    Attributes:
+        gate: While it is not set, calls wait.
+        failures: Errors of the next calls.
+        calls: Number of calls.
+        close_after: Number of calls after which the gate closes by itself.
+    """
 
     gate: threading.Event = field(default_factory=threading.Event)
     failures: list[Exception] = field(default_factory=list)
     calls: int = 0
+    close_after: int | None = None
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -86,6 +94,8 @@ class FakeGenerator(LocalClient):
         while not self.gate.is_set():
             await asyncio.sleep(0.01)
         self.calls += 1
+        if self.calls == self.close_after:
+            self.gate.clear()
         if self.failures:
             raise self.failures.pop(0)
         return draw(rows)
@@ -326,6 +336,7 @@ def service(bundles: Path | str, data_dir: Path, **settings: Any) -> Iterator[Se
                 ctx,
             )
         finally:
+            ctx.stopping.set()  # first: what waits at a gate must not finish now
             parts.generator.gate.set()
             parts.explainer.gate.set()
             parts.projector.gate.set()

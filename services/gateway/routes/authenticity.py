@@ -165,8 +165,8 @@ async def uploads_to_compare(
     """
     admit = partial(count_pixels, context, request, principal)
     inputs = np.stack(await context.uploads.images(request, index.resolution, admit=admit))
+    context.limits.comparisons.add(principal.tenant, len(inputs))  # first: a refusal takes nothing from the quota
     await context.quotas.count(request, principal, comparisons(len(inputs)))
-    context.limits.comparisons.add(principal.tenant, len(inputs))
     return inputs
 
 

@@ -48,7 +48,7 @@ async def get_reading(response: Response, context: ContextDep, reader: _Reader) 
     response_class=Response,
     responses={
         200: {"description": "The image.", "content": content("image/png")},
-        **problems("not-found", "invalid-request", "answer-order", "study-state", "not-ready"),
+        **problems("not-found", "invalid-request", "answer-order", "study-state", "overloaded", "not-ready"),
     },
 )
 async def get_reading_image(position: _Position, context: ContextDep, reader: _Reader) -> Response:
@@ -67,7 +67,8 @@ async def get_reading_image(position: _Position, context: ContextDep, reader: _R
     if position > answered + 1 + AHEAD:
         raise ProblemError("answer-order", f"image {answered + 1} has no answer yet; answer it first")
     number = studies.image_of(study, reader.invitation, position - 1)
-    data = await asyncio.to_thread(studies.picture, study, number)
+    with context.limits.study_images.hold(study.tenant):
+        data = await asyncio.to_thread(studies.picture, study, number)
     return Response(data, media_type="image/png", headers=_PRIVATE)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import importlib
 import io
 import json
@@ -29,6 +30,7 @@ from dermis.dataset.store import Store
 from dermis.dataset.verify import verify
 from dermis.errors import RequestError, StorageError
 from dermis.imaging import decode
+from dermis.report.appearance import appearances
 from painted_dataset import IDENTITY, contents, make, paint, planned
 from tiny import make_bundle
 
@@ -115,6 +117,25 @@ def test_damage_of_a_container_with_signed_images_is_found(
         damaged[-1 - step] ^= 0x55  # in the directory or the footer, where the format has one
         path.write_bytes(damaged)
         assert verify(tmp_path).changed == (path.name,), step
+
+
+def test_process_that_was_taken_over_does_not_replace_the_signed_preview(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """A process is suspended while it measures images for the report, and another one finishes the dataset meanwhile."""
+    plan_ = planned(tiny_bundle, format="parquet", provenance={"c2pa": True})
+    store, others = Store(tmp_path), list[Any]()
+
+    def sign(data: bytes, *_: object) -> bytes:
+        return data + os.urandom(8)
+
+    def suspended(images: Any) -> Any:
+        others.append(finalize(plan_, store, tiny_bundle, IDENTITY, sign=sign))
+        return appearances(images)
+
+    for shard in range(plan_.shards):
+        write_shard(plan_, shard, paint, store, identity=IDENTITY, sign=sign)
+    assert finalize(plan_, store, tiny_bundle, IDENTITY, sign=sign, measure_images=suspended) == others[0]
+    preview = next(file for file in others[0].files if file.name == "preview.png")
+    assert hashlib.sha256((tmp_path / "preview.png").read_bytes()).hexdigest() == preview.sha256
 
 
 def test_signed_shard_of_another_process_is_not_replaced(tiny_bundle: Bundle, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from dermis.bundle import Bundle
 from identity_provider import AUDIENCE, Provider, running_provider
 from service_kit import Service, service
+from services.gateway import events
 from services.gateway.auth import keys as keys_module
 from services.gateway.auth.authentication import Authenticator, check_routes, requires
 from services.gateway.auth.keys import new_key
@@ -387,7 +388,13 @@ def test_event_stream_ends_soon_after_its_key_is_revoked(served: Service, monkey
         auth_of(served).cache.invalidate()
         assert served.client.get(f"/v1/datasets/{made['id']}/events", headers=headers).status_code == 401
         other = key_for(served, "datasets:read")
-        threading.Timer(0.7, lambda: auth_of(served).keys.revoke(other[10:22])).start()
+        event = events._event
+
+        def revoke_first(*arguments: Any) -> str:
+            auth_of(served).keys.revoke(other[10:22])
+            return event(*arguments)
+
+        monkeypatch.setattr(events, "_event", revoke_first)  # when the stream has begun
         guard = threading.Timer(30.0, served.generator.gate.set)  # ends the stream if the revocation does not
         guard.start()
         with served.client.stream(

@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import shutil
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from PIL import Image
 from dermis.bundle import Bundle
 from service_kit import Service, service, wait_for
 from services.errors import InferenceFailedError, InferenceUnavailableError
+from services.gateway import events as events_module
 from services.gateway.dependencies import MalformedJSONError, negotiate, parse_json
 from services.jobs.service import DatasetJobs
 
@@ -255,11 +255,16 @@ def test_idempotency_key_of_old_noise_default_finds_its_dataset(served: Service)
     problem(served.client.post("/v1/datasets", json=stated, headers=headers), 409, "idempotency-conflict")
 
 
-def test_events_report_progress_and_end_with_dataset(served: Service) -> None:
+def test_events_report_progress_and_end_with_dataset(served: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     served.generator.gate.clear()
     asked = served.ask({"classes": {"benign": 40}, "shard_size": 20})
-    # This client gives a stream only once it has ended.
-    threading.Timer(0.5, served.generator.gate.set).start()
+    event = events_module._event
+
+    def open_gate_first(*arguments: Any) -> str:
+        served.generator.gate.set()
+        return event(*arguments)
+
+    monkeypatch.setattr(events_module, "_event", open_gate_first)  # this client gives a stream only once it has ended
     stream = served.client.get(asked["links"]["events"])
     assert stream.headers["content-type"].startswith("text/event-stream")
     blocks = [block for block in stream.text.strip().split("\n\n") if block != ": heartbeat"]  # sent on a busy machine

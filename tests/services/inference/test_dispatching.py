@@ -21,14 +21,14 @@ class OverloadedError(Exception):
 class Model:
     """Doubles the rows of a batch, as soon as `ready` is set. A row of -1 makes it fail."""
 
-    def __init__(self, max_rows: int, max_latency: int = 10_000) -> None:
+    def __init__(self, max_rows: int) -> None:
         def refuse() -> Any:
             raise OverloadedError
 
         self.batches: list[list[int]] = []
         self.ready = asyncio.Event()
-        dispatcher = BatchDispatcher(max_latency, max_rows, fallback=refuse, get_batch_size=len)
-        self._call: Callable[[Any], Awaitable[Any]] = dispatcher(self._run)
+        self.dispatcher = BatchDispatcher(10_000, max_rows, fallback=refuse, get_batch_size=len)
+        self._call: Callable[[Any], Awaitable[Any]] = self.dispatcher(self._run)
 
     async def _run(self, batch: Any) -> list[Any]:
         self.batches.append([int(row) for rows in batch for row in rows])
@@ -83,11 +83,12 @@ def test_failure_reaches_the_calls_of_its_batch_alone() -> None:
 
 def test_calls_that_have_waited_too_long_are_refused() -> None:
     async def scenario() -> None:
-        model = Model(max_rows=4, max_latency=50)
+        model = Model(max_rows=4)
         first = model.call(1)
         await started(model, 1)
         late = model.call(2)
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0)
+        model.dispatcher._queue[0].enqueue_time -= 11  # seconds
         model.ready.set()
         assert (await first).tolist() == [2]
         with pytest.raises(OverloadedError):

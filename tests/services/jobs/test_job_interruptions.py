@@ -373,7 +373,7 @@ def test_interrupted_projection_upload_fails_and_can_be_repeated(
             files = [("files", (f"{i}.png", encode(np.zeros((9, 9, 3), np.uint8)), "image/png")) for i in range(2)]
             sent = running.client.post("/v1/projections?steps=3", files=files, headers={"Idempotency-Key": "k"})
             assert sent.status_code == 500
-        left = running.ctx.table.active()[0]
+        left = running.ctx.table.page("default", "projection", 1)[0]
         workflow.sweep()
         job = running.client.get(f"/v1/projections/{left.id}").json()
         assert (job["state"], job["error"]["type"]) == ("failed", "urn:dermis:problem:upload-interrupted")
@@ -427,6 +427,7 @@ def test_failed_workflow_restarts_and_keeps_finished_shards(
 
         return call
 
+    monkeypatch.setattr(workflow, "_STUCK_SWEEPS", 100)  # on a busy machine a workflow may begin late
     monkeypatch.setattr(execution, "run_shard", failing_once("shard", execution.run_shard))
     monkeypatch.setattr(execution, "finish", failing_once("finish", execution.finish))
     with service(tiny_bundle.location, tmp_path / "data", lease_seconds=1) as running:

@@ -13,7 +13,7 @@ from older_versions import BODIES, EXECUTOR, IDEMPOTENCY_KEY, SCHEMAS, STEPS, re
 from service_kit import Service, make_directly, service, wait_for
 from services.audit import verification
 from services.audit.trail import AuditTable
-from services.jobs import schema
+from services.jobs import schema, workflow
 
 
 def files_of(running: Service, job_id: str) -> dict[str, bytes]:
@@ -68,6 +68,7 @@ def test_datasets_of_version_0_1_0_are_finished(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dermis.report.sample.SAMPLE", 2)
+    monkeypatch.setattr(workflow, "_STUCK_SWEEPS", 100)  # on a busy machine a workflow may begin late
     open_and_finish(f"sqlite:///{tmp_path}/jobs.sqlite", tiny_bundle, tmp_path, "0001", projections=False)
 
 

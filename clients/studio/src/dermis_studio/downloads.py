@@ -78,7 +78,7 @@ async def answer(service: Service, visitor: Visitor, path: str, request: Request
     headers.setdefault("accept-encoding", "identity")
     if visitor.key is not None:
         headers["authorization"] = f"Bearer {visitor.key}"
-    http = service.http
+    http = service.files
     asked = http.build_request(request.method, service.base_url + target, headers=headers)
     try:
         response = await http.send(asked, stream=True, follow_redirects=False)

@@ -1,4 +1,4 @@
-"""How the studio reaches a dermis service: one HTTP client for all visitors, credentials for each call."""
+"""How the studio reaches a dermis service: connections for all visitors, credentials for each call."""
 
 from __future__ import annotations
 
@@ -47,19 +47,30 @@ class Service:
         self._verify = verify
         self._allow_plain_http = allow_plain_http or own_host
         self._http: httpx.AsyncClient | None = None
+        self._files: httpx.AsyncClient | None = None
 
     @property
     def http(self) -> httpx.AsyncClient:
         """The HTTP client. It has no credentials, keeps no cookies, and uses no proxy for its own host."""
         if self._http is None:
-            self._http = httpx.AsyncClient(
-                verify=self._verify,
-                trust_env=not self.own_host,
-                headers={"User-Agent": _USER_AGENT},
-                limits=httpx.Limits(max_connections=200, max_keepalive_connections=20),
-                timeout=TIMEOUT_SECONDS,
-            )
+            self._http = self._connections(200, httpx.Timeout(TIMEOUT_SECONDS))
         return self._http
+
+    @property
+    def files(self) -> httpx.AsyncClient:
+        """The HTTP client for downloads. A visitor may read them slowly, which keeps no connection of `http`."""
+        if self._files is None:
+            self._files = self._connections(100, httpx.Timeout(TIMEOUT_SECONDS, pool=5.0))
+        return self._files
+
+    def _connections(self, number: int, timeout: httpx.Timeout) -> httpx.AsyncClient:
+        return httpx.AsyncClient(
+            verify=self._verify,
+            trust_env=not self.own_host,
+            headers={"User-Agent": _USER_AGENT},
+            limits=httpx.Limits(max_connections=number, max_keepalive_connections=20),
+            timeout=timeout,
+        )
 
     def client(self, key: str | None, *, max_retries: int = MAX_RETRIES) -> AsyncDermisClient:
         """Return a client with the credentials of a visitor.
@@ -82,6 +93,7 @@ class Service:
 
     async def close(self) -> None:
         """Close the connections."""
-        if self._http is not None:
-            await self._http.aclose()
-            self._http = None
+        for client in (self._http, self._files):
+            if client is not None:
+                await client.aclose()
+        self._http = self._files = None

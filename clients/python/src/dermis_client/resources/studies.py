@@ -27,6 +27,7 @@ from dermis_client.studies import (
 )
 
 RealImages = Literal["uploads", "folder"]
+_MAX_EXPORT_BYTES = 256 << 20  # 400,000 answers, the most of a study, have 100 MB as JSON
 _PATIENCE_SECONDS = 300.0  # without any response, before giving up
 _InvitationList = list[Invitation]  # `list` is a method in the classes below
 _AnswerList = list[StudyAnswer]
@@ -155,13 +156,15 @@ def retrieve_results(study_id: str, max_retries: int) -> Flow[StudyResults]:
 
 def list_answers(study_id: str, max_retries: int) -> Flow[list[StudyAnswer]]:
     """GET /v1/studies/{id}/answers."""
-    response = yield from call(Request("GET", job_path("study", study_id, "answers")), max_retries)
+    request = Request("GET", job_path("study", study_id, "answers"), max_bytes=_MAX_EXPORT_BYTES)
+    response = yield from call(request, max_retries)
     return parse(response, _Answers.model_validate).data
 
 
 def export_csv(study_id: str, path: Path, max_retries: int) -> Flow[Path]:
     """GET /v1/studies/{id}/answers?format=csv, written into a file."""
-    request = Request("GET", job_path("study", study_id, "answers"), params={"format": "csv"})
+    path_of_answers = job_path("study", study_id, "answers")
+    request = Request("GET", path_of_answers, params={"format": "csv"}, max_bytes=_MAX_EXPORT_BYTES)
     content = (yield from call(request, max_retries)).content
     yield from compute(partial(write_atomically, path, content))
     return path

@@ -71,8 +71,10 @@
       const size = batch.reduce((sum, file) => sum + file.size, 0);
       const late = answer === null ? seconds > LATE_SECONDS : answer.status === 408; // the images did not arrive in time
       if (late) {
-        if (batch.length === 1) {
-          return { done, problem: `${batch[0].name} did not arrive in time. Choose a smaller file, or use a faster connection` };
+        if (size <= LEAST_BYTES) lost += 1; // the next attempt sends the same files
+        if (batch.length === 1 || lost >= MOST_LOST) {
+          const what = batch.length === 1 ? batch[0].name : "The images";
+          return { done, problem: `${what} did not arrive in time. Choose smaller files, or use a faster connection` };
         }
         bytes = Math.max(LEAST_BYTES, size / 4);
       } else if (answer === null) {
