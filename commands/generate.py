@@ -170,8 +170,8 @@ def generate(
     }
     filtering = {name: value for name, value in classifier.items() if value is not None}
     gating = {name: value for name, value in privacy.items() if value is not None}
-    if gating.keys() == {"detect_copies"}:
-        raise RequestError("--detect-copies", "is an option of the gate; add --gate authentic or --gate min_distance")
+    if manifest is None:
+        _check_gate_options(gating)
     if edit:
         fields["edits"] = [_parse_edit(text) for text in edit]
     if c2pa is not None:
@@ -514,6 +514,17 @@ def _parse_classes(text: str) -> dict[str, int]:
             raise RequestError("--classes", f"{part.strip()!r} is not of the form NAME=COUNT, each name once")
         counts[name] = int(number)
     return counts
+
+
+def _check_gate_options(gating: Mapping[str, Any]) -> None:
+    """Refuse options of the gate that would have no effect. Their default values are accepted, as printed Jobs name them."""
+    if gating and "gate" not in gating:
+        option = option_of(f"privacy.{next(iter(gating))}").replace("--privacy.", "--")
+        raise RequestError(option, "is an option of the gate; add --gate authentic or --gate min_distance")
+    if gating.get("percentile", 1) != 1 and gating["gate"] != "min_distance":
+        raise RequestError("--percentile", "is an option of --gate min_distance")
+    if gating.get("tries", 8) != 8 and gating.get("on_reject", "resample") != "resample":
+        raise RequestError("--gate-tries", "is an option of --on-reject resample")
 
 
 def _parse_edit(text: str) -> dict[str, Any]:

@@ -210,11 +210,15 @@ def find_part(source: Bundle | str | Path, part: PartFormat[PartDescription], mi
         if getattr(source, part.name) is None:
             raise BundleError(f"{source.location}: {missing}")
         return f"{source.location}/{part.name}"
-    where = str(source).rstrip("/")
+    where = str(resolve_bundle(source)).rstrip("/")
     if not exists(where, DESCRIPTOR):
         return where
-    if not exists(f"{where}/{part.name}", part.descriptor):
+    folder = open_folder(where, "bundle", DESCRIPTOR)
+    records = parse_descriptor(folder.read_descriptor(), f"{where}/{DESCRIPTOR}", BUNDLE_FORMAT, _BundleDescriptor).records
+    descriptor = f"{part.name}/{part.descriptor}"
+    if descriptor not in records:
         raise BundleError(f"{where}: {missing}")
+    folder.verify(descriptor, records[descriptor])  # it lists the other files of the part with their hashes
     return f"{where}/{part.name}"
 
 
