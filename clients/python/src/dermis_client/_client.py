@@ -183,7 +183,8 @@ class DermisClient:
             path: Path from the base URL, such as "/v1/usage".
             json: Body, if any.
             params: Query parameters.
-            headers: Further headers. A POST is repeated after a broken connection only with an Idempotency-Key.
+            headers: Further headers. A POST that may have been executed (a broken connection, 500, 502, 504) is repeated only
+                with an Idempotency-Key.
 
         Raises:
             InvalidRequestError: The path does not begin with one slash.

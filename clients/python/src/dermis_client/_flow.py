@@ -21,7 +21,7 @@ import httpx
 
 from dermis_client import _retry, _status
 from dermis_client._response_body import MAX_BYTES
-from dermis_client._untrusted import load_json, one_line
+from dermis_client._untrusted import load_json, one_line, without_query
 from dermis_client.errors import APIConnectionError, APIResponseError, APIStatusError, APITimeoutError
 
 T = TypeVar("T")
@@ -245,7 +245,7 @@ def connection_error(error: httpx.RequestError, operation: Request | str) -> API
         operation: What was attempted, for the message.
     """
     try:
-        url = str(error.request.url)
+        url = without_query(error.request.url)
     except RuntimeError:  # httpx: the request was not set
         url = "the service"
     reason = one_line(str(error)) or type(error).__name__
@@ -284,5 +284,5 @@ def parse(response: httpx.Response, model: Callable[[Any], T]) -> T:
     except ValueError as error:  # json and pydantic both raise subclasses of ValueError
         reason = one_line(str(error))
         raise APIResponseError(
-            f"{response.url} sent a response that this client does not understand ({reason}); check base_url"
+            f"{without_query(response.url)} sent a response that this client does not understand ({reason}); check base_url"
         ) from error
