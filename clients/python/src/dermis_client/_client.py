@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -192,6 +193,12 @@ class DermisClient:
             APIConnectionError: The service did not respond.
         """
         return self._transport.run(_raw(self._transport.settings, method, path, json, params, headers))
+
+    def _stopped_by(self, stop: threading.Event) -> Self:
+        """Return a client with the same connections whose calls, also those that wait for the next attempt, end with `stop`."""
+        other = object.__new__(type(self))
+        other._use(self._transport.stopped_by(stop))
+        return other
 
     def close(self) -> None:
         """Close the connections."""
