@@ -59,7 +59,9 @@ def test_paths_bytes_and_open_files_are_accepted_as_images(client: DermisClient,
 
 def test_images_of_any_iterable_are_accepted(client: DermisClient, folder: list[Path]) -> None:
     found = client.classifications.create(folder[0].parent.glob("Jane 1*.jpg"))
-    assert sorted(one.name for one in found) == sorted(map(str, folder[0].parent.glob("Jane 1*.jpg"))) and len(found) == 11
+    assert (
+        sorted(one.name for one in found) == sorted(map(str, folder[0].parent.glob("Jane 1*.jpg"))) and len(found) == 11
+    )
     assert [round(one.probability * 255) for one in client.classifications.create(image(i) for i in (9, 8))] == [9, 8]
     for buffer in (bytearray(image(7)), memoryview(image(7)), (bytearray(image(7)),)):
         assert [round(one.probability * 255) for one in client.classifications.create(buffer)] == [7]

@@ -168,9 +168,9 @@ def test_signature_of_an_address_is_in_no_message_or_log_line(
         target = {"Location": f"{storage.url.replace('//', '//user:hidden@')}/v1/models?{SIGNATURE}#{SIGNATURE}"}
         gateway.faults = [Fault("GET /v1/models", times=9, status=307, headers=target)]
         storage.faults = [Fault("GET /v1/models", times=9, **fault)]
-        with caplog.at_level(logging.DEBUG, "dermis_client"), DermisClient(gateway.url, max_retries=1) as client:
-            with pytest.raises(kind) as caught:
-                client.models.list()
+        caplog.set_level(logging.DEBUG, "dermis_client")
+        with DermisClient(gateway.url, max_retries=1) as client, pytest.raises(kind) as caught:
+            client.models.list()
     assert f"{storage.url}/v1/models" in str(caught.value)
     shown = "".join(traceback.format_exception(caught.value)) + caplog.text
     assert "Signature" not in shown and "hidden" not in shown

@@ -75,7 +75,10 @@ def test_options_change_one_client_and_are_inherited() -> None:
         ({"base_url": "ftp://a"}, "^base_url: "),
         ({"base_url": "https://a.example\n"}, r"^base_url: .*\\n. is not an address"),
         ({"base_url": "https://ä..example"}, "^base_url: "),
-        ({"base_url": "https://user:hidden@a.example:99999"}, "^base_url: must not contain a user name or password[^@]*$"),
+        (
+            {"base_url": "https://user:hidden@a.example:99999"},
+            "^base_url: must not contain a user name or password[^@]*$",
+        ),
         ({"base_url": "http://other.example"}, "allow_plain_http"),
         ({"headers": {"Authorization": "Bearer x"}}, "^headers: Authorization is set by the client: give api_key"),
         ({"headers": {"idempotency-key": "x"}}, "give idempotency_key to the call"),

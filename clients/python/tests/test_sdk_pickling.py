@@ -29,7 +29,8 @@ def subclasses(kind: type[errors.DermisError]) -> Iterator[type[errors.DermisErr
 
 
 KINDS = sorted(
-    {kind for kind in subclasses(errors.DermisError) if kind.__module__ == errors.__name__}, key=lambda kind: kind.__name__
+    {kind for kind in subclasses(errors.DermisError) if kind.__module__ == errors.__name__},
+    key=lambda kind: kind.__name__,
 )
 
 
@@ -60,7 +61,13 @@ def test_errors_keep_all_attributes(kind: type[errors.DermisError], duplicate: C
 def test_errors_are_made_again_from_their_message_alone() -> None:
     """PyTorch does so with errors of the workers of a DataLoader."""
     for kind in KINDS:
-        if kind.__name__ not in {"DatasetFailed", "DatasetCancelled", "ProjectionFailed", "StudyNotReady", "WaitTimeoutError"}:
+        if kind.__name__ not in {
+            "DatasetFailed",
+            "DatasetCancelled",
+            "ProjectionFailed",
+            "StudyNotReady",
+            "WaitTimeoutError",
+        }:
             assert str(kind("Caught in worker 0.")) == "Caught in worker 0."
     refused = errors.ServerError("Caught in worker 0.")
     assert (refused.status_code, refused.kind, refused.errors, refused.retry_after) == (0, "", [], None)

@@ -289,7 +289,9 @@ def test_calls_run_ahead_while_a_chunk_is_consumed() -> None:
     assert sorted(client.starts) == [0, 8, 16]
 
 
-def test_leaving_the_loop_ends_the_pauses_between_attempts(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leaving_the_loop_ends_the_pauses_between_attempts(
+    gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("dermis_client._retry.FIRST_DELAY", 100.0)
     monkeypatch.setattr("dermis_client._retry.MAX_DELAY", 100.0)
 

@@ -150,7 +150,7 @@ def advance(flow: Flow[Any], result: Any, failure: Exception | None) -> Effect |
 
 
 def recorded(flow: Flow[T], responses: list[httpx.Response]) -> Flow[T]:
-    """Run a flow, and append each response that it reads as a whole to a list: those with a success status, and see delete()."""
+    """Run a flow, and append each response that it reads as a whole to a list: successes, and see delete()."""
     with closing(flow):
         result: Any = None
         failure: Exception | None = None
