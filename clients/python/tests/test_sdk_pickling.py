@@ -79,7 +79,7 @@ def test_a_record_leaves_its_client_behind_but_copies_share_it() -> None:
     record = client.datasets.retrieve("ds_1")
     restored = pickle.loads(pickle.dumps(record))
     assert type(restored) is Dataset and restored == record
-    with pytest.raises(InvalidRequestError, match="this record of ds_1 has no client"):
+    with pytest.raises(InvalidRequestError, match="this record of ds_1 is not connected to a client"):
         restored.refresh()
     for other in (copy.copy(record), copy.deepcopy(record), record.model_copy(deep=True, update={"state": "failed"})):
         assert other.refresh() == record
@@ -91,7 +91,7 @@ def test_a_record_leaves_its_client_behind_but_copies_share_it() -> None:
             assert await copy.deepcopy(record).refresh() == record
             restored = pickle.loads(pickle.dumps(record))
             assert type(restored) is AsyncDataset and restored == record
-            with pytest.raises(InvalidRequestError, match="has no client"):
+            with pytest.raises(InvalidRequestError, match="not connected to a client"):
                 await restored.refresh()
 
     asyncio.run(scenario())

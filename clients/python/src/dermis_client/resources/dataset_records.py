@@ -58,8 +58,8 @@ class _Binding:
         """
         if self.resource is None:
             raise InvalidRequestError(
-                f"this record of {one_line(record.id, 140)} has no client, for instance because it was pickled or came from "
-                "another process; use client.datasets.retrieve(id)"
+                f"this record of {one_line(record.id, 140)} is not connected to a client: it was pickled, or was not made by "
+                "one; use client.datasets.retrieve(id)"
             )
         return self.resource
 
