@@ -17,6 +17,7 @@ import httpx
 import numpy as np
 import psycopg
 import pytest
+import sqlalchemy as sa
 
 from benchmarks.components import free_port
 from benchmarks.components.postgres import Postgres
@@ -90,7 +91,8 @@ class Place:
             url = postgres.url_of(folder.name)
             self.storage = str(folder / "storage") if bucket is None else f"{bucket}/{folder.name}"
             self.variables |= {"DERMIS_DATABASE_URL": url, "DERMIS_STORAGE_URL": self.storage}
-            self.variables["DATABASE"] = url.replace("+psycopg", "")
+            parsed = sa.make_url(url.replace("+psycopg", ""))
+            self.variables |= {"DATABASE": str(parsed.set(password=None)), "PGPASSWORD": parsed.password or ""}
         if bucket is None:
             Path(self.storage).mkdir(parents=True)
 
