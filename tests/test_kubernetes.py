@@ -513,7 +513,9 @@ def test_examples_of_the_documentation_render(tmp_path: Path) -> None:
         assert "DERMIS_TRUSTED_PROXIES" not in environment(container)
         files = {environment(container)[f"DERMIS_TLS_{each}"] for each in ("CERTIFICATE", "KEY")}
         assert files == {"/run/secrets/dermis-tls/tls.crt", "/run/secrets/dermis-tls/tls.key"}
-        assert {"secretName": "dermis-tls", "defaultMode": 0o440} in [each.get("secret") for each in template["spec"]["volumes"]]
+        assert {"secretName": "dermis-tls", "defaultMode": 0o440} in [
+            each.get("secret") for each in template["spec"]["volumes"]
+        ]
         probes = [container[f"{kind}Probe"]["httpGet"] for kind in ("startup", "readiness", "liveness")]
         assert [(probe["scheme"], probe["port"]) for probe in probes] == [("HTTPS", "http")] * 3
         pod = ("dermis", template["metadata"]["labels"])

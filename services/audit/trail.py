@@ -357,7 +357,7 @@ class AuditTable:
     def cut(self, before: str, event: Event) -> Entry:
         """Remove the oldest entries, and append a mark that says which ones and what the hash of the last one was.
 
-        Both happen in one transaction, or neither. The entries are removed first, which can take minutes, and the head is locked
+        Both happen in one transaction, or neither. Entries are removed first, which can take minutes, and the head is locked
         for the mark alone, so that others can append meanwhile (PostgreSQL).
 
         Args:

@@ -131,7 +131,6 @@ class Job:
         return (self.samples_total - self.samples_done) / self.rate
 
 
-
 class IdempotencyConflictError(DermisError):
     """The idempotency key was used for a request with another body."""
 

@@ -92,7 +92,10 @@ class Place:
             self.storage = str(folder / "storage") if bucket is None else f"{bucket}/{folder.name}"
             self.variables |= {"DERMIS_DATABASE_URL": url, "DERMIS_STORAGE_URL": self.storage}
             parsed = sa.make_url(url.replace("+psycopg", ""))
-            self.variables |= {"DATABASE": parsed.set(password=None).render_as_string(), "PGPASSWORD": parsed.password or ""}
+            self.variables |= {
+                "DATABASE": parsed.set(password=None).render_as_string(),
+                "PGPASSWORD": parsed.password or "",
+            }
         if bucket is None:
             Path(self.storage).mkdir(parents=True)
 

@@ -385,7 +385,7 @@ class KeyCache:
 
         Args:
             text: The key.
-            however_old: Whether a key of the last copy is returned while the table cannot be read, whatever the age of the copy.
+            however_old: Whether a key of the last copy is returned while the table cannot be read, however old the copy is.
 
         Raises:
             DatabaseUnavailableError: The table cannot be read, and the last copy is too old.

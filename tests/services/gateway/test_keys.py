@@ -384,7 +384,11 @@ def test_metrics_are_read_however_long_the_database_cannot_be_reached(
 
         assert [status("/metrics", reader) for _ in range(5)] == [200] * 5  # no quota counts them
         assert (status("/v1/models", other), status("/metrics", other)) == (200, 403)
-        for place, name in ((auth.keys, "changes"), (running.ctx.table, "statistics"), (running.ctx.table, "count_use")):
+        for place, name in (
+            (auth.keys, "changes"),
+            (running.ctx.table, "statistics"),
+            (running.ctx.table, "count_use"),
+        ):
             monkeypatch.setattr(place, name, fail)
         monkeypatch.setattr(auth.cache, "_clock", lambda: time.monotonic() + 3600.0)
         wrong = reader[:-1] + ("B" if reader.endswith("A") else "A")
