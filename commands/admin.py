@@ -46,7 +46,7 @@ def status(data_dir: DataDir = None, as_json: Json = False) -> None:
 
 
 def _worker_state(worker: Worker, now: float) -> str:
-    if worker.lease_until == 0:
+    if worker.lease_until <= 0:
         return "stopped"
     return "alive" if worker.seconds_left(now) >= 0 else "lease expired"
 
@@ -61,7 +61,7 @@ def _document(state: Status) -> dict[str, Any]:
                 "name": worker.name,
                 "role": _role(worker),
                 "state": _worker_state(worker, now),
-                "lease_seconds_left": round(worker.seconds_left(now), 1) if worker.lease_until else None,
+                "lease_seconds_left": round(worker.seconds_left(now), 1) if worker.lease_until > 0 else None,
                 "active_jobs": worker.jobs,
             }
             for worker in statistics.workers
@@ -118,7 +118,7 @@ def _print(state: Status) -> None:
 def _workers(statistics: Statistics) -> Table:
     table = folding_table("process", "role", "state", "lease ends in", "active jobs")
     for worker in statistics.workers:
-        left = f"{worker.seconds_left(statistics.time):.0f} s" if worker.lease_until else "-"
+        left = f"{worker.seconds_left(statistics.time):.0f} s" if worker.lease_until > 0 else "-"
         table.add_row(worker.name, _role(worker), _worker_state(worker, statistics.time), left, str(worker.jobs))
     if not statistics.workers:
         table.add_row("none", "-", "-", "-", "-")

@@ -55,8 +55,11 @@ class Composition:
         try:
             await self._warn_of_unsigned_entries()
             self.context.audit.writer.start()
-            if self.context.settings.max_webhooks and self.context.settings.role != "worker":
-                self.deliverer.start()
+            if self.context.settings.role != "worker":
+                if self.context.settings.max_webhooks:
+                    self.deliverer.start()
+                else:  # jobs that end still add messages for the webhooks that exist
+                    await asyncio.to_thread(self.deliverer.table.remove_old)
             if self.context.settings.inference:  # also without new studies: those that exist still expire
                 self.preparer.start()
             async with self.context.auth.running():

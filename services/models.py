@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dermis.bundle import DESCRIPTOR, Bundle, open_bundle, read_signature
 from dermis.bundle.installed import how_to_get_bundles, resolve_bundle
+from dermis.dataset.store import storage_error
 from dermis.errors import BundleError, DermisError, RequestError, SignatureError
 from dermis.provenance.signing import TrustedSigners, check_installed, read_signers, verify_records
 from services.settings import Settings, SettingsError
@@ -100,6 +101,24 @@ def check_signer(bundle: Bundle, signers: TrustedSigners | None) -> None:
     verify_records(signature, records, signers, bundle.location)
 
 
+def raise_if_unreachable(error: BaseException, location: str) -> None:
+    """Raise StorageError if a bundle could not be read because its remote storage cannot be reached at the moment.
+
+    A process that has started without a bundle refuses all calls for it, and fails jobs, until someone restarts it. So the
+    process ends instead, and its supervisor starts it again, after pauses that grow to half a minute.
+
+    Args:
+        error: Why the bundle could not be opened.
+        location: Where the bundle is.
+    """
+    cause = error.__cause__
+    if "://" not in location or not isinstance(cause, Exception):
+        return
+    unreachable = storage_error(cause, location, remote=True)
+    if unreachable is not None and unreachable.kind == "storage-unavailable":
+        raise unreachable from error
+
+
 def without_place(error: Exception, location: str) -> str:
     """The text of an error for callers, without the location of the bundle, which only the log contains."""
     return str(error).replace(location.rstrip("/"), Path(location).name)
@@ -118,6 +137,7 @@ class ServedModels:
 
     Raises:
         SettingsError: `tenants` names a bundle that is not served. Written wrongly, a name would not limit its bundle.
+        StorageError: The remote storage of a bundle cannot be reached at the moment (`raise_if_unreachable`).
     """
 
     def __init__(
@@ -138,6 +158,7 @@ class ServedModels:
                 bundle = open_bundle(location)
                 check_signer(bundle, signers)
             except _UNUSABLE as error:
+                raise_if_unreachable(error, location)
                 self._broken[location] = f"{without_place(error, location)}; repair it and restart the service"
                 continue
             if bundle.name in self._watched:

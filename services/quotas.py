@@ -46,7 +46,8 @@ class Quota(BaseModel):
         default=None, description="Megapixels of uploaded images in a minute."
     )
     requests_per_minute: _Whole | None = Field(
-        default=None, description="Requests with valid credentials in a minute, except those for usage and with admin."
+        default=None,
+        description="Requests with valid credentials in a minute, except those for usage, for metrics and with admin.",
     )
     active_jobs: _Whole | None = Field(default=None, description="Queued and running datasets and projections.")
     stored_bytes: Annotated[ByteSize, Field(ge=0, lt=1 << 62)] | None = Field(

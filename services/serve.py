@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import logging
@@ -18,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dermis import __version__
-from dermis.errors import DermisError
+from dermis.errors import DermisError, StorageError
 from services import logs
 from services.data_folder import prepare_data_folder, restrict_new_files
 from services.settings import Settings, SettingsError, read_settings, settings_table
@@ -100,7 +101,8 @@ def _prepare(settings: Settings) -> None:
     image_signer_of(settings)
     signers = signers_of(settings)
     if settings.model_tenants:
-        ServedModels(settings.bundles, settings.default_model, settings.model_tenants, signers)
+        with contextlib.suppress(StorageError):  # the processes of the service try again, after pauses
+            ServedModels(settings.bundles, settings.default_model, settings.model_tenants, signers)
     prepare_data_folder(settings)
     try:
         table = JobTable(settings.jobs_url)

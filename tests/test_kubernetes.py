@@ -43,7 +43,7 @@ from kubernetes_manifests import (
     rendered,
     rendered_with,
 )
-from pod_admission import violations_of_restricted
+from pod_admission import quantity, violations_of_restricted
 from services.jobs.table import JobTable
 from services.settings import Settings
 from services.tracing import exporter_names
@@ -157,6 +157,9 @@ def assert_restricted(template: Document) -> None:
     assert safe["runAsUser"] > 0 and safe["runAsGroup"] > 0 and safe["fsGroup"] > 0
     assert safe["seccompProfile"] == {"type": "RuntimeDefault"}
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    # Volumes of the kind emptyDir are on the disk of the node: a pod that fills them is evicted at its limit.
+    disk = sum(quantity(volume["emptyDir"]["sizeLimit"]) for volume in pod["volumes"] if "emptyDir" in volume)
+    assert disk < sum(quantity(each["resources"]["limits"]["ephemeral-storage"]) for each in containers(template))
     for container in containers(template):
         assert container["securityContext"] == {
             "allowPrivilegeEscalation": False,
@@ -471,17 +474,18 @@ def test_component_for_prometheus_scales_by_the_metric_and_reads_no_database(ove
 
 def test_examples_of_the_documentation_render(tmp_path: Path) -> None:
     text = (ROOT / "docs/kubernetes.md").read_text()
-    without, site, studio, single = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    without = site.partition("images:")[0] + without
+    one, without, site, balancer, studio, single = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    without, balancer = (site.partition("images:")[0] + each for each in (without, balancer))
     results = []
-    for name, content in (("site", site), ("single", single), ("without", without), ("studio", studio)):
+    contents = {"site": site, "single": single, "without": without, "studio": studio, "one": one, "balancer": balancer}
+    for name, content in contents.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "kustomization.yaml").write_text(content)
         (tmp_path / name / "dermis").symlink_to(ROOT)
         results.append(render(tmp_path / name))
     assert "203.0.113." not in results[0] and "example.org" not in results[0]
     assert {template["spec"]["containers"][0]["image"] for _, template in pods(yaml.safe_load_all(results[0]))} == {
-        "registry.hospital.example/dermis@sha256:" + "0" * 64
+        "registry.example.com/hospital/dermis@sha256:" + "0" * 64
     }
     documents = list(yaml.safe_load_all(results[1]))
     assert not of_kind(documents, "Namespace")
@@ -495,7 +499,28 @@ def test_examples_of_the_documentation_render(tmp_path: Path) -> None:
     }
     (container,) = containers(dict(pods(yaml.safe_load_all(results[3])))["dermis-studio"])
     assert "--trusted-host=dermis.hospital.example" in container["args"]
-    assert environment(container)["FORWARDED_ALLOW_IPS"] == "10.42.0.0/16"
+    assert environment(container)["FORWARDED_ALLOW_IPS"] == "10.42.7.0/28"
+    ((_, template),) = pods(yaml.safe_load_all(results[4]))
+    assert containers(template)[0]["image"] == "registry.example.com/hospital/dermis:0.2.0"
+    documents = list(yaml.safe_load_all(results[5]))
+    for document in documents:
+        validate(document)
+    assert not of_kind(documents, "Ingress")
+    (balancer_service,) = [each for each in of_kind(documents, "Service") if each["metadata"]["name"] == "dermis"]
+    assert (balancer_service["spec"]["type"], balancer_service["spec"]["ports"][0]["port"]) == ("LoadBalancer", 443)
+    for name, template in pods(documents):
+        (container,) = containers(template)
+        assert "DERMIS_TRUSTED_PROXIES" not in environment(container)
+        files = {environment(container)[f"DERMIS_TLS_{each}"] for each in ("CERTIFICATE", "KEY")}
+        assert files == {"/run/secrets/dermis-tls/tls.crt", "/run/secrets/dermis-tls/tls.key"}
+        assert {"secretName": "dermis-tls", "defaultMode": 0o440} in [
+            each.get("secret") for each in template["spec"]["volumes"]
+        ]
+        probes = [container[f"{kind}Probe"]["httpGet"] for kind in ("startup", "readiness", "liveness")]
+        assert [(probe["scheme"], probe["port"]) for probe in probes] == [("HTTPS", "http")] * 3
+        pod = ("dermis", template["metadata"]["labels"])
+        assert allows(documents, "10.1.2.3", pod, 3000) == (name == "dermis-gateway")
+        assert not allows(documents, INGRESS, pod, 3000)
 
 
 @pytest.mark.full

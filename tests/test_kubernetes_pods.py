@@ -35,15 +35,20 @@ BATCH: Peer = ("dermis", {"app.kubernetes.io/name": "dermis-batch"})
 
 
 def at_most(documents: list[Document]) -> Iterator[Document]:
-    """The pods of the Deployments with the most replicas and during a rolling update."""
+    """The pods of the Deployments with the most replicas and during a rolling update, with those that are ending."""
     replicas = {}
     for each in of_kind(documents, "HorizontalPodAutoscaler", "ScaledObject"):
         spec = each["spec"]
         replicas[spec["scaleTargetRef"]["name"]] = spec.get("maxReplicas") or spec["maxReplicaCount"]
     for each in of_kind(documents, "Deployment"):
-        surge = each["spec"].get("strategy", {}).get("rollingUpdate", {}).get("maxSurge", 0)
+        update = each["spec"].get("strategy", {}).get("rollingUpdate", {})
         number = replicas.get(each["metadata"]["name"]) or each["spec"]["replicas"]
-        yield from [each["spec"]["template"]] * (number + surge)
+        surge, unavailable = (_pods_of(update.get(name, 0), number) for name in ("maxSurge", "maxUnavailable"))
+        yield from [each["spec"]["template"]] * (number + surge + max(surge, unavailable))
+
+
+def _pods_of(value: int | str, replicas: int) -> int:
+    return int(value) if isinstance(value, int) else replicas * int(value.removesuffix("%")) // 100
 
 
 def running(job: Document) -> list[Document]:

@@ -307,12 +307,22 @@ def read_part(
 
 
 def exists(location: str | Path, descriptor: str) -> bool:
-    """Whether `location` has a descriptor of this file name."""
+    """Whether `location` has a descriptor of this file name.
+
+    Raises:
+        BundleError: It is not known, because remote storage cannot be read.
+    """
     folder = open_folder(location, "", descriptor)
+    path = f"{folder.root}/{descriptor}"
+    if folder.local:
+        return bool(folder.fs.exists(path))
     try:
-        return bool(folder.fs.exists(f"{folder.root}/{descriptor}"))
-    except Exception:  # as in Folder
+        folder.fs.info(path)  # `exists` of many remote file systems is False after every error
+    except (FileNotFoundError, NotADirectoryError, PermissionError):  # S3 refuses names without a file to some accounts
         return False
+    except Exception as error:  # as in Folder
+        raise BundleError(f"{folder.where}/{descriptor}: cannot be read: {_reason(error)}") from error
+    return True
 
 
 def parse_descriptor(text: bytes, where: str, version: int, model: type[DescriptorT]) -> DescriptorT:

@@ -33,6 +33,7 @@ GENESIS = "0" * 64  # the hash before the first entry
 CUT = "audit.cut"
 _BATCH = 1000
 _KEY_BYTES = 32  # at least
+_CUT_LOCK = 0x6465726D637574  # of PostgreSQL; any number that no other application on the database uses
 
 metadata = sa.MetaData()
 
@@ -356,6 +357,9 @@ class AuditTable:
     def cut(self, before: str, event: Event) -> Entry:
         """Remove the oldest entries, and append a mark that says which ones and what the hash of the last one was.
 
+        Both happen in one transaction, or neither. Entries are removed first, which can take minutes, and the head is locked
+        for the mark alone, so that others can append meanwhile (PostgreSQL).
+
         Args:
             before: Entries of earlier times are removed, up to the first one that is not earlier.
             event: The mark, without the object and the detail.
@@ -367,7 +371,8 @@ class AuditTable:
             NothingToCutError: There is no such entry.
         """
         with writing(self._engine) as connection:
-            connection.execute(_lock_head)
+            if connection.dialect.name == "postgresql":  # one cut at a time: the next one sees what this one has left
+                connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _CUT_LOCK})
             kept = sa.select(sa.func.min(_entries.c.number)).where(_entries.c.time >= before)
             limit = connection.scalar(kept)
             query = sa.select(_entries.c.number, _entries.c.hash).order_by(_entries.c.number.desc()).limit(1)
@@ -375,10 +380,10 @@ class AuditTable:
             if last is None:
                 raise NothingToCutError(f"the audit trail has no entry before {before}")
             first = connection.scalar(sa.select(sa.func.min(_entries.c.number)))
+            connection.execute(sa.delete(_entries).where(_entries.c.number <= last.number))
             mark = {name: getattr(event, name) for name in _EVENT_FIELDS}
             mark |= {"action": CUT, "object": f"{first}-{last.number}", "detail": last.hash}
             (entry,) = self._append(connection, [Event(**mark)])
-            connection.execute(sa.delete(_entries).where(_entries.c.number <= last.number))
             return entry
 
 

@@ -17,7 +17,7 @@ from dermis.bundle import Bundle, open_bundle
 from dermis.errors import DermisError
 from services import logs, tracing
 from services.data_folder import restrict_new_files
-from services.models import check_signer, locate, signers_of, without_place
+from services.models import check_signer, locate, raise_if_unreachable, signers_of, without_place
 from services.parent_watchdog import exit_with_parent
 from services.settings import settings_of_process
 
@@ -72,6 +72,8 @@ batch_api = bentoml.api(
 class InferenceService(Generic[ModelT]):
     """Base class of the inference services. A bundle whose model cannot be loaded does not stop the others.
 
+    While the remote storage of a bundle cannot be reached, the process does not start (`services.models.raise_if_unreachable`).
+
     Attributes:
         logger: The logger of the service.
         failure: Log message for a model that cannot be loaded.
@@ -89,9 +91,9 @@ class InferenceService(Generic[ModelT]):
         self._problems: list[str] = []
         signers = signers_of(_settings)
         for location in locate(_settings.bundles):
-            if not self.has_model(location):
-                continue
             try:
+                if not self.has_model(location):
+                    continue
                 source: Bundle | str = location
                 if signers is not None:
                     source = open_bundle(location)
@@ -99,6 +101,7 @@ class InferenceService(Generic[ModelT]):
                 digest, model = self.load(source)
             except LOAD_ERRORS as error:
                 self.logger.error(self.failure, extra={"location": location, "error": str(error)})
+                raise_if_unreachable(error, location)
                 self._problems.append(without_place(error, location))
                 continue
             self._models[digest] = model

@@ -186,6 +186,13 @@ def _observed(access: str) -> Iterator[None]:
         metrics.database_seconds.labels(access, outcome).observe(time.perf_counter() - started)
 
 
+def time_of(connection: sa.Connection) -> float:
+    """Seconds since 1970 by the clock of PostgreSQL, which all replicas share; with SQLite by that of this machine."""
+    if connection.dialect.name != "postgresql":
+        return time.time()
+    return float(connection.scalar(sa.text("SELECT extract(epoch FROM clock_timestamp())")) or 0.0)
+
+
 def _is_interruption(error: sa.exc.SQLAlchemyError) -> bool:
     """Whether an error says that the database cannot be reached, restarts, is locked or is too busy."""
     if isinstance(error, sa.exc.TimeoutError):  # all connections are in use

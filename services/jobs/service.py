@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +31,7 @@ from services.jobs.lease import Lease, executor_slot
 from services.jobs.projection import Preview, ProjectionOptions
 from services.jobs.statistics import Statistics
 from services.jobs.table import Job
-from services.quotas import DAY
+from services.quotas import DAY, EVERYONE
 from services.settings import Settings
 from services.tenants import job_folders
 
@@ -82,7 +81,7 @@ class JobService:
                 workflow.sweep(leases_reliable)
             self.datasets.remove_expired()
             self.projections.remove_expired(settings.projection_keep_seconds)
-            table.remove_compared(time.time() - settings.authenticity_repeat_seconds)
+            table.remove_compared(table.now() - settings.authenticity_repeat_seconds)
             execution.measure_files(self._ctx)
 
         lease = Lease(table, executor_id, settings.lease_seconds, works=works, sweep=sweep)
@@ -98,7 +97,7 @@ class JobService:
     def not_ready(self) -> str | None:
         """Why jobs cannot be accepted or shown now; None if they can."""
         try:
-            self._ctx.table.count_by_state("dataset")
+            self._ctx.table.check()
         except Exception as error:  # whatever the driver raises
             logger.warning("jobs database", extra={"error": str(error), "cause": str(error.__cause__)[:200]})
             return "the jobs database cannot be reached"
@@ -210,13 +209,17 @@ class DatasetJobs:
 
         A removal that was interrupted is completed by a later call, because the record is deleted last.
         """
-        times = [days for quota in self._settings.quotas.values() if (days := quota.retention_days) is not None]
-        if not times:
+        quotas, table = self._settings.quotas, self._ctx.table
+        days_of = {tenant: self._settings.quota_of(tenant).retention_days for tenant in quotas}
+        if not any(days_of.values()):
             return
-        now = time.time()
-        for job in self._ctx.table.ended_before("dataset", now - min(times) * DAY):
-            expires_at = self.expires_at(job)
-            if expires_at is not None and expires_at <= now:
+        now = table.now()
+        own = quotas.keys() - {EVERYONE}
+        for tenant, days in days_of.items():
+            if days is None:
+                continue
+            whose = None if tenant == EVERYONE else tenant
+            for job in table.ended_before("dataset", now - days * DAY, whose, others=own):
                 _remove_expired(self._ctx, job)
                 self._listings.pop(job.id, None)
 
@@ -330,10 +333,8 @@ class ProjectionJobs:
 
         The projections of all tenants are kept for the same time.
         """
-        now = time.time()
-        for job in self._ctx.table.ended_before("projection", now):
-            if job.state != "cancelled" and (job.finished_at or now) > now - keep_seconds:
-                continue
+        table = self._ctx.table
+        for job in table.ended_before("projection", table.now() - keep_seconds, deleted=True):
             _remove_expired(self._ctx, job)
 
     def results(self, job: Job) -> list[Mapping[str, Any]]:

@@ -32,7 +32,7 @@ class Worker:
 
     Attributes:
         name: Its name.
-        lease_until: End of its lease, seconds since 1970; 0 after it has stopped.
+        lease_until: End of its lease, seconds since 1970; 0 or negative after it has stopped.
         works: Whether it runs jobs.
         jobs: The number of active jobs whose workflow it runs, or that it has submitted and no worker has begun.
     """

@@ -21,9 +21,10 @@ from sqlalchemy.exc import IntegrityError
 from dermis.errors import DermisError
 from services import metrics, tracing
 from services.compared_answers import remove_answers
-from services.jobs import counters, schema
-from services.jobs.database import close_engine, open_engine, reading, schema_lock, writing
-from services.jobs.statistics import ACTIVE, STATES, Kind, Statistics, read_statistics
+from services.jobs import counters, executors, schema
+from services.jobs.database import close_engine, open_engine, reading, schema_lock, time_of, writing
+from services.jobs.executors import Executors
+from services.jobs.statistics import ACTIVE, Kind, Statistics, read_statistics
 from services.quotas import QUOTAS, Quota, QuotaExceededError, QuotaUse
 from services.studies.tables import stored_by_studies
 from services.tenants import DEFAULT_TENANT
@@ -75,14 +76,6 @@ _shards = sa.Table(
     sa.Column("shard", sa.Integer, primary_key=True),
     sa.Column("samples_done", sa.Integer, nullable=False),
     sa.Column("finished", sa.Boolean, nullable=False),
-)
-
-_workers = sa.Table(
-    "dermis_workers",
-    _metadata,
-    sa.Column("executor_id", sa.String(140), primary_key=True),
-    sa.Column("lease_until", sa.Float, nullable=False),
-    sa.Column("works", sa.Boolean),  # false for a gateway, which runs no jobs; null: written by an earlier version
 )
 
 
@@ -303,18 +296,35 @@ class JobTable:
         with reading(self._engine) as connection:
             return [Job(**row._mapping) for row in connection.execute(query)]
 
-    def ended_before(self, kind: Kind, moment: float) -> list[Job]:
-        """Jobs of a kind, of all tenants, that had ended by then, seconds since 1970."""
-        query = sa.select(_jobs).where(_jobs.c.kind == kind, _jobs.c.finished_at < moment)
-        with reading(self._engine) as connection:
-            return [Job(**row._mapping) for row in connection.execute(query)]
+    def ended_before(
+        self, kind: Kind, moment: float, tenant: str | None = None, *, others: Iterable[str] = (), deleted: bool = False
+    ) -> list[Job]:
+        """Jobs of a kind that had ended by then, seconds since 1970.
 
-    def count_by_state(self, kind: Kind) -> dict[str, int]:
-        """The number of jobs of a kind in each state, of all tenants."""
-        query = sa.select(_jobs.c.state, sa.func.count()).where(_jobs.c.kind == kind).group_by(_jobs.c.state)
+        Args:
+            kind: The kind.
+            moment: The time.
+            tenant: The tenant of the jobs; None for all but `others`.
+            others: Tenants whose jobs are left out.
+            deleted: Whether all jobs that were cancelled or deleted are included.
+        """
+        ended = _jobs.c.finished_at < moment
+        if deleted:
+            ended |= _jobs.c.state == "cancelled"
+        of_tenant = _jobs.c.tenant.not_in(list(others)) if tenant is None else _jobs.c.tenant == tenant
         with reading(self._engine) as connection:
-            counts = {row[0]: row[1] for row in connection.execute(query)}
-        return {state: counts.get(state, 0) for state in STATES}
+            rows = connection.execute(sa.select(_jobs).where(_jobs.c.kind == kind, ended, of_tenant))
+            return [Job(**row._mapping) for row in rows]
+
+    def check(self) -> None:
+        """Read one row, however many jobs there are."""
+        with reading(self._engine) as connection:
+            connection.execute(sa.select(_jobs.c.sequence).limit(1)).first()
+
+    def now(self) -> float:
+        """Seconds since 1970 by the clock of the database (`services.jobs.database.time_of`)."""
+        with reading(self._engine) as connection:
+            return time_of(connection)
 
     def stored_bytes(self, tenant: str) -> int:
         """The size of the files of a tenant's jobs that have succeeded, and the estimates of those that are active."""
@@ -520,31 +530,23 @@ class JobTable:
     # Leases
 
     def renew_lease(self, executor_id: str, seconds: float, *, works: bool = True) -> None:
-        """Extend the lease of a process: workers leave the jobs that it submitted or runs alone for `seconds`.
-
-        Args:
-            executor_id: The name of the process.
-            seconds: The length of the lease.
-            works: Whether the process runs jobs; a gateway does not.
-        """
-        values = {"lease_until": time.time() + seconds, "works": works}
+        """Extend the lease of a process: others leave its jobs alone for `seconds`. A gateway runs no jobs (`works`)."""
         with writing(self._engine) as connection:
-            updated = connection.execute(
-                sa.update(_workers).where(_workers.c.executor_id == executor_id).values(values)
-            ).rowcount
-            if not updated:
-                connection.execute(sa.insert(_workers).values(executor_id=executor_id, **values))
+            executors.renew(connection, executor_id, seconds, works=works)
 
     def drop_lease(self, executor_id: str) -> None:
-        """End the lease of a worker: its work may be taken over at once."""
+        """End the lease of a process that stops: its work may be taken over at once."""
         with writing(self._engine) as connection:
-            connection.execute(sa.update(_workers).where(_workers.c.executor_id == executor_id).values(lease_until=0.0))
+            executors.stop(connection, executor_id)
+
+    def executors(self) -> Executors:
+        """The processes with a lease, and those that have stopped. Rows of all others are removed."""
+        with writing(self._engine) as connection:
+            return executors.read(connection)
 
     def live_executors(self) -> set[str]:
-        """Names of the processes, gateways among them, whose lease has not run out. Rows of the others are removed."""
-        with writing(self._engine) as connection:
-            connection.execute(sa.delete(_workers).where(_workers.c.lease_until < time.time()))
-            return set(connection.execute(sa.select(_workers.c.executor_id)).scalars())
+        """Names of the processes, gateways among them, whose lease has not run out."""
+        return self.executors().alive
 
 
 def _existing(connection: sa.Connection, tenant: str, name: str) -> int:

@@ -205,13 +205,17 @@ def sweep(leases_reliable: bool = True) -> None:
         leases_reliable: Whether the leases of other workers show which of them are alive. If not, their work is not resumed.
     """
     ctx = _context()
-    alive = ctx.table.live_executors() | {_executor_id}
-    for status in DBOS.list_workflows(status="PENDING", load_input=False, load_output=False):
+    executors = ctx.table.executors()
+    alive = executors.alive | {_executor_id}
+    pending = DBOS.list_workflows(status="PENDING", load_input=False, load_output=False)
+    for ended in _idle_sweeps.keys() - {status.workflow_id for status in pending}:
+        del _idle_sweeps[ended]
+    for status in pending:
         ours = status.executor_id == _executor_id
         if _is_stuck(status.workflow_id) if ours else leases_reliable and status.executor_id not in alive:
             logger.warning("workflow resumed", extra={"workflow": status.workflow_id, "worker": status.executor_id})
             DBOS.resume_workflow(status.workflow_id, queue_name=status.queue_name)
-            if not ours:
+            if not ours and status.executor_id not in executors.stopped:
                 metrics.lease_takeovers.inc()
     for job in ctx.table.active():
         ours = job.owner == _executor_id

@@ -21,7 +21,7 @@ from sqlalchemy.exc import IntegrityError
 from dermis.errors import DermisError, RequestError
 from dermis.reader_study import Slot, Truth
 from services.jobs import counters
-from services.jobs.database import close_engine, open_engine, reading, writing
+from services.jobs.database import close_engine, open_engine, reading, time_of, writing
 from services.jobs.table import check_existing
 from services.quotas import Quota
 from services.studies import tables
@@ -337,10 +337,10 @@ class StudyTable:
 
     def to_delete(self) -> list[Study]:
         """Studies of all tenants that have expired, and those whose removal was interrupted."""
-        now = time.time()
-        ended = (tables.studies.c.expires_at < now) | (tables.studies.c.state == DELETING)
+        studies = tables.studies
         with reading(self._engine) as connection:
-            return [study_of(row) for row in connection.execute(sa.select(tables.studies).where(ended))]
+            ended = (studies.c.expires_at < time_of(connection)) | (studies.c.state == DELETING)
+            return [study_of(row) for row in connection.execute(sa.select(studies).where(ended))]
 
     def delete(self, study_id: str) -> None:
         """Delete all rows of a study."""

@@ -96,7 +96,7 @@ class Deliverer:
         if now - self._cleaned > _CLEAN_SECONDS:
             self._cleaned = now
             self._order = DeliveryOrder()  # so that it does not grow for ever
-            await asyncio.to_thread(self.table.remove_old, now)
+            await asyncio.to_thread(self.table.remove_old)
         if len(self._sending) >= _MOST:
             return
         due = await asyncio.to_thread(self.table.due, list(self._sending), now)

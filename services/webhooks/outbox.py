@@ -21,7 +21,7 @@ import sqlalchemy as sa
 
 from dermis.errors import DermisError
 from services.jobs import counters
-from services.jobs.database import close_engine, open_engine, reading, writing
+from services.jobs.database import close_engine, open_engine, reading, time_of, writing
 
 State = Literal["waiting", "delivered", "dead"]
 STATES: tuple[State, ...] = ("waiting", "delivered", "dead")
@@ -38,7 +38,7 @@ EVENTS: tuple[EventName, ...] = get_args(EventName)
 # Seconds after each failed attempt, as Standard Webhooks recommends; about three days in total.
 RETRY_SECONDS = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
 CLAIM_SECONDS = 60.0  # longer than one attempt can take
-_KEPT_SECONDS = {"delivered": 7 * 86_400.0, "dead": 30 * 86_400.0}
+_KEPT_SECONDS = {"waiting": 7 * 86_400.0, "delivered": 7 * 86_400.0, "dead": 30 * 86_400.0}
 _GONE = 410
 
 metadata = sa.MetaData()
@@ -312,12 +312,20 @@ class WebhookTable:
                 of_it = _endpoints.c.id == claim.endpoint.id
                 connection.execute(sa.update(_endpoints).where(of_it).values(disabled_at=now))
 
-    def remove_old(self, now: float) -> None:
-        """Remove messages that ended a week (delivered) or a month (dead) ago."""
+    def remove_old(self, now: float | None = None) -> None:
+        """Remove messages that ended a week (delivered) or a month (dead) ago, or that nobody has tried to send for a week.
+
+        Messages that wait are tried at least once a day while webhooks are on. After a time without them, old news is not sent.
+
+        Args:
+            now: Seconds since 1970; by default by the clock of the database.
+        """
         with writing(self._engine) as connection:
+            now = time_of(connection) if now is None else now
             for state, seconds in _KEPT_SECONDS.items():
-                old = (_messages.c.state == state) & (_messages.c.ended_at < now - seconds)
-                connection.execute(sa.delete(_messages).where(old))
+                # A message that is sent again by hand is due from then on, however old it is.
+                since = _messages.c.due_at if state == "waiting" else _messages.c.ended_at
+                connection.execute(sa.delete(_messages).where(_messages.c.state == state, since < now - seconds))
 
 
 def _endpoint_of(row: sa.Row[Any]) -> Endpoint:

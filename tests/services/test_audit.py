@@ -224,6 +224,28 @@ def test_cut_leaves_a_mark_and_an_intact_trail(url: str) -> None:
     table.close()
 
 
+class Cutting(AuditTable):
+    """A trail to which another replica appends after a cut has removed entries and before it has written its mark."""
+
+    def _append(self, connection: sa.Connection, events: Any) -> list[trail_module.Entry]:
+        other = AuditTable(self._engine.url.render_as_string(hide_password=False), KEY)
+        other.append([event(30)])
+        other.close()
+        return super()._append(connection, events)
+
+
+@pytest.mark.parametrize("before", [event(4).time, "9999"])
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_others_append_while_entries_are_cut(url: str, before: str) -> None:
+    filled(url, key=KEY).close()
+    table = Cutting(url, KEY)
+    mark = table.cut(before, event(31))
+    assert (mark.number, mark.object) == (12, "1-4" if before != "9999" else "1-10")
+    result = checked(table, key=KEY)
+    assert result.intact and result.last == Head(12, mark.hash), result.problems
+    table.close()
+
+
 def test_nothing_is_appended_to_a_trail_without_head(sqlite: str) -> None:
     table = filled(sqlite)
     change(table, "DELETE FROM dermis_audit_head")

@@ -17,6 +17,7 @@ import httpx
 import numpy as np
 import psycopg
 import pytest
+import sqlalchemy as sa
 
 from benchmarks.components import free_port
 from benchmarks.components.postgres import Postgres
@@ -90,15 +91,19 @@ class Place:
             url = postgres.url_of(folder.name)
             self.storage = str(folder / "storage") if bucket is None else f"{bucket}/{folder.name}"
             self.variables |= {"DERMIS_DATABASE_URL": url, "DERMIS_STORAGE_URL": self.storage}
-            self.variables["DATABASE"] = url.replace("+psycopg", "")
+            parsed = sa.make_url(url.replace("+psycopg", ""))
+            self.variables |= {
+                "DATABASE": parsed.set(password=None).render_as_string(),
+                "PGPASSWORD": parsed.password or "",
+            }
         if bucket is None:
             Path(self.storage).mkdir(parents=True)
 
     @property
     def settings(self) -> dict[str, str]:
         """The settings of a service here."""
-        named = {name.removeprefix("DERMIS_").lower(): value for name, value in self.variables.items()}
-        return {name: value for name, value in named.items() if name != "database"}
+        of_dermis = {name: value for name, value in self.variables.items() if name.startswith("DERMIS_")}
+        return {name.removeprefix("DERMIS_").lower(): value for name, value in of_dermis.items()}
 
     def files(self) -> list[str]:
         """The paths of all files in the storage."""

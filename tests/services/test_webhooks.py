@@ -21,6 +21,7 @@ from typing import Any
 import httpx
 import psycopg
 import pytest
+import sqlalchemy as sa
 import standardwebhooks
 from dermis_client import (
     AsyncDermisClient,
@@ -202,6 +203,23 @@ def test_failed_message_is_tried_again_and_then_dead(
     assert table.retry(endpoint.id, message.id) is not None
     deliver(table)
     assert table.messages(endpoint.id)[0].state == "delivered"
+    table.remove_old(time.time() + 8 * 86_400)
+    assert table.messages(endpoint.id) == []
+
+
+def test_messages_that_waited_while_webhooks_were_off_are_not_sent_after_a_week(
+    table: WebhookTable, receiver: Receiver
+) -> None:
+    endpoint = table.create("a", receiver.url(), outbox.EVENTS, 5)
+    end_job(table)
+    table.remove_old(time.time() + 6 * 86_400)
+    assert [message.state for message in table.messages(endpoint.id)] == ["waiting"]
+    with writing(table._engine) as connection:  # sent again by hand: it is old, and due now
+        connection.execute(sa.text("UPDATE dermis_webhook_messages SET created_at = 0, state = 'dead'"))
+    (message,) = table.messages(endpoint.id)
+    table.retry(endpoint.id, message.id)
+    table.remove_old()
+    assert [message.state for message in table.messages(endpoint.id)] == ["waiting"]
     table.remove_old(time.time() + 8 * 86_400)
     assert table.messages(endpoint.id) == []
 

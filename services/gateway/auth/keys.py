@@ -380,8 +380,12 @@ class KeyCache:
         self._recorded: dict[str, float] = {}  # id -> time of the last use that was written
         self._writing: asyncio.Task[None] | None = None
 
-    async def find(self, text: str) -> ApiKey | None:
+    async def find(self, text: str, *, however_old: bool = False) -> ApiKey | None:
         """The key with this text, whether or not it has ended; None if there is none.
+
+        Args:
+            text: The key.
+            however_old: Whether a key of the last copy is returned while the table cannot be read, however old the copy is.
 
         Raises:
             DatabaseUnavailableError: The table cannot be read, and the last copy is too old.
@@ -389,12 +393,11 @@ class KeyCache:
         identifier = key_id(text)
         if identifier is None:
             return None
-        if self._clock() - self._read_at > _CACHE_SECONDS:
-            await self._read(self._read_at)
-        elif identifier not in self._keys:
-            read_at = self._read_at
-            await asyncio.sleep(max(0.0, read_at + _UNKNOWN_SECONDS - self._clock()))
-            await self._read(read_at)
+        try:
+            await self._read_for(identifier)
+        except DatabaseUnavailableError:
+            if not however_old or identifier not in self._keys:
+                raise
         key = self._keys.get(identifier)
         if not hmac.compare_digest(hash_of(text), "" if key is None else key.hash):
             return None
@@ -418,6 +421,15 @@ class KeyCache:
         """Wait until the last uses are written."""
         if self._writing is not None:
             await self._writing
+
+    async def _read_for(self, identifier: str) -> None:
+        """Read the table if the copy is too old for a request with this id."""
+        if self._clock() - self._read_at > _CACHE_SECONDS:
+            await self._read(self._read_at)
+        elif identifier not in self._keys:
+            read_at = self._read_at
+            await asyncio.sleep(max(0.0, read_at + _UNKNOWN_SECONDS - self._clock()))
+            await self._read(read_at)
 
     async def _read(self, read_at: float) -> None:
         async with self._lock:

@@ -271,6 +271,9 @@ def test_last_copy_is_used_while_the_database_cannot_be_reached(
         clock.seconds += 60.0
         with pytest.raises(DatabaseUnavailableError):
             await cache.find(text)
+        assert await cache.find(text, however_old=True) is not None
+        with pytest.raises(DatabaseUnavailableError):  # whether there is such a key is not known
+            await cache.find(new_key(), however_old=True)
 
     asyncio.run(run())
 
@@ -361,3 +364,34 @@ def test_anonymous_use_has_every_scope_but_cannot_make_keys_for_later(tiny_bundl
         assert running.client.app.state.context.auth.keys.all() == []  # type: ignore[attr-defined]
         document = json.loads(running.client.get("/openapi.json").text)
         assert document["paths"]["/v1/images"]["post"]["security"] == [{}]
+
+
+def test_metrics_are_read_however_long_the_database_cannot_be_reached(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the alert about the database would end a minute after it began."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise DatabaseUnavailableError("no database")
+
+    quotas = {"a": {"requests_per_minute": 3}}
+    with service(tiny_bundle.location, tmp_path, auth="keys", quotas=quotas, lease_seconds=3600) as running:
+        auth = running.client.app.state.context.auth  # type: ignore[attr-defined]
+        reader, other = (create(auth.keys, scopes=[scope])[1] for scope in ("metrics:read", "models:read"))
+
+        def status(path: str, text: str) -> int:
+            return running.client.get(path, headers={"Authorization": f"Bearer {text}"}).status_code
+
+        assert [status("/metrics", reader) for _ in range(5)] == [200] * 5  # no quota counts them
+        assert (status("/v1/models", other), status("/metrics", other)) == (200, 403)
+        for place, name in (
+            (auth.keys, "changes"),
+            (running.ctx.table, "statistics"),
+            (running.ctx.table, "count_use"),
+        ):
+            monkeypatch.setattr(place, name, fail)
+        monkeypatch.setattr(auth.cache, "_clock", lambda: time.monotonic() + 3600.0)
+        wrong = reader[:-1] + ("B" if reader.endswith("A") else "A")
+        assert (status("/metrics", reader), status("/metrics", wrong)) == (200, 401)
+        assert (status("/v1/models", other), status("/metrics", other)) == (503, 403)
+        assert status("/metrics", new_key()) == 503

@@ -115,7 +115,7 @@ def test_pages_of_other_origins_change_nothing(served: Service, headers: dict[st
     assert [(call.status_code, kind_of(call)) for call in calls] == [(403, "cross-origin")] * 3
     assert "DERMIS_CORS_ORIGINS" in calls[0].json()["detail"]
     assert served.client.get(dataset["links"]["self"], headers=headers).status_code == 200
-    assert sum(served.ctx.table.count_by_state("projection").values()) == 0
+    assert sum(served.ctx.table.statistics().counts["projection"].values()) == 0
 
 
 @pytest.mark.parametrize(

@@ -466,7 +466,7 @@ def test_refused_request_is_counted_in_no_quota(served: Service, clock: Clock, m
 def test_datasets_are_deleted_after_the_retention_time_of_their_tenant(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quotas = {"short": {"retention_days": 1}, "long": {"retention_days": 30}}
+    quotas = {"*": {"retention_days": 1}, "long": {"retention_days": 30}, "kept": {"retention_days": None}}
     # With so long a lease no sweep removes what has expired between two steps of the test.
     with service(bundle.location, tmp_path, auth="keys", quotas=quotas, lease_seconds=3600) as running:
         tenants = {name: Tenant(running, name) for name in ("short", "long", "kept")}
@@ -494,7 +494,7 @@ def test_datasets_are_deleted_after_the_retention_time_of_their_tenant(
 
         real = time.time
         assert remaining() == {"short", "long", "kept"}
-        monkeypatch.setattr("services.jobs.service.time.time", lambda: real() + 1.01 * DAY)
+        monkeypatch.setattr("services.jobs.database.time.time", lambda: real() + 1.01 * DAY)
         # The storage fails in the middle of the first attempt: nothing half deleted can be seen, and the next one completes it.
         with monkeypatch.context() as broken:
             broken.setattr("services.jobs.execution.remove_files", fail)
@@ -502,7 +502,7 @@ def test_datasets_are_deleted_after_the_retention_time_of_their_tenant(
         assert tenants["short"].send("get", f"/v1/datasets/{made['short']}").json()["state"] == "cancelled"
         assert tenants["short"].send("get", f"/v1/datasets/{made['short']}/files").status_code == 409
         assert remaining() == {"long", "kept"}
-        monkeypatch.setattr("services.jobs.service.time.time", lambda: real() + 31 * DAY)
+        monkeypatch.setattr("services.jobs.database.time.time", lambda: real() + 31 * DAY)
         assert remaining() == {"kept"}
 
 

@@ -13,14 +13,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 
-from dermis.bundle import Bundle
-from dermis.errors import DermisError
+from dermis.bundle import Bundle, open_bundle
+from dermis.bundle.folder import exists
+from dermis.errors import DermisError, StorageError
+from flaky_storage import EndpointConnectionError, failing
 from services.errors import InferenceFailedError, InferenceUnavailableError
 from services.inference.client import ClassifierClient, GeneratorClient, InferenceClients
 from services.inference.samples import Options, Samples, from_bytes, pack_rows
+from services.models import ServedModels
 
 BUNDLE: Any = SimpleNamespace(name="tiny", digest="d" * 64, classifier=None, authenticity=None)
 MODELS: Any = SimpleNamespace(bundles=[BUNDLE])
@@ -125,6 +129,50 @@ def test_bundle_that_cannot_be_loaded_does_not_stop_the_others(monkeypatch: pyte
         "identities": {"digest": {"device": "/models/good"}},
         "problems": ["broken/bundle.json: is damaged"],
     }
+
+
+def test_process_ends_while_the_remote_storage_of_its_bundle_cannot_be_reached(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The supervisor starts it again. A process that ran without the bundle would fail every job."""
+    from services.inference import base
+
+    location = "flaky://bundles/tiny"
+    for path in Path(tiny_bundle.location).rglob("*"):
+        if path.is_file():
+            name = path.relative_to(tiny_bundle.location).as_posix()
+            fsspec.filesystem("flaky").pipe_file(f"/bundles/tiny/{name}", path.read_bytes())
+    for name in ("exit_with_parent", "restrict_new_files"):
+        monkeypatch.setattr(base, name, lambda: None)
+    monkeypatch.setattr(base.logs, "configure", lambda *_: None)
+    monkeypatch.setattr(base, "locate", lambda _: [location])
+
+    class Service(base.InferenceService[str]):
+        logger = logging.getLogger("test")
+        failure = "model not loaded"
+
+        def has_model(self, location: str) -> bool:
+            return exists(location, "bundle.json")
+
+        def load(self, source: Bundle | str) -> tuple[str, str]:
+            return open_bundle(str(source)).digest, ""
+
+    def loaded() -> list[str]:
+        return list(asyncio.run(Service.describe.func(Service()))["identities"])  # type: ignore[attr-defined]
+
+    def served() -> list[Bundle]:
+        return ServedModels([location]).bundles
+
+    for error in (EndpointConnectionError("no route"), ConnectionRefusedError(111, "refused")):
+        for call, starts in (("read", [loaded, served]), ("info", [loaded])):
+            with failing(lambda this, _path, call=call, error=error: error if this == call else None):
+                for start in starts:
+                    with pytest.raises(StorageError, match="flaky://bundles/tiny.* cannot be reached") as caught:
+                        start()
+                    assert caught.value.kind == "storage-unavailable"
+    with failing(lambda *_: PermissionError(13, "refused")):  # no restart repairs this
+        assert (loaded(), served()) == ([], [])
+    assert loaded() == [tiny_bundle.digest] == [bundle.digest for bundle in served()]
 
 
 def test_every_inference_client_has_a_service_with_process_count(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from services.errors import InferenceFailedError, InferenceUnavailableError
 from services.gateway.auth.keys import KeyTable
 from services.jobs import context, workflow
 from services.jobs.database import writing
+from services.jobs.executors import Executors
 from services.jobs.lease import executor_slot
 from services.jobs.table import IdempotencyConflictError, Job, JobTable, TooManyActiveError
 
@@ -94,6 +96,9 @@ def test_another_worker_takes_over_a_job_for_its_tenant_when_a_lease_has_run_out
     leftovers = [f"tenants/radiology/ds_{'1' * 32}", f"tenants/derma/{asked['id']}", asked["id"], "tenants/Notes"]
     for each in leftovers:
         (storage / each).mkdir(parents=True)
+    table = JobTable(running.settings.jobs_url)
+    table.renew_lease("first", -5.0)  # as if it had been killed: it has not given back its lease
+    table.close()
     takeovers = REGISTRY.get_sample_value("dermis_lease_takeovers_total") or 0.0
     with service(tiny_bundle.location, tmp_path / "data", executor_id="second", **values) as running:
         running.client.headers.update(owner)
@@ -128,6 +133,7 @@ def test_job_of_live_worker_is_not_taken_over(tiny_bundle: Bundle, tmp_path: Pat
         asked = running.ask(REQUEST)
         running.wait_for_shards(asked, 2)
     table = JobTable(running.settings.jobs_url)
+    takeovers = REGISTRY.get_sample_value("dermis_lease_takeovers_total")
     table.renew_lease("first", 3600)
     with service(tiny_bundle.location, tmp_path / "data", executor_id="second", lease_seconds=1) as running:
         workflow.sweep()
@@ -137,6 +143,7 @@ def test_job_of_live_worker_is_not_taken_over(tiny_bundle: Bundle, tmp_path: Pat
         dataset = running.wait(asked)
         assert dataset["state"] == "succeeded"
         assert shards < 12
+    assert REGISTRY.get_sample_value("dermis_lease_takeovers_total") == takeovers  # it has stopped, and was not lost
     table.close()
 
 
@@ -296,5 +303,11 @@ def test_a_lease_runs_out(table: JobTable) -> None:
     table.renew_lease("a", 60)
     table.renew_lease("b", 0.05)
     wait_for(lambda: table.live_executors() == {"a"})
+    assert table.executors() == Executors({"a"}, set())
     table.drop_lease("a")
-    assert table.live_executors() == set()
+    assert table.executors() == table.executors() == Executors(set(), {"a"})  # it has stopped, and was not lost
+    with writing(table._engine) as connection:
+        connection.execute(sa.text(f"UPDATE dermis_workers SET lease_until = {3601 - time.time()}"))
+    assert table.executors() == Executors(set(), {"a"}) and table.executors() == Executors(set(), set())
+    table.renew_lease("a", 60)
+    assert table.live_executors() == {"a"}

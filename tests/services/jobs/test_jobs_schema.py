@@ -18,7 +18,7 @@ from dermis.errors import DermisError
 from services import compared_answers
 from services.audit import trail as trail_module
 from services.gateway.auth import keys as keys_module
-from services.jobs import counters
+from services.jobs import counters, executors
 from services.jobs import table as table_module
 from services.jobs.database import make_engine
 from services.jobs.schema import VERSION_TABLE, SchemaTooNewError
@@ -89,7 +89,7 @@ def test_database_of_version_0_1_0_is_upgraded(url: str) -> None:
     assert table.find("default", "dataset", PROJECTION) is None and table.find("other", "dataset", DATASET) is None
     assert [job.id for job in table.page("default", "dataset", 10)] == [DATASET]
     assert table.page("other", "dataset", 10) == []
-    assert table.count_by_state("projection")["failed"] == 1
+    assert table.statistics().counts["projection"]["failed"] == 1
     table.open()  # an upgraded database is left as it is
     table.close()
 
@@ -257,6 +257,7 @@ def test_migrations_create_the_tables_that_the_code_defines(url: str) -> None:
             outbox.metadata,
             study_tables.metadata,
             counters.metadata,
+            executors.metadata,
             compared_answers.metadata,
         ]
         assert compare_metadata(MigrationContext.configure(connection, opts=options), tables) == []
@@ -273,7 +274,7 @@ def test_many_workers_upgrade_database_at_once(url: str, prepare: Callable[[str]
         try:
             barrier.wait(60)
             table.open()
-            table.count_by_state("dataset")
+            table.check()
         except BaseException as error:
             failures.append(error)
         finally:
