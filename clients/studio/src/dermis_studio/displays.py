@@ -48,7 +48,14 @@ class Displays:
         self._newest.move_to_end(page)
         while len(self._newest) > self._most:
             self._newest.popitem(last=False)
-        return lambda: self._newest.get(page) == number
+
+        def is_newest() -> bool:
+            if self._newest.get(page) != number:
+                return False
+            self._newest.move_to_end(page)  # what is being shown is not forgotten, however many pages others open
+            return True
+
+        return is_newest
 
     def changed(self, request: gr.Request, place: str, value: Any) -> bool:
         """Whether a value of a page differs from that of the last call.
