@@ -236,6 +236,9 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 image = (await creation)[0]
             yield shown(image, f"Start: {start.words}.", f"Before: {start.words}"), *arrived
         except Exception as error:
+            if not is_newest():
+                yield unchanged
+                return
             studio.displays.forget(request, "start")
             yield problem_of(error), *arrived
 
@@ -286,6 +289,9 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 *[gr.skip()] * 3,
             )
         except Exception as error:
+            if not is_newest():
+                yield unchanged
+                return
             studio.displays.forget(request, "edit")
             yield problem_of(error), gr.skip(), gr.skip(), *arrived
 
