@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from dermis_studio import markup
 from dermis_studio.access import Visitor
-from dermis_studio.bodies import BodyLimiter, RefusedError
+from dermis_studio.bodies import BodyLimiter
 from dermis_studio.service import Service
 
 _DATASET = r"ds_[0-9a-f]{32}"

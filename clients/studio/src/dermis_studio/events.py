@@ -215,7 +215,9 @@ class Sessions:
             raise RefusedError(404, "This page belongs to another key. Load it again.")
         if session.streams >= MAX_STREAMS:
             raise RefusedError(
-                429, f"The results of this page are read {MAX_STREAMS} times already. Load the page again.", RETRY_SECONDS
+                429,
+                f"The results of this page are read {MAX_STREAMS} times already. Load the page again.",
+                RETRY_SECONDS,
             )
         session.streams += 1
         try:

@@ -142,7 +142,9 @@ def explained(error: DermisError) -> ExplainedError:
         detail = error.problem.detail or str(error)
         return ExplainedError(title, detail, remedy(error.status_code, error.retry_after))
     if isinstance(error, APIConnectionError):
-        return ExplainedError("The service does not respond", str(error), "It may be restarting. Try again in a moment.")
+        return ExplainedError(
+            "The service does not respond", str(error), "It may be restarting. Try again in a moment."
+        )
     return ExplainedError("This cannot be done", *_parts(str(error)))
 
 

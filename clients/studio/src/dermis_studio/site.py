@@ -164,7 +164,9 @@ class StudioSite:
         origin = request.headers.get("origin")
         site = request.headers.get("sec-fetch-site")
         own = site in {None, "same-origin", "none"}
-        if origin is not None and (self._check_origin or site is None):  # over plain HTTP a browser sends the origin alone
+        if origin is not None and (
+            self._check_origin or site is None
+        ):  # over plain HTTP a browser sends the origin alone
             own = own and _is_at(origin, host)
         if own:
             return None

@@ -168,7 +168,11 @@ def _invite(study: Study, invited: NewInvitation | None) -> str:
             markup.success(f"The link for {invited.label} is below. It is not shown again.")
             + markup.code_block("Link", invited.url)
             + f'<p class="ds-muted">{escape(_LINKS)}</p>'
-            + (f'<p class="ds-alert">{escape(_LOCAL_LINK)}</p>' if is_local(urlsplit(invited.url).hostname or "") else "")
+            + (
+                f'<p class="ds-alert">{escape(_LOCAL_LINK)}</p>'
+                if is_local(urlsplit(invited.url).hostname or "")
+                else ""
+            )
         )
     made = "" if invited is None else f' data-made="{escape(invited.id)}"'
     return (
