@@ -482,7 +482,7 @@ def test_examples_of_the_documentation_render(tmp_path: Path) -> None:
         results.append(render(tmp_path / name))
     assert "203.0.113." not in results[0] and "example.org" not in results[0]
     assert {template["spec"]["containers"][0]["image"] for _, template in pods(yaml.safe_load_all(results[0]))} == {
-        "registry.hospital.example/dermis@sha256:" + "0" * 64
+        "registry.example.com/hospital/dermis@sha256:" + "0" * 64
     }
     documents = list(yaml.safe_load_all(results[1]))
     assert not of_kind(documents, "Namespace")
