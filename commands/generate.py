@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,7 @@ import typer
 
 from commands.batch import ShardsOption, part_of, shards_of, with_status_of_bad_input
 from commands.batch_job import JobGpusOption, JobImageOption, JobOptions, PrintJobOption, QueueOption, job_yaml
+from commands.console import option_of
 from commands.dataset_audit import (
     AuditClassColumnOption,
     AuditExtractorOption,
@@ -517,10 +518,12 @@ def _parse_classes(text: str) -> dict[str, int]:
 
 
 def _check_gate_options(gating: Mapping[str, Any]) -> None:
-    """Refuse options of the gate that would have no effect. Their default values are accepted, as printed Jobs name them."""
+    """Refuse options of the gate without an effect, but for default values, which printed Jobs name."""
     if gating and "gate" not in gating:
-        option = option_of(f"privacy.{next(iter(gating))}").replace("--privacy.", "--")
-        raise RequestError(option, "is an option of the gate; add --gate authentic or --gate min_distance")
+        raise RequestError(
+            option_of(f"privacy.{next(iter(gating))}"),
+            "is an option of the gate; add --gate authentic or --gate min_distance",
+        )
     if gating.get("percentile", 1) != 1 and gating["gate"] != "min_distance":
         raise RequestError("--percentile", "is an option of --gate min_distance")
     if gating.get("tries", 8) != 8 and gating.get("on_reject", "resample") != "resample":

@@ -134,9 +134,7 @@ def _projector(
         return make(bundle, distance="lite0", **options)
 
 
-def _begin(
-    out: Path, bundle: Bundle, projector: ImageProjector, schedule: Schedule, class_name: str | None
-) -> None:
+def _begin(out: Path, bundle: Bundle, projector: ImageProjector, schedule: Schedule, class_name: str | None) -> None:
     """Mark the folder with these settings; StorageError if it has other settings or other files."""
     settings: dict[str, Any] = {"bundle": bundle.digest, "distance": projector.distance, "schedule": asdict(schedule)}
     if class_name is not None:  # without it each image has the class whose mean image is nearest

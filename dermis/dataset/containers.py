@@ -311,7 +311,7 @@ def _read_parquet(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
         row_group = table.metadata.row_group(group)
         for position in range(row_group.num_columns):
             column = row_group.column(position)
-            # Dictionaries and shared prefixes store a value once for many rows, so that reading could need any amount of memory.
+            # A dictionary or a shared prefix stores a value once for many rows: reading could need any amount of memory.
             if column.path_in_schema.split(".")[0] == IMAGE and (
                 column.compression != "UNCOMPRESSED" or not set(column.encodings) <= _PLAIN_ENCODINGS
             ):

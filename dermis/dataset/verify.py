@@ -25,7 +25,14 @@ from dermis.files import NotRegularError, open_regular
 from dermis.provenance.canonical import canonical_sha256
 
 _MAX_SIGNED_BYTES = 256 << 20  # of a signed image, which is read at once
-ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, NotImplementedError)  # of damaged files
+ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    ValueError,
+    RuntimeError,
+    NotImplementedError,
+)  # of damaged files
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dermis.dataset.containers import read_container
-from dermis.dataset.manifest import SINGLE_FILES, read_manifest
+from dermis.dataset.manifest import PREVIEW, SINGLE_FILES, read_manifest
 from dermis.dataset.plan import plan
 from dermis.dataset.store import MANIFEST, Store
 from dermis.dataset.verify import ZIP_ERRORS, content_of, members_of
@@ -81,9 +81,11 @@ def _of_dataset(store: Store) -> Iterator[tuple[str, bytes]]:
     manifest = read_manifest(store)
     layout = plan(manifest.request, manifest.bundle_digest, manifest.class_names)
     containers = {file.name for file in manifest.files} - set(SINGLE_FILES)
-    if store.folder is not None:  # the preview, unpacked images, and any other image beside the containers
+    if store.size(PREVIEW) is not None:
+        yield PREVIEW, store.read(PREVIEW, limit=_MAX_BYTES)
+    if store.folder is not None:  # unpacked images, and any other image that the manifest does not list
         for name in sorted(names_below(store.folder)):
-            if name not in containers and name.lower().endswith(_SUFFIXES):
+            if name not in {*containers, PREVIEW} and name.lower().endswith(_SUFFIXES):
                 yield name, _read(store.folder, name)
     for file in manifest.files:
         if file.name in SINGLE_FILES:
