@@ -497,7 +497,7 @@ def test_examples_of_the_documentation_render(tmp_path: Path) -> None:
     (container,) = containers(dict(pods(yaml.safe_load_all(results[3])))["dermis-studio"])
     assert "--trusted-host=dermis.hospital.example" in container["args"]
     assert "--public-url=https://dermis.hospital.example" in container["args"]
-    assert environment(container)["FORWARDED_ALLOW_IPS"] == "10.42.0.0/16"
+    assert environment(container)["FORWARDED_ALLOW_IPS"] == "10.42.7.0/28"
 
 
 @pytest.mark.full
