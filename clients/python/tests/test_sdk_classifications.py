@@ -57,6 +57,16 @@ def test_paths_bytes_and_open_files_are_accepted_as_images(client: DermisClient,
     assert len(client.classifications.create(folder[0])) == 1
 
 
+def test_images_of_any_iterable_are_accepted(client: DermisClient, folder: list[Path]) -> None:
+    found = client.classifications.create(folder[0].parent.glob("Jane 1*.jpg"))
+    assert (
+        sorted(one.name for one in found) == sorted(map(str, folder[0].parent.glob("Jane 1*.jpg"))) and len(found) == 11
+    )
+    assert [round(one.probability * 255) for one in client.classifications.create(image(i) for i in (9, 8))] == [9, 8]
+    for buffer in (bytearray(image(7)), memoryview(image(7)), (bytearray(image(7)),)):
+        assert [round(one.probability * 255) for one in client.classifications.create(buffer)] == [7]
+
+
 def test_threshold_is_accepted_by_name_or_number(client: DermisClient) -> None:
     named = client.classifications.create(image(80), threshold="sensitivity_90")
     assert (named.threshold.value, named[0].class_name) == (0.25, "malignant")
@@ -111,9 +121,18 @@ def test_error_names_bad_image_by_path_of_caller(client: DermisClient, folder: l
     folder[20].unlink()
     with pytest.raises(InvalidRequestError, match=r"Jane 20\.jpg: cannot be read \(No such file"):
         client.classifications.create(folder)
-    for nothing in ([], [io.StringIO("text")]):
-        with pytest.raises(InvalidRequestError, match="files"):
-            client.classifications.create(nothing)  # type: ignore[arg-type]  # what a caller may do all the same
+    closed = io.BytesIO(b"x")
+    closed.close()
+    for wrong, message in (
+        ([], "files: give at least one image"),
+        ([io.StringIO("text")], r"files\[0\]: open it in binary mode"),
+        ([folder[0], closed], r"files\[1\]: cannot be read"),
+        (["a\0b"], "cannot be read"),
+        (["a.png", 7], r"files\[1\]: must be a path, bytes or a file open for reading, not int"),
+        (None, "files: must be a path, bytes or a file open for reading, or several of them, not NoneType"),
+    ):
+        with pytest.raises(InvalidRequestError, match=message):
+            client.classifications.create(wrong)  # type: ignore[arg-type]  # what a caller may do all the same
 
 
 def test_request_with_lost_response_is_repeated(gateway: FakeGateway, client: DermisClient) -> None:

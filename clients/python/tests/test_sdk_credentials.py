@@ -6,6 +6,7 @@ import asyncio
 import logging
 import sys
 import traceback
+from typing import Any
 
 import httpx
 import pytest
@@ -110,6 +111,69 @@ def test_key_is_not_sent_from_https_to_http() -> None:
         ("https://service.example/v1/models", f"Bearer {KEY}"),
         ("http://service.example/v1/models", None),
     ]
+
+
+SIGNATURE = "X-Amz-Signature=abcdef0123"
+
+
+def test_storage_gets_nothing_that_belongs_to_the_http_client_of_the_caller() -> None:
+    """The service sends the client to a storage, and that to another path of the storage."""
+    seen: list[httpx.Request] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        places = [f"https://storage.example/file?{SIGNATURE}", f"https://storage.example/moved?{SIGNATURE}"]
+        if len(seen) % 3:
+            return httpx.Response(307, headers={"Location": places[len(seen) % 3 - 1]})
+        return httpx.Response(200, content=b"file")
+
+    options: dict[str, Any] = {
+        "transport": httpx.MockTransport(answer), "auth": ("user", "hidden"), "cookies": {"session": "hidden"},
+        "headers": {"X-Api-Key": "hidden"},
+    }  # fmt: skip
+    headers = {"Range": "bytes=5-", "If-Range": '"etag"', "Cache-Control": "no-store"}
+    with httpx.Client(**options) as http:
+        DermisClient("https://service.example", http_client=http).request("GET", "/v1/x", headers=headers)
+
+    async def scenario() -> None:
+        async with httpx.AsyncClient(**options) as http:
+            client = AsyncDermisClient("https://service.example", http_client=http)
+            await client.request("GET", "/v1/x", headers=headers)
+
+    asyncio.run(scenario())
+    assert [request.url.path for request in seen] == ["/v1/x", "/file", "/moved"] * 2
+    for request in seen:
+        if request.url.host == "service.example":
+            assert {"authorization", "cookie", "x-api-key", "if-range"} <= request.headers.keys()
+        else:
+            expected = {"accept", "accept-encoding", "connection", "host", "range", "user-agent"}
+            assert request.headers.keys() == expected and request.headers["host"] == "storage.example"
+            assert request.url.query.decode() == SIGNATURE
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        ({"status": 403, "body": b"<Error/>", "media_type": "application/xml"}, errors.PermissionDeniedError),
+        ({"status": 503, "body": b"<Error/>", "media_type": "application/xml"}, errors.ServerError),
+        ({"status": 200, "body": b"<html>"}, errors.APIResponseError),
+        ({"status": 200, "body": b"{}", "headers": {"Content-Encoding": "br"}}, errors.APIResponseError),
+        ({"after": True}, errors.APIConnectionError),
+    ],
+)
+def test_signature_of_an_address_is_in_no_message_or_log_line(
+    gateway: FakeGateway, caplog: pytest.LogCaptureFixture, fault: dict[str, Any], kind: type[errors.DermisError]
+) -> None:
+    with FakeGateway() as storage:
+        target = {"Location": f"{storage.url.replace('//', '//user:hidden@')}/v1/models?{SIGNATURE}#{SIGNATURE}"}
+        gateway.faults = [Fault("GET /v1/models", times=9, status=307, headers=target)]
+        storage.faults = [Fault("GET /v1/models", times=9, **fault)]
+        caplog.set_level(logging.DEBUG, "dermis_client")
+        with DermisClient(gateway.url, max_retries=1) as client, pytest.raises(kind) as caught:
+            client.models.list()
+    assert f"{storage.url}/v1/models" in str(caught.value)
+    shown = "".join(traceback.format_exception(caught.value)) + caplog.text
+    assert "Signature" not in shown and "hidden" not in shown
 
 
 def test_plain_http_to_another_machine_needs_an_explicit_option(monkeypatch: pytest.MonkeyPatch) -> None:

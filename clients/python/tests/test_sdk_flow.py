@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,9 +14,10 @@ import httpx
 import pytest
 from dermis_client import _downloads, _events, _files, _flow, _retry
 from dermis_client._flow import Request
-from dermis_client.errors import APIConnectionError, DownloadError, ServerError
+from dermis_client.errors import APIConnectionError, DownloadError, NotFoundError, ServerError
 from dermis_client.models import DatasetFile
-from dermis_client.resources import projections
+from dermis_client.resources import projections, studies, webhooks
+from every_call import ANSWER
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -103,8 +105,54 @@ def test_only_idempotent_requests_are_retried_after_broken_read(
     with pytest.raises(APIConnectionError):
         VirtualClockRunner(network).run(_flow.call(Request("POST", "/v1/x", idempotent=idempotent), 3))
     assert len(sent) == tries
-    assert _retry.after_status(500, idempotent=idempotent) is idempotent
-    assert _retry.after_status(503, idempotent=False)
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+@pytest.mark.parametrize("idempotent", [True, False])
+def test_request_that_may_have_been_executed_is_repeated_only_if_idempotent(status: int, idempotent: bool) -> None:
+    answers = [respond(status), respond(200)]
+    request = Request("POST", "/v1/x", idempotent=idempotent)
+    flow = _flow.call(request, 3)
+    if idempotent or status in {408, 429, 503}:
+        assert VirtualClockRunner(lambda _: answers.pop(0)).run(flow).status_code == 200
+    else:
+        with pytest.raises(ServerError):
+            VirtualClockRunner(lambda _: answers.pop(0)).run(flow)
+        assert len(answers) == 1
+
+
+DELETIONS = [projections.delete_projection, studies.delete_study, webhooks.delete_webhook]
+
+
+@pytest.mark.parametrize("delete", DELETIONS)
+def test_deletion_whose_first_response_was_lost_is_complete(delete: Callable[[str, int], _flow.Flow[None]]) -> None:
+    def network(*outcomes: httpx.Response | httpx.RequestError) -> VirtualClockRunner:
+        waiting = list(outcomes)
+
+        def answer(request: Request) -> httpx.Response:
+            assert request.method == "DELETE"
+            outcome = waiting.pop(0)
+            if isinstance(outcome, httpx.RequestError):
+                raise outcome
+            return outcome
+
+        return VirtualClockRunner(answer)
+
+    lost, refused = httpx.ReadError("cut", request=REQUEST), httpx.ConnectError("refused", request=REQUEST)
+    for first in (lost, respond(502), respond(504)):
+        responses: list[httpx.Response] = []
+        network(first, refused, respond(404)).run(_flow.recorded(delete("id_1", 3), responses))
+        assert [each.status_code for each in responses] == [404]
+    for others in ([], [refused], [respond(503)]):  # nothing was deleted
+        with pytest.raises(NotFoundError):
+            network(*others, respond(404)).run(delete("id_1", 3))
+
+
+def test_all_answers_of_the_largest_study_are_read() -> None:
+    for flow in (studies.list_answers("st_1", 0), studies.export_csv("st_1", Path("answers.csv"), 0)):
+        step = next(flow)
+        assert isinstance(step, _flow.Send)
+        assert step.request.max_bytes > 400_000 * len(json.dumps(ANSWER))
 
 
 @given(st.integers(0, 2000), st.floats(0, 1), st.none() | st.floats(0, 200))

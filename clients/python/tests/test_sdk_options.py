@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from dermis_client import AsyncDermisClient, DermisClient, InvalidRequestError
+from dermis_client._requests import json_body
 from fake_gateway import FakeGateway, Fault
 
 Seen = list[tuple[str, httpx.Headers, float]]
@@ -72,6 +73,12 @@ def test_options_change_one_client_and_are_inherited() -> None:
         ({"api_key": "a", "token_provider": lambda: "b"}, "not both"),
         ({"api_key": "a\nb"}, "^api_key: "),
         ({"base_url": "ftp://a"}, "^base_url: "),
+        ({"base_url": "https://a.example\n"}, r"^base_url: .*\\n. is not an address"),
+        ({"base_url": "https://ä..example"}, "^base_url: "),
+        (
+            {"base_url": "https://user:hidden@a.example:99999"},
+            "^base_url: must not contain a user name or password[^@]*$",
+        ),
         ({"base_url": "http://other.example"}, "allow_plain_http"),
         ({"headers": {"Authorization": "Bearer x"}}, "^headers: Authorization is set by the client: give api_key"),
         ({"headers": {"idempotency-key": "x"}}, "give idempotency_key to the call"),
@@ -98,6 +105,51 @@ def test_wrong_options_are_refused_by_constructor_and_with_options(options: dict
             kind(**(first | options))
         allowed = client.with_options(allow_plain_http=True)
         assert allowed.with_options(base_url="http://other.example").base_url == "http://other.example"
+
+
+NOT_JSON: list[tuple[Any, str]] = [
+    ({"privacy": {"percentile": float("nan")}}, "^privacy.percentile: must be a finite number, not nan$"),
+    ({"sweep": {"strengths": [1, float("inf")]}}, r"^sweep.strengths\[1\]: must be a finite number, not inf$"),
+    ({"edits": [{"layers": {1, 2}}]}, r"^edits\[0\].layers: must be text, a number, .*, not set$"),
+    ({"name": "\ud800"}, "^name: has characters that cannot be sent$"),
+    ({"seed": 10**5000}, "^seed: is too large a number$"),
+    ({"a": {b"x": 1}}, "^a: its names must be text, not bytes$"),
+    ([b"x"], r"^json\[0\]: must be text"),
+]
+
+
+@pytest.mark.parametrize(("body", "message"), NOT_JSON, ids=[str(number) for number in range(len(NOT_JSON))])
+def test_body_that_json_cannot_hold_is_refused_with_its_field(body: Any, message: str) -> None:
+    seen: Seen = []
+    with httpx.Client(transport=httpx.MockTransport(service(seen))) as http:
+        client = DermisClient("https://a.example", http_client=http)
+        with pytest.raises(InvalidRequestError, match=message):
+            client.request("POST", "/v1/x", json=body)
+        with pytest.raises(InvalidRequestError, match=message.replace("^json", "^extra")):
+            client.datasets.create({"benign": 1}, extra_body=body if isinstance(body, dict) else {"extra": body})
+        for options in ({"headers": {"X-A": "ä"}}, {"params": {"a": "\ud800"}}):
+            with pytest.raises(InvalidRequestError, match="^GET /v1/x: it cannot be sent"):
+                client.request("GET", "/v1/x", **options)  # type: ignore[arg-type]
+    assert not seen
+
+
+def test_endless_nesting_of_a_body_is_refused() -> None:
+    body: dict[str, Any] = {}
+    body["again"] = [body]
+    with pytest.raises(InvalidRequestError, match="again.*: must not be nested more than 64 times"):
+        json_body(body)
+
+
+def test_numbers_of_numpy_are_sent_as_those_of_python() -> None:
+    numpy = pytest.importorskip("numpy", reason="NumPy is not installed")
+    body = {"a": numpy.float32(0.5), "b": [numpy.int64(3), numpy.True_], "c": numpy.array(7), "d": (True, None, "x", 1)}
+    plain = json_body(body)
+    assert plain == {"a": 0.5, "b": [3, True], "c": 7, "d": [True, None, "x", 1]}
+    assert [type(value) for value in (plain["a"], *plain["b"], plain["c"], *plain["d"])] == [
+        float, int, bool, int, bool, type(None), str, int,
+    ]  # fmt: skip
+    with pytest.raises(InvalidRequestError, match="^a: must be text, a number, .*, not ndarray$"):
+        json_body({"a": numpy.arange(2)})
 
 
 def test_headers_are_not_sent_to_another_address_nor_shown(gateway: FakeGateway) -> None:

@@ -19,11 +19,13 @@ from PIL import Image
 pytest.importorskip("torch", reason="torch is not installed")
 
 import torch
+from dermis_client import DermisClient
 from dermis_client.errors import APIConnectionError, IntegrityError, InvalidRequestError, ServerError
 from dermis_client.images import ImagesResult
 from dermis_client.models import ModelRef, Problem
 from dermis_client.pixels import pixels_of
 from dermis_client.torch import SyntheticDataset, SyntheticIterable, to_tensor
+from fake_gateway import FakeGateway, Fault
 from torch.utils.data import DataLoader
 
 SHARES = {"benign": 3.0, "malignant": 1.0}
@@ -285,6 +287,40 @@ def test_calls_run_ahead_while_a_chunk_is_consumed() -> None:
         time.sleep(1e-3)
     begun.close()  # type: ignore[attr-defined]
     assert sorted(client.starts) == [0, 8, 16]
+
+
+def test_leaving_the_loop_ends_the_pauses_between_attempts(
+    gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dermis_client._retry.FIRST_DELAY", 100.0)
+    monkeypatch.setattr("dermis_client._retry.MAX_DELAY", 100.0)
+
+    def sent(number: int) -> None:
+        deadline = time.monotonic() + 60
+        while len(gateway.requests("POST /v1/images")) < number and time.monotonic() < deadline:
+            time.sleep(1e-3)
+
+    data = SyntheticIterable(SHARES, chunk=8, prefetch=1, client=partial(DermisClient, gateway.url))
+    begun = iter(data)
+    next(begun)
+    sent(2)
+    gateway.faults = [Fault("POST /v1/images", times=9, status=503)]
+    assert len(list(islice(begun, 8))) == 8
+    sent(3)
+    began = time.monotonic()
+    begun.close()  # type: ignore[attr-defined]
+    assert time.monotonic() - began < 45  # a pause is 50 s at least
+    assert len(gateway.requests("POST /v1/images")) == 3
+
+
+def test_errors_of_workers_have_their_class_in_the_training() -> None:
+    for client, kind in (
+        (partial(FakeClient, digests=["a" * 64, "b" * 64]), IntegrityError),
+        (partial(FakeClient, refusals=1, refusal=busy(status=507)), ServerError),
+    ):
+        loader = DataLoader(stream(client=client), batch_size=None, num_workers=1, multiprocessing_context="fork")
+        with pytest.raises(kind, match="Caught .*Error in DataLoader worker process 0"):
+            list(loader)
 
 
 def test_samples_of_two_bundles_are_not_mixed() -> None:

@@ -6,6 +6,7 @@ found.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import assert_type
 
 from dermis_client import (
@@ -40,6 +41,11 @@ def accepted(client: DermisClient) -> None:
     client.images.generate_pixels(CLASSES, privacy={"gate": "min_distance", "percentile": 5})
     client.webhooks.create("https://receiver.example", events=["dataset.succeeded"])
     client.projections.create("a.png", schedule="official", space="w+", start="encoder")
+    client.classifications.create(Path("folder").glob("*.png"))
+    client.authenticity.check({b"image"})
+    client.embeddings.place(file.read_bytes() for file in Path("folder").iterdir())
+    client.projections.create(iter(["a.png"]))
+    client.studies.add_images("st_1", Path("folder").iterdir())
     response = client.datasets.with_raw_response.create(CLASSES, seed=1)
     assert_type(response, RawResponse[Dataset])
     assert_type(response.parse(), Dataset)
@@ -49,6 +55,7 @@ def accepted(client: DermisClient) -> None:
 
 
 async def accepted_asynchronously(client: AsyncDermisClient) -> None:
+    await client.classifications.create(Path("folder").glob("*.png"))
     assert_type(await client.datasets.with_raw_response.create(CLASSES, seed=1), RawResponse[AsyncDataset])
     assert_type((await client.datasets.with_raw_response.delete("ds_1")).parse(), None)
 
@@ -64,5 +71,6 @@ async def refused(client: DermisClient, other: AsyncDermisClient) -> None:
     client.edits.create(sweep={"direction": "sefa-1", "strength": 1})  # type: ignore[arg-type]
     client.webhooks.create("https://receiver.example", events=["dataset.done"])  # type: ignore[list-item]
     client.projections.create("a.png", schedule="slow")  # type: ignore[arg-type]
+    client.classifications.create([1])  # type: ignore[list-item]
     client.datasets.with_raw_response.create(CLASSES, privacy={"gate": "autentic"})  # type: ignore[arg-type]
     await other.datasets.with_raw_response.create(CLASSES, sed=1)  # type: ignore[call-arg]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -183,7 +184,8 @@ class DermisClient:
             path: Path from the base URL, such as "/v1/usage".
             json: Body, if any.
             params: Query parameters.
-            headers: Further headers. A POST is repeated after a broken connection only with an Idempotency-Key.
+            headers: Further headers. A POST that may have been executed (a broken connection, 500, 502, 504) is repeated only
+                with an Idempotency-Key.
 
         Raises:
             InvalidRequestError: The path does not begin with one slash.
@@ -191,6 +193,12 @@ class DermisClient:
             APIConnectionError: The service did not respond.
         """
         return self._transport.run(_raw(self._transport.settings, method, path, json, params, headers))
+
+    def _stopped_by(self, stop: threading.Event) -> Self:
+        """Return a client with the same connections whose calls, also those that wait for the next attempt, end with `stop`."""
+        other = object.__new__(type(self))
+        other._use(self._transport.stopped_by(stop))
+        return other
 
     def close(self) -> None:
         """Close the connections."""

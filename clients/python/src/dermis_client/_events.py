@@ -10,7 +10,7 @@ import httpx
 
 from dermis_client import _retry
 from dermis_client._flow import Emit, Flow, Request, Stream, close, connection_error, open_stream, read, sleep
-from dermis_client._untrusted import one_line
+from dermis_client._untrusted import one_line, without_query
 from dermis_client.errors import APIConnectionError, APIResponseError
 
 T = TypeVar("T")
@@ -91,7 +91,8 @@ def open_events(path: str, max_retries: int) -> Flow[Stream]:
     if media_type != "text/event-stream":
         yield from close(stream)
         raise APIResponseError(
-            f"{stream.response.url} sent {media_type or 'no media type'} instead of an event stream; check base_url"
+            f"{without_query(stream.response.url)} sent {media_type or 'no media type'} instead of an event stream; "
+            "check base_url"
         )
     return stream
 
@@ -109,7 +110,7 @@ def next_events(stream: Stream, decoder: EventDecoder, parse: Callable[[Message]
         return [parse(message) for message in decoder.feed(piece)]
     except ValueError as error:
         raise APIResponseError(
-            f"{stream.response.url} sent an event that this client does not understand ({one_line(str(error))})"
+            f"{without_query(stream.response.url)} sent an event that this client does not understand ({one_line(str(error))})"
         ) from error
 
 

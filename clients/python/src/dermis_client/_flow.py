@@ -21,7 +21,7 @@ import httpx
 
 from dermis_client import _retry, _status
 from dermis_client._response_body import MAX_BYTES
-from dermis_client._untrusted import load_json, one_line
+from dermis_client._untrusted import load_json, one_line, without_query
 from dermis_client.errors import APIConnectionError, APIResponseError, APIStatusError, APITimeoutError
 
 T = TypeVar("T")
@@ -150,7 +150,7 @@ def advance(flow: Flow[Any], result: Any, failure: Exception | None) -> Effect |
 
 
 def recorded(flow: Flow[T], responses: list[httpx.Response]) -> Flow[T]:
-    """Run a flow, and append each response with a success status that it reads as a whole to a list."""
+    """Run a flow, and append each response that it reads as a whole to a list: successes, and see delete()."""
     with closing(flow):
         result: Any = None
         failure: Exception | None = None
@@ -161,7 +161,8 @@ def recorded(flow: Flow[T], responses: list[httpx.Response]) -> Flow[T]:
             except Exception as error:
                 failure = error
             else:
-                if isinstance(step, Send) and result.is_success:
+                gone = isinstance(step, Send) and step.request.method == "DELETE" and result.status_code == 404
+                if isinstance(step, Send) and (result.is_success or gone):
                     responses.append(result)
         value: T = step.value
         return value
@@ -206,27 +207,39 @@ def call(request: Request, max_retries: int) -> Flow[httpx.Response]:
     return response
 
 
+def delete(request: Request, max_retries: int) -> Flow[httpx.Response]:
+    """Send a DELETE request, with retries, and return the response with its whole body. Raises the errors of call().
+
+    A response of 404 is returned too if an earlier attempt may have been executed: it has deleted what is not there any more.
+    """
+    response: httpx.Response = yield from _with_retries(Send(request), max_retries, accept_gone=True)
+    return response
+
+
 def open_stream(request: Request, max_retries: int) -> Flow[Stream]:
     """Send a request, with retries, and return its open stream, for read(). Raises the errors of call()."""
     stream: Stream = yield from _with_retries(Open(request), max_retries)
     return stream
 
 
-def _with_retries(effect: Send | Open, max_retries: int) -> Flow[Any]:
+def _with_retries(effect: Send | Open, max_retries: int, accept_gone: bool = False) -> Flow[Any]:
     request, attempt = effect.request, 0
+    executed = False  # whether an attempt may have been executed
     while True:
         failure: APIConnectionError | APIStatusError
         try:
             outcome = yield effect
         except httpx.RequestError as error:
             failure, retry = connection_error(error, request), _retry.after_error(error, request.idempotent)
+            executed = executed or not _retry.after_error(error, idempotent=False)
         else:
             response = outcome.response if isinstance(outcome, Stream) else outcome
             logger.debug("%s: %d, request id %s", request, response.status_code, response.headers.get("X-Request-Id"))
-            if response.is_success:
+            if response.is_success or (accept_gone and executed and response.status_code == 404):
                 return outcome
             failure = _status.error_from(response)
             retry = _retry.after_status(response.status_code, request.idempotent)
+            executed = executed or not _retry.after_status(response.status_code, idempotent=False)
         delay = _retry.delay(attempt, failure.retry_after if isinstance(failure, APIStatusError) else None)
         if not retry or delay is None or attempt >= max_retries:
             raise failure
@@ -245,7 +258,7 @@ def connection_error(error: httpx.RequestError, operation: Request | str) -> API
         operation: What was attempted, for the message.
     """
     try:
-        url = str(error.request.url)
+        url = without_query(error.request.url)
     except RuntimeError:  # httpx: the request was not set
         url = "the service"
     reason = one_line(str(error)) or type(error).__name__
@@ -284,5 +297,5 @@ def parse(response: httpx.Response, model: Callable[[Any], T]) -> T:
     except ValueError as error:  # json and pydantic both raise subclasses of ValueError
         reason = one_line(str(error))
         raise APIResponseError(
-            f"{response.url} sent a response that this client does not understand ({reason}); check base_url"
+            f"{without_query(response.url)} sent a response that this client does not understand ({reason}); check base_url"
         ) from error

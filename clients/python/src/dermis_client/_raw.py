@@ -17,7 +17,8 @@ class RawResponse(Generic[T]):
 
     Attributes:
         responses: The responses with a success status, in the order in which they arrived. Most calls have one; a call that
-            uploads many images, for instance, has one for each of its requests.
+            uploads many images, for instance, has one for each of its requests. A deletion that was repeated after a lost
+            response can have one with the status 404.
     """
 
     def __init__(self, result: T, responses: Sequence[httpx.Response]) -> None:

@@ -8,14 +8,19 @@ import operator
 import re
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal, SupportsIndex
 from urllib.parse import quote, urlsplit
 
+import httpx
+
 from dermis_client._response_body import MAX_BYTES
+from dermis_client._untrusted import MAX_DEPTH, one_line
 from dermis_client.errors import InvalidRequestError
 from dermis_client.params import EditParams
 
 _MAX_IMAGE_BYTES = 20 << 20  # an image of 2048 x 2048 px that does not compress, as base64
+_MAX_BITS = 1024  # of a whole number: Python cannot print one of more than 4300 digits
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]{1,16384}=*")  # RFC 6750, section 2.1
 _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
@@ -40,16 +45,22 @@ def base_url_from(url: str) -> str:
     Raises:
         InvalidRequestError: It is not http(s)://host[:port][/prefix].
     """
-    try:
-        parts = urlsplit(url)
-        usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and (parts.port or 1) > 0
-    except ValueError:
-        usable = False
-    if usable and parts.username is not None:
+    usable = isinstance(url, str) and url.isprintable() and " " not in url  # urlsplit would leave line breaks out
+    with_password = isinstance(url, str) and "@" in url
+    if usable:
+        try:
+            httpx.URL(url)
+            parts = urlsplit(url)
+            usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and (parts.port or 1) > 0
+            usable = usable and not parts.query and not parts.fragment
+            with_password = "@" in (parts.netloc if usable else url)
+        except (ValueError, httpx.InvalidURL):
+            usable = False
+    if with_password:
         raise InvalidRequestError(
             "base_url: must not contain a user name or password; give api_key, or your own http_client"
         )
-    if not usable or parts.query or parts.fragment:
+    if not usable:
         raise InvalidRequestError(f"base_url: {url!r} is not an address such as http://127.0.0.1:3000")
     return url.rstrip("/")
 
@@ -167,6 +178,61 @@ def edit_options(edits: Sequence[EditParams] | Mapping[str, float]) -> list[dict
     if isinstance(edits, Mapping):
         return [{"direction": name, "strength": finite(f"edits.{name}", strength)} for name, strength in edits.items()]
     return [{**option, "strength": finite("edits.strength", option.get("strength", math.nan))} for option in edits]
+
+
+def json_body(value: Any, field: str = "", depth: int = 0) -> Any:
+    """Return a value with the types of JSON only; numbers of NumPy and PyTorch become those of Python.
+
+    Args:
+        value: The value.
+        field: Its place in the body, such as "privacy.percentile"; "" for the whole body.
+        depth: Number of the values that contain it.
+
+    Raises:
+        InvalidRequestError: JSON cannot hold it; the message names the field.
+    """
+    name = one_line(field or "json", 100)
+    if depth > MAX_DEPTH:
+        raise InvalidRequestError(f"{name}: must not be nested more than {MAX_DEPTH} times")
+    if isinstance(value, Mapping):
+        for key in value:
+            if not (key is None or isinstance(key, str | int | float)):
+                raise InvalidRequestError(f"{name}: its names must be text, not {type(key).__name__}")
+        return {
+            json_body(key, name): json_body(item, f"{field}.{key}" if field else str(key), depth + 1)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [json_body(item, f"{name}[{position}]", depth + 1) for position, item in enumerate(value)]
+    if getattr(value, "shape", None) == () and callable(getattr(value, "item", None)):
+        value = value.item()
+    elif not isinstance(value, bool) and hasattr(value, "__index__"):
+        with suppress(TypeError):  # an array of several numbers
+            value = operator.index(value)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        if not _is_unicode(value):
+            raise InvalidRequestError(f"{name}: has characters that cannot be sent")
+        return value
+    if isinstance(value, int):
+        if value.bit_length() > _MAX_BITS:
+            raise InvalidRequestError(f"{name}: is too large a number")
+        return value
+    if isinstance(value, float):
+        return finite(name, value)
+    raise InvalidRequestError(
+        f"{name}: must be text, a number, a boolean, None, a list or a dictionary, not {type(value).__name__}"
+    )
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether a text can be encoded: half of a surrogate pair cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def max_response_bytes(images: int) -> int:

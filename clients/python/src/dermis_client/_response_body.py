@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import httpx
 
-from dermis_client._untrusted import one_line
+from dermis_client._untrusted import one_line, without_query
 from dermis_client.errors import APIResponseError
 
 MAX_BYTES = 16 << 20  # maximum size of a decompressed body, unless the request sets another limit
@@ -48,7 +48,8 @@ class Body:
         encoding = response.headers.get("content-encoding", "identity").strip().lower()
         if encoding not in {"identity", "gzip", "x-gzip"} and response.is_success:
             raise APIResponseError(
-                f"{response.url} sent a response with the encoding {one_line(encoding, 100)}, which was not requested"
+                f"{without_query(response.url)} sent a response with the encoding {one_line(encoding, 100)}, which was not "
+                "requested"
             )
         self._decompressor = zlib.decompressobj(wbits=31) if encoding.endswith("gzip") else None
         self.incomplete = True
@@ -84,7 +85,7 @@ class Body:
         self._pieces.clear()
         self.incomplete = False
         if self._response.is_success:
-            raise APIResponseError(f"{self._response.url} sent a response that {reason}; check base_url")
+            raise APIResponseError(f"{without_query(self._response.url)} sent a response that {reason}; check base_url")
 
     def response(self) -> httpx.Response:
         """Return the response with its whole decompressed body, as if httpx had read it."""

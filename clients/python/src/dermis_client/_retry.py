@@ -15,8 +15,11 @@ MAX_RETRY_AFTER = 120.0  # seconds; if the service asks for more, there is no re
 
 
 def after_status(status: int, idempotent: bool) -> bool:
-    """Return whether to retry after this HTTP status: always if the service was busy, otherwise only an idempotent request."""
-    return status in {408, 429, 502, 503, 504} or (status == 500 and idempotent)
+    """Return whether to retry after this HTTP status: always if the service has refused the request because it was busy.
+
+    After 500, 502 and 504 the request may have been executed, so that only an idempotent one is repeated.
+    """
+    return status in {408, 429, 503} or (idempotent and status in {500, 502, 504})
 
 
 def after_error(error: httpx.RequestError, idempotent: bool) -> bool:

@@ -6,7 +6,7 @@ import httpx
 
 from dermis_client import errors
 from dermis_client._retry import parse_retry_after
-from dermis_client._untrusted import load_json, one_line
+from dermis_client._untrusted import load_json, one_line, without_query
 from dermis_client.models import Problem
 
 _BY_STATUS: dict[int, type[errors.APIStatusError]] = {
@@ -58,9 +58,9 @@ def error_from(response: httpx.Response) -> errors.APIStatusError:
     label = one_line(f"{status} {problem.kind}", 100)
     if request_id:
         label += f", request {one_line(request_id, 100)}"
-    where = "" if problem.detail or problem.errors else f" from {response.request.method} {response.url}"
-    if response.is_redirect:
-        where += f", redirected to {one_line(response.headers.get('location', '?'))}: give that as base_url"
+    where = "" if problem.detail or problem.errors else f" from {response.request.method} {without_query(response.url)}"
+    if response.has_redirect_location:
+        where += f", redirected to {without_query(response.headers['location'])}: give that as base_url"
     return kind(
         f"{describe(problem)}{where} ({label})",
         problem=problem,

@@ -39,6 +39,7 @@ from dermis_client._flow import (
     recorded,
 )
 from dermis_client._response_body import Body
+from dermis_client._untrusted import one_line
 from dermis_client._version import __version__
 from dermis_client.errors import DermisError, InvalidRequestError
 
@@ -46,6 +47,7 @@ T = TypeVar("T")
 H = TypeVar("H", httpx.Client, httpx.AsyncClient)
 CONNECT_TIMEOUT = 5.0  # seconds
 MAX_REDIRECTS = 10
+_HEADERS_FOR_OTHERS = frozenset({"accept", "accept-encoding", "connection", "host", "range", "user-agent"})
 DEFAULT_BASE_URL = "http://127.0.0.1:3000"
 
 
@@ -185,6 +187,12 @@ def _http_options(settings: ClientSettings) -> dict[str, Any]:
 def _build(
     http: httpx.Client | httpx.AsyncClient, settings: ClientSettings, request: Request, token: str | None
 ) -> httpx.Request:
+    """Return a request of httpx.
+
+    Raises:
+        InvalidRequestError: It cannot be sent as it is.
+    """
+    body = None if request.json is None else _requests.json_body(request.json)
     headers = httpx.Headers(
         {
             "Accept": "application/json",
@@ -194,32 +202,50 @@ def _build(
     )
     if token is not None:
         headers["Authorization"] = f"Bearer {token}"
-    headers.update(settings.headers)
-    headers.update(request.headers)
     read = request.read_timeout or settings.timeout
-    return http.build_request(
-        request.method,
-        settings.base_url + request.path,
-        params=request.params or None,
-        headers=headers,
-        json=request.json,
-        files=[("files", (name, content)) for name, content in request.files] or None,
-        timeout=httpx.Timeout(settings.timeout, connect=min(CONNECT_TIMEOUT, settings.timeout), read=read),
-    )
+    try:
+        headers.update(settings.headers)
+        headers.update(request.headers)
+        return http.build_request(
+            request.method,
+            settings.base_url + request.path,
+            params=request.params or None,
+            headers=headers,
+            json=body,
+            files=[("files", (name, content)) for name, content in request.files] or None,
+            timeout=httpx.Timeout(settings.timeout, connect=min(CONNECT_TIMEOUT, settings.timeout), read=read),
+        )
+    except (httpx.InvalidURL, TypeError, ValueError) as error:
+        raise InvalidRequestError(f"{one_line(str(request))}: it cannot be sent ({one_line(str(error))})") from None
 
 
-def _redirected(settings: ClientSettings, request: Request, response: httpx.Response) -> httpx.Request | None:
-    """Return the request that a redirect asks for, if any.
+class _Redirects:
+    """The redirects of one request.
 
-    Only GET is followed: a redirected POST would become a GET. Credentials and the client's own headers are not sent to
-    another scheme, host or port, and neither is If-Range, which the service has compared: a storage has other ETags and would
-    send the whole file.
+    Only GET is followed: a redirected POST would become a GET. Once a redirect has led to another scheme, host or port, such
+    as that of a storage, requests have no credentials, and no other headers of this client or of the caller's HTTP client. They
+    have no If-Range either, which the service has compared: a storage has other ETags and would send the whole file.
+
+    Attributes:
+        auth: The argument `auth` of the next request.
     """
-    following = response.next_request if request.method == "GET" else None
-    if following is not None and _origin(following.url) != _origin(response.request.url):
-        for name in ("Authorization", "Cookie", "If-Range", *settings.headers):
-            following.headers.pop(name, None)
-    return following
+
+    def __init__(self, settings: ClientSettings, request: Request, url: httpx.URL) -> None:
+        self._settings, self._request, self._origin = settings, request, _origin(url)
+        self.auth: Any = httpx.USE_CLIENT_DEFAULT
+
+    def following(self, response: httpx.Response) -> httpx.Request | None:
+        """Return the request that a response asks for, if any."""
+        following = response.next_request if self._request.method == "GET" else None
+        if following is None:
+            return None
+        if _origin(following.url) != self._origin:
+            self.auth = None
+        if self.auth is None:
+            kept = _HEADERS_FOR_OTHERS - self._settings.headers.keys()
+            for name in [name for name in following.headers if name.lower() not in kept]:
+                del following.headers[name]
+        return following
 
 
 def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
@@ -243,6 +269,7 @@ class _Transport(Generic[H]):
         self._owned = http is None
         self._trusts_environment = _use_environment(settings) if http is None else None  # None: the caller's own client
         self._responses: list[httpx.Response] | None = None
+        self._stop: threading.Event | None = None
 
     def with_settings(self, settings: ClientSettings) -> Self:
         """Return a transport with other settings and the same connections.
@@ -251,9 +278,17 @@ class _Transport(Generic[H]):
         addresses only.
         """
         if self._trusts_environment not in (None, _use_environment(settings)):
-            return type(self)(settings, None)
-        other = type(self)(settings, self.http)
-        other._trusts_environment = self._trusts_environment
+            other = type(self)(settings, None)
+        else:
+            other = type(self)(settings, self.http)
+            other._trusts_environment = self._trusts_environment
+        other._stop = self._stop
+        return other
+
+    def stopped_by(self, stop: threading.Event) -> Self:
+        """Return a transport with the same connections whose flows end, with DermisError, when `stop` is set."""
+        other = self.with_settings(self.settings)
+        other._stop = stop
         return other
 
     def recording(self) -> Self:
@@ -283,17 +318,17 @@ class SyncTransport(_Transport[httpx.Client]):
 
         Args:
             flow: The flow.
-            stop: When set, the flow ends at its next effect with DermisError.
+            stop: When set, the flow ends at its next effect, and a pause at once, with DermisError.
         """
         if self._responses is not None:
             flow = recorded(flow, self._responses)
-        with closing(self._steps(flow, stop)) as steps:
+        with closing(self._steps(flow, stop or self._stop)) as steps:
             value: T = next(step.value for step in steps if isinstance(step, Return))
             return value
 
     def iterate(self, flow: Flow[None]) -> Iterator[Any]:
         """Run a flow and yield the items that it emits. Leaving the loop early closes its streams."""
-        with closing(self._steps(flow, None)) as steps:
+        with closing(self._steps(flow, self._stop)) as steps:
             for step in steps:
                 if isinstance(step, Emit):
                     yield step.item
@@ -347,7 +382,7 @@ class SyncTransport(_Transport[httpx.Client]):
                 if stop is not None and stop.is_set():
                     raise DermisError("stopped")
                 try:
-                    result = self._perform(step, opened)
+                    result = self._perform(step, opened, stop)
                 except Exception as error:
                     failure = error
 
@@ -363,14 +398,15 @@ class SyncTransport(_Transport[httpx.Client]):
     def _send(self, request: Request) -> httpx.Response:
         """Return the response with its body unread. Redirects are followed here: httpx would read each body completely."""
         built = _build(self.http, self.settings, request, self._token())
+        redirects = _Redirects(self.settings, request, built.url)
         response = self.http.send(built, stream=True, follow_redirects=False)
         for count in itertools.count():
-            if (following := _redirected(self.settings, request, response)) is None:
+            if (following := redirects.following(response)) is None:
                 return response
             response.close()
             if count == MAX_REDIRECTS:
                 raise httpx.TooManyRedirects(f"more than {MAX_REDIRECTS} redirects", request=response.request)
-            response = self.http.send(following, stream=True, follow_redirects=False)
+            response = self.http.send(following, stream=True, auth=redirects.auth, follow_redirects=False)
         raise AssertionError("unreachable: the loop returns or raises")
 
     def _read_whole(self, request: Request, response: httpx.Response) -> httpx.Response:
@@ -383,7 +419,7 @@ class SyncTransport(_Transport[httpx.Client]):
                 break
         return body.response()
 
-    def _perform(self, effect: Effect, opened: ExitStack) -> Any:
+    def _perform(self, effect: Effect, opened: ExitStack, stop: threading.Event | None) -> Any:
         match effect:
             case Send(request):
                 with closing(self._send(request)) as response:
@@ -399,7 +435,10 @@ class SyncTransport(_Transport[httpx.Client]):
             case Close(stream):
                 stream.response.close()
             case Sleep(seconds):
-                time.sleep(seconds)
+                if stop is None:
+                    time.sleep(seconds)
+                else:
+                    stop.wait(seconds)
             case Now():
                 return time.monotonic()
             case Compute(function):
@@ -484,14 +523,15 @@ class AsyncTransport(_Transport[httpx.AsyncClient]):
     async def _send(self, request: Request) -> httpx.Response:
         """See SyncTransport._send."""
         built = _build(self.http, self.settings, request, await self._token())
+        redirects = _Redirects(self.settings, request, built.url)
         response = await self.http.send(built, stream=True, follow_redirects=False)
         for count in itertools.count():
-            if (following := _redirected(self.settings, request, response)) is None:
+            if (following := redirects.following(response)) is None:
                 return response
             await response.aclose()
             if count == MAX_REDIRECTS:
                 raise httpx.TooManyRedirects(f"more than {MAX_REDIRECTS} redirects", request=response.request)
-            response = await self.http.send(following, stream=True, follow_redirects=False)
+            response = await self.http.send(following, stream=True, auth=redirects.auth, follow_redirects=False)
         raise AssertionError("unreachable: the loop returns or raises")
 
     async def _read_whole(self, request: Request, response: httpx.Response) -> httpx.Response:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any, NoReturn
 
 MAX_LIST_BYTES = 64 << 20  # the list of a dataset's files and its manifest.json: about 200,000 files
 MAX_DEPTH = 64  # nesting levels of JSON; responses of a dermis service have fewer than 10
+
+
+def without_query(address: object) -> str:
+    """Return a URL without user name, password, query and fragment, which may contain a signature, as one printable line."""
+    return one_line(re.sub("(?<=//)[^/]*@", "", re.split("[?#]", str(address), maxsplit=1)[0]))
 
 
 def printable(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeAlias, TypeVar
@@ -23,6 +23,7 @@ ResultT = TypeVar("ResultT", AuthenticityResult, ClassificationsResult, Embeddin
 MAX_FILES = 16
 MAX_BYTES = 16 << 20
 
+_KINDS = "a path, bytes or a file open for reading"
 _FIELD = re.compile(r"files\[(\d+)\]")
 
 
@@ -41,17 +42,28 @@ class File:
     content: bytes
 
 
-def sources_of(files: Source | Sequence[Source]) -> list[Source]:
+def sources_of(files: Source | Iterable[Source]) -> list[Source]:
     """Return the images as a list; a single image becomes a list of one.
 
     Raises:
-        InvalidRequestError: There are no images.
+        InvalidRequestError: There are no images, or one is neither a path nor bytes nor a file.
     """
-    single = isinstance(files, str | bytes | os.PathLike) or hasattr(files, "read")
-    sources = [files] if single else list(files)  # type: ignore[arg-type]  # hasattr narrows nothing
+    if _is_source(files):
+        return [files]  # type: ignore[list-item]  # _is_source narrows nothing
+    try:
+        sources = list(files)  # type: ignore[arg-type]
+    except TypeError:
+        raise InvalidRequestError(f"files: must be {_KINDS}, or several of them, not {type(files).__name__}") from None
     if not sources:
         raise InvalidRequestError("files: give at least one image")
+    for position, source in enumerate(sources):
+        if not _is_source(source):
+            raise InvalidRequestError(f"files[{position}]: must be {_KINDS}, not {type(source).__name__}")
     return sources  # type: ignore[return-value]
+
+
+def _is_source(value: object) -> bool:
+    return isinstance(value, str | bytes | bytearray | memoryview | os.PathLike) or hasattr(value, "read")
 
 
 def upload(
@@ -142,19 +154,25 @@ def read_file(position: int, source: Source) -> Flow[File]:
     Raises:
         InvalidRequestError: It cannot be read.
     """
-    if isinstance(source, bytes):
-        return File(position, f"files[{position}]", source)
+    if isinstance(source, bytes | bytearray | memoryview):
+        return File(position, f"files[{position}]", bytes(source))
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         try:
             content = yield from compute(path.read_bytes)
-        except OSError as error:
-            raise InvalidRequestError(f"{path}: cannot be read ({error.strerror or error})") from error
+        except (OSError, ValueError) as error:  # ValueError: no file has this name
+            reason = getattr(error, "strerror", None) or error
+            raise InvalidRequestError(f"{path}: cannot be read ({reason})") from error
         return File(position, str(path), content)
-    content = yield from compute(source.read)
-    if not isinstance(content, bytes):
+    try:
+        received: object = yield from compute(source.read)
+    except UnicodeDecodeError:  # it is open as text
+        received = None
+    except (OSError, ValueError) as error:  # ValueError: it is closed
+        raise InvalidRequestError(f"files[{position}]: cannot be read ({error})") from error
+    if not isinstance(received, bytes):
         raise InvalidRequestError(f"files[{position}]: open it in binary mode")
-    return File(position, f"files[{position}]", content)
+    return File(position, f"files[{position}]", received)
 
 
 def with_file_names(error: APIStatusError, files: Sequence[File]) -> APIStatusError:

@@ -14,11 +14,13 @@ DermisError
     DatasetFailed  DatasetCancelled  ProjectionFailed  StudyNotReady  WaitTimeoutError     from wait()
     DownloadError               a file could not be fetched, written or unpacked
     IntegrityError              received or stored bytes are not the expected ones
+
+Errors can be pickled and copied, so they pass from one process to another with their attributes.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
@@ -30,6 +32,16 @@ if TYPE_CHECKING:
 
 class DermisError(Exception):
     """Base class of all errors of this package; `str(error)` is one line that can be shown to a user."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self.args), self.__dict__
+
+
+def _restored(kind: type[DermisError], args: tuple[Any, ...]) -> DermisError:
+    """Make an error of pickle or copy, which set its attributes afterwards: constructors take more than the message."""
+    error = kind.__new__(kind, *args)
+    error.args = args
+    return error
 
 
 class InvalidRequestError(DermisError, ValueError):
@@ -53,7 +65,8 @@ class APIStatusError(DermisError):
 
     Attributes:
         problem: The RFC 9457 problem document; made from the status line if the body has none.
-        status_code: HTTP status.
+        status_code: HTTP status. It is 0, and the problem is empty, in an error that was made from its message alone, as
+            PyTorch makes those of the workers of a DataLoader again.
         request_id: Id of the request in the service's log, if the service sent one.
         retry_after: Seconds that the service asked to wait, if it did.
         headers: Headers of the response. Upper and lower case are the same in their names.
@@ -63,14 +76,18 @@ class APIStatusError(DermisError):
         self,
         message: str,
         *,
-        problem: Problem,
-        status_code: int,
+        problem: Problem | None = None,
+        status_code: int = 0,
         request_id: str | None = None,
         retry_after: float | None = None,
         headers: httpx.Headers | None = None,
     ) -> None:
         super().__init__(message)
-        self.problem = problem
+        if problem is None:
+            from dermis_client import models  # which imports this module
+
+            problem = models.Problem()
+        self.problem: Problem = problem
         self.status_code = status_code
         self.request_id = request_id
         self.retry_after = retry_after
@@ -180,12 +197,12 @@ class IntegrityError(DermisError):
     """Bytes differ from the hash of the service or the manifest, or a file name is not safe to write.
 
     Attributes:
-        name: The file or sample.
+        name: The file or sample; "" if it is not known.
         expected: Expected SHA-256 in hex, if the hashes differ.
         actual: Actual SHA-256 in hex, if the hashes differ.
     """
 
-    def __init__(self, message: str, *, name: str, expected: str | None = None, actual: str | None = None) -> None:
+    def __init__(self, message: str, *, name: str = "", expected: str | None = None, actual: str | None = None) -> None:
         super().__init__(message)
         self.name = name
         self.expected = expected

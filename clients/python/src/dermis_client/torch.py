@@ -268,7 +268,8 @@ class SyntheticIterable(IterableDataset[Sample]):
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         chunks = self._chunks(number, workers)
         stopped = threading.Event()
-        with self._client() as client, ThreadPoolExecutor(self._prefetch) as pool:
+        with self._client() as opened, ThreadPoolExecutor(self._prefetch) as pool:
+            client = opened._stopped_by(stopped) if isinstance(opened, DermisClient) else opened
             running: deque[Future[_Chunk]] = deque()
 
             def call_ahead() -> None:

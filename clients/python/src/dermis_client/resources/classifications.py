@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 
 from dermis_client._flow import Flow, Request, call, parse
@@ -79,7 +79,7 @@ class Classifications:
 
     def create(
         self,
-        files: Source | Sequence[Source],
+        files: Source | Iterable[Source],
         *,
         model: str | None = None,
         threshold: str | float | None = None,
@@ -89,7 +89,7 @@ class Classifications:
         """Classify one or more images, in as many requests as the service needs.
 
         Args:
-            files: Paths, bytes or files open for reading: PNG, JPEG or WebP. File names are not sent.
+            files: One or several paths, bytes or files open for reading: PNG, JPEG or WebP. File names are not sent.
             model: Name of the model; by default the service's.
             threshold: A name in `client.models.retrieve(name).classifier.thresholds`, or a number from 0 to 1; by default
                 the classifier's own.
@@ -130,7 +130,7 @@ class AsyncClassifications:
 
     async def create(
         self,
-        files: Source | Sequence[Source],
+        files: Source | Iterable[Source],
         *,
         model: str | None = None,
         threshold: str | float | None = None,

@@ -20,7 +20,7 @@ from dermis_client._events import MAX_SILENCE, EventDecoder, Message, emit_event
 from dermis_client._flow import Emit, Flow, Request, call, close, now, parse, sleep
 from dermis_client._requests import idempotency_header, job_path
 from dermis_client._status import describe
-from dermis_client._untrusted import MAX_LIST_BYTES, load_json, one_line
+from dermis_client._untrusted import MAX_LIST_BYTES, load_json, one_line, without_query
 from dermis_client._waiting import STATUS_TIMEOUT, wait_until_finished
 from dermis_client.errors import (
     APIConnectionError,
@@ -99,7 +99,7 @@ def list_datasets(api: Api[D], state: str | None, limit: int | None, page_size: 
             return
         empty_pages = 0 if page else empty_pages + 1
         if cursor in cursors or empty_pages == MAX_EMPTY_PAGES:
-            raise APIResponseError(f"the list of datasets at {response.url.copy_with(query=None)} does not end")
+            raise APIResponseError(f"the list of datasets at {without_query(response.url)} does not end")
         cursors.add(cursor)
 
 

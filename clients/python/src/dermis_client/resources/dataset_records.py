@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from pydantic import PrivateAttr
@@ -13,6 +13,7 @@ from pydantic import PrivateAttr
 from dermis_client._downloads import Download, DownloadProgress
 from dermis_client._loading import check_format, default_folder, require_datasets, require_torch
 from dermis_client._notebook import dataset_html
+from dermis_client._untrusted import one_line
 from dermis_client.errors import InvalidRequestError
 from dermis_client.models import DatasetFile, DatasetRecord
 from dermis_client.report import DatasetReport
@@ -37,25 +38,47 @@ class DatasetEvent(Generic[D]):
     dataset: D
 
 
+@dataclass(frozen=True)
+class _Binding:
+    """The `datasets` of the client that the methods of a record call. Copies of the record share it, and no pickle has it."""
+
+    resource: Any = field(default=None, compare=False)
+
+    def __deepcopy__(self, _: dict[int, Any]) -> _Binding:
+        return self
+
+    def __reduce__(self) -> tuple[type[_Binding], tuple[()]]:
+        return _Binding, ()
+
+    def of(self, record: DatasetRecord) -> Any:
+        """Return the `datasets` of the client.
+
+        Raises:
+            InvalidRequestError: The record has no client.
+        """
+        if self.resource is None:
+            raise InvalidRequestError(
+                f"this record of {one_line(record.id, 140)} is not connected to a client: it was pickled, or was not made by "
+                "one; use client.datasets.retrieve(id)"
+            )
+        return self.resource
+
+
 class Dataset(DatasetRecord):
     """A dataset at one moment, with methods that act on it. A record does not change: methods return new records."""
 
-    _resource: Any = PrivateAttr(default=None)
+    _binding: _Binding = PrivateAttr(default=_Binding())
 
     @classmethod
     def _bound(cls, resource: Datasets, payload: Any) -> Dataset:
         """Parse a record and bind it to the `datasets` of a client."""
         dataset = cls.model_validate(payload)
-        dataset._resource = resource
+        dataset._binding = _Binding(resource)
         return dataset
 
     @property
     def _datasets(self) -> Datasets:
-        if self._resource is None:
-            raise InvalidRequestError(
-                "this Dataset object is not connected to a client; use client.datasets.retrieve(id)"
-            )
-        return cast("Datasets", self._resource)
+        return cast("Datasets", self._binding.of(self))
 
     def refresh(self) -> Dataset:
         """Retrieve the current record; see `Datasets.retrieve`."""
@@ -168,22 +191,18 @@ class Dataset(DatasetRecord):
 class AsyncDataset(DatasetRecord):
     """A dataset at one moment, with methods that act on it. A record does not change: methods return new records."""
 
-    _resource: Any = PrivateAttr(default=None)
+    _binding: _Binding = PrivateAttr(default=_Binding())
 
     @classmethod
     def _bound(cls, resource: AsyncDatasets, payload: Any) -> AsyncDataset:
         """Parse a record and bind it to the `datasets` of a client."""
         dataset = cls.model_validate(payload)
-        dataset._resource = resource
+        dataset._binding = _Binding(resource)
         return dataset
 
     @property
     def _datasets(self) -> AsyncDatasets:
-        if self._resource is None:
-            raise InvalidRequestError(
-                "this Dataset object is not connected to a client; use client.datasets.retrieve(id)"
-            )
-        return cast("AsyncDatasets", self._resource)
+        return cast("AsyncDatasets", self._binding.of(self))
 
     async def refresh(self) -> AsyncDataset:
         """Retrieve the current record; see `Datasets.retrieve`."""

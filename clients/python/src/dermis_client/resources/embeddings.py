@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any, SupportsIndex
 
@@ -109,7 +109,7 @@ class Embeddings:
 
     def place(
         self,
-        files: Source | Sequence[Source],
+        files: Source | Iterable[Source],
         *,
         model: str | None = None,
         progress: bool | Callable[[int, int], None] = False,
@@ -119,7 +119,7 @@ class Embeddings:
         A service does so only if its operator has enabled uploads; `retrieve(model).uploads` shows it.
 
         Args:
-            files: Paths, bytes or files open for reading: PNG, JPEG or WebP. File names are not sent.
+            files: One or several paths, bytes or files open for reading: PNG, JPEG or WebP. File names are not sent.
             model: Name of the model; by default the service's.
             progress: True for a progress bar on stderr, or a function that is called with (done, total).
 
@@ -230,7 +230,7 @@ class AsyncEmbeddings:
 
     async def place(
         self,
-        files: Source | Sequence[Source],
+        files: Source | Iterable[Source],
         *,
         model: str | None = None,
         progress: bool | Callable[[int, int], None] = False,

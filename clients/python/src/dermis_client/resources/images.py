@@ -12,7 +12,7 @@ from dermis_client import _requests
 from dermis_client._flow import Flow, Request, call, compute, parse
 from dermis_client._raw import async_raw, raw
 from dermis_client._transport import AsyncTransport, SyncTransport
-from dermis_client._untrusted import one_line
+from dermis_client._untrusted import one_line, without_query
 from dermis_client.errors import APIResponseError
 from dermis_client.images import ImagesResult
 from dermis_client.models import ImageFormat, NoiseMode
@@ -38,7 +38,8 @@ def generate_pixels(body: Mapping[str, Any], max_retries: int) -> Flow[PixelsRes
             return read_pixels(response.content) if media_type == MEDIA_TYPE else pixels_of(_images(response))
         except ValueError as error:
             raise APIResponseError(
-                f"{response.url} sent images that this client does not understand ({one_line(str(error))}); check base_url"
+                f"{without_query(response.url)} sent images that this client does not understand ({one_line(str(error))}); "
+                "check base_url"
             ) from error
 
     result = yield from compute(read)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -11,7 +11,7 @@ from typing import Any, SupportsIndex
 from PIL import Image
 
 from dermis_client._files import write_atomically
-from dermis_client._flow import Flow, Request, call, compute, parse
+from dermis_client._flow import Flow, Request, call, compute, delete, parse
 from dermis_client._progress import projection_progress
 from dermis_client._raw import async_raw, raw
 from dermis_client._requests import idempotency_header, job_path, whole
@@ -80,7 +80,7 @@ def preview_projection(projection_id: str, image: SupportsIndex, max_retries: in
 
 def delete_projection(projection_id: str, max_retries: int) -> Flow[None]:
     """DELETE /v1/projections/{id}."""
-    yield from call(Request("DELETE", job_path("projection", projection_id)), max_retries)
+    yield from delete(Request("DELETE", job_path("projection", projection_id)), max_retries)
 
 
 def wait_for_projection(
@@ -156,7 +156,7 @@ class Projections:
 
     def create(
         self,
-        files: Source | Sequence[Source],
+        files: Source | Iterable[Source],
         *,
         model: str | None = None,
         schedule: ProjectionSchedule | None = None,
@@ -173,7 +173,7 @@ class Projections:
         expire. There is no list of projections: keep the id.
 
         Args:
-            files: Paths, bytes or files open for reading: PNG, JPEG or WebP, all sent in one request.
+            files: One or several paths, bytes or files open for reading: PNG, JPEG or WebP, all sent in one request.
             model: Name of the model; by default the service's.
             schedule: "fast" or "official".
             steps: Optimisation steps; by default the schedule's.
@@ -323,7 +323,7 @@ class AsyncProjections:
 
     async def create(
         self,
-        files: Source | Sequence[Source],
+        files: Source | Iterable[Source],
         *,
         model: str | None = None,
         schedule: ProjectionSchedule | None = None,

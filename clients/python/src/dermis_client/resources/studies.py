@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex
 
 from dermis_client._files import write_atomically
-from dermis_client._flow import Flow, Request, call, compute, parse
+from dermis_client._flow import Flow, Request, call, compute, delete, parse
 from dermis_client._raw import async_raw, raw
 from dermis_client._requests import finite, job_path, optional_fields, whole
 from dermis_client._transport import AsyncTransport, SyncTransport
@@ -77,7 +77,7 @@ def retrieve_study(study_id: str, max_retries: int) -> Flow[Study]:
 
 def delete_study(study_id: str, max_retries: int) -> Flow[None]:
     """DELETE /v1/studies/{id}."""
-    yield from call(Request("DELETE", job_path("study", study_id)), max_retries)
+    yield from delete(Request("DELETE", job_path("study", study_id)), max_retries)
 
 
 def change_study(study_id: str, action: Literal["open", "close"], max_retries: int) -> Flow[Study]:
@@ -269,12 +269,12 @@ class Studies:
         """
         return self._transport.run(retrieve_study(study_id, self._max_retries))
 
-    def add_images(self, study_id: str, files: Source | Sequence[Source], *, class_name: str | None = None) -> Study:
+    def add_images(self, study_id: str, files: Source | Iterable[Source], *, class_name: str | None = None) -> Study:
         """Upload real images of one class, in as many requests as the service needs. Images that it has are not added again.
 
         Args:
             study_id: Id of the study.
-            files: Paths, bytes or files open for reading: PNG, JPEG or WebP. File names are not sent.
+            files: One or several paths, bytes or files open for reading: PNG, JPEG or WebP. File names are not sent.
             class_name: Class of these images; needed by models with classes.
 
         Returns:
@@ -507,7 +507,7 @@ class AsyncStudies:
         return await self._transport.run(retrieve_study(study_id, self._max_retries))
 
     async def add_images(
-        self, study_id: str, files: Source | Sequence[Source], *, class_name: str | None = None
+        self, study_id: str, files: Source | Iterable[Source], *, class_name: str | None = None
     ) -> Study:
         """Upload real images of one class, in as many requests as the service needs; see `Studies.add_images`."""
         return await self._transport.run(add_images(study_id, sources_of(files), class_name, self._max_retries))

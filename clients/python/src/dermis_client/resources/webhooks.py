@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Literal
 
-from dermis_client._flow import Flow, Request, call, parse
+from dermis_client._flow import Flow, Request, call, delete, parse
 from dermis_client._raw import async_raw, raw
 from dermis_client._requests import checked_id, job_path
 from dermis_client._transport import AsyncTransport, SyncTransport
@@ -50,7 +50,7 @@ def retrieve_webhook(webhook_id: str, max_retries: int) -> Flow[Webhook]:
 
 def delete_webhook(webhook_id: str, max_retries: int) -> Flow[None]:
     """DELETE /v1/webhooks/{id}."""
-    yield from call(Request("DELETE", job_path("webhook", webhook_id)), max_retries)
+    yield from delete(Request("DELETE", job_path("webhook", webhook_id)), max_retries)
 
 
 def list_messages(webhook_id: str, state: str | None, max_retries: int) -> Flow[list[WebhookMessage]]:
