@@ -28,6 +28,14 @@ def studio(
     allow_plain_http: Annotated[
         bool, typer.Option(help="Allow that keys of visitors are sent over http:// to another machine.")
     ] = False,
+    public_url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Address of the service for readers of studies and programs of visitors, if --url is not the one for them.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Show the studio, web pages for a service, on this machine. Ctrl-C stops it.
 
@@ -40,7 +48,19 @@ def studio(
             DermisClient(url, api_key="").close()
         except InvalidRequestError as error:
             raise DermisError(f"--url: {error}") from None
+        try:
+            if public_url is not None:
+                DermisClient(public_url, api_key="").close()
+        except InvalidRequestError as error:
+            raise DermisError(f"--public-url: {error}") from None
         from dermis_studio.serve import run
     except ImportError as error:
         raise DermisError(f"the studio is not installed ({error}): pip install 'dermis[studio]'") from None
-    run(url, host=host, port=port, hosts=frozenset(trusted_host or ()), allow_plain_http=allow_plain_http)
+    run(
+        url,
+        host=host,
+        port=port,
+        hosts=frozenset(trusted_host or ()),
+        allow_plain_http=allow_plain_http,
+        public_url=public_url,
+    )

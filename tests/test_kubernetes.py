@@ -396,6 +396,7 @@ def test_component_for_the_studio_adds_one_pod_that_reaches_the_gateways_alone(o
     options = command.commands["studio"].make_context("studio", container["args"][1:]).params
     assert container["args"][0] == "studio" and options["allow_plain_http"]
     assert options["trusted_host"] == (rule["host"],)
+    assert options["public_url"] == f"https://{rule['host']}"
     assert urlsplit(options["url"]).hostname in environment(gateway)["DERMIS_TRUSTED_HOSTS"].split(",")
     assert container["ports"][0]["containerPort"] == options["port"]
     assert environment(container)["FORWARDED_ALLOW_IPS"] == environment(gateway)["DERMIS_TRUSTED_PROXIES"]
@@ -499,6 +500,7 @@ def test_examples_of_the_documentation_render(tmp_path: Path) -> None:
     }
     (container,) = containers(dict(pods(yaml.safe_load_all(results[3])))["dermis-studio"])
     assert "--trusted-host=dermis.hospital.example" in container["args"]
+    assert "--public-url=https://dermis.hospital.example" in container["args"]
     assert environment(container)["FORWARDED_ALLOW_IPS"] == "10.42.7.0/28"
     ((_, template),) = pods(yaml.safe_load_all(results[4]))
     assert containers(template)[0]["image"] == "registry.example.com/hospital/dermis:0.2.0"

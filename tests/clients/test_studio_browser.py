@@ -92,8 +92,10 @@ def test_reader_study_from_its_creation_to_its_results(browser: Browser) -> None
     assert violations(page) == []
     press(page, "Choose the images and open the study")
     page.get_by_label("Name or code").fill("Reader A")
-    press(page, "Create link")
+    page.get_by_role("button", name="Create link", exact=True).dblclick()
     link = page.locator(".ds-code code").inner_text()
+    assert link.startswith(f"{browser.address}/study#")
+    assert page.locator(".ds-study td", has_text="Reader A").count() == 1
     page.locator(".ds-state", has_text="Open").first.wait_for()
     assert violations(page) == []
 
@@ -112,6 +114,23 @@ def test_reader_study_from_its_creation_to_its_results(browser: Browser) -> None
     reader.get_by_role("button", name="Continue with image 3").press("Enter")
     answer(reader, 3)
     assert reader.get_by_label("Generated").is_checked()  # what was chosen before the page was loaded again
+    reader.keyboard.press("Backspace")
+    answer(reader, 2)
+    assert reader.get_by_label("Real").is_checked()
+
+    held: list[Any] = []
+
+    def hold(route: Any) -> None:
+        held.append(route)
+
+    reader.route("**/v1/reading/answers/2", hold)  # while the answer is being stored, another choice is not shown
+    reader.keyboard.press("Enter")
+    shows(reader, "Storing the answer")
+    reader.get_by_label("Generated").dispatch_event("click")
+    assert reader.get_by_label("Real").is_checked()
+    held[0].continue_()
+    reader.unroute("**/v1/reading/answers/2")
+    answer(reader, 3)
     reader.keyboard.press("Backspace")
     answer(reader, 2)
     assert reader.get_by_label("Real").is_checked()
@@ -181,6 +200,27 @@ def test_what_was_stopped_stays_stopped(browser: Browser) -> None:
     assert page.get_by_text("Stopped.").is_visible() and page.locator(".ds-tile").count() == tiles < 64
     press(page, "Generate")
     page.get_by_role("button", name="Stop", exact=True).wait_for()
+
+
+@pytest.mark.full
+def test_another_dataset_is_created_while_one_is_made(browser: Browser) -> None:
+    page = browser.open("datasets")
+    page.wait_for_load_state("networkidle")
+    page.get_by_label("Images of benign").fill("2000")
+    create = page.get_by_role("button", name="Create dataset", exact=True)
+    rows = page.locator(".ds-table tbody tr")
+    before = rows.count()
+    create.dblclick()
+    page.get_by_role("button", name="Cancel", exact=True).wait_for()
+    page.wait_for_timeout(1500)  # in which a second click would have made a second one
+    assert rows.count() == before + 1
+    create.click()
+    page.wait_for_function("count => document.querySelectorAll('.ds-table tbody tr').length === count", arg=before + 2)
+    for _ in range(2):
+        page.once("dialog", lambda dialog: dialog.accept())
+        press(page, "Cancel")
+        page.locator(".ds-panel .ds-state", has_text="Cancelled").wait_for()
+        page.locator(".ds-table tbody tr").nth(1).locator("button").first.click()
 
 
 _OPAQUE = """selector => {

@@ -135,6 +135,26 @@ def test_chosen_image_is_being_measured(demo: Launched, browser: Browser) -> Non
     page.locator(".ds-detail .ds-facts").first.wait_for()
 
 
+def test_live_image_shows_progress_and_can_be_stopped(demo: Launched, browser: Browser) -> None:
+    page = browser.open("explore")
+    explored(page)
+    loaded(page)
+    slider = page.locator("input[type=range]").first
+    with halted(demo):
+        for _ in range(3):  # the later ones wait for the first
+            slider.press("ArrowRight")
+        shows(page, "Generating the edited image")
+        stop = page.get_by_role("button", name="Stop", exact=True)
+        stop.wait_for()
+        assert violations_in_both_themes(page) == []
+        stop.press("Enter")
+        shows(page, "Stopped. Change a value")
+        page.wait_for_timeout(2500)  # in which one that waits would begin
+        assert page.locator(".ds-bar").count() == 0 and not stop.is_visible()
+    slider.press("ArrowRight")
+    shows(page, "Edited.")
+
+
 def test_dataset_in_progress_and_cancelled(demo: Launched, browser: Browser) -> None:
     page = browser.open("datasets")
     loaded(page)
@@ -242,6 +262,8 @@ def test_study_collects_prepares_and_continues_when_the_service_is_busy(demo: La
     stop = page.get_by_role("button", name="Stop the upload")
     stop.wait_for()
     shows(page, "0 of 2 images are uploaded")
+    assert page.get_by_role("button", name="Create study").is_disabled()
+    assert page.get_by_role("button", name="Pilot").first.is_disabled()  # of the list
     assert violations_in_both_themes(page) == []
     stop.press("Enter")
     shows(page, "The upload was stopped")

@@ -203,6 +203,18 @@ def embedding_map(page: Any) -> None:
     about.get_by_role("listitem").first.get_by_role("button").press("Enter")
     page.wait_for_function("name => document.querySelector('.ds-em-about h3').textContent !== name", arg=chosen)
     page.get_by_label("Colour and shape").select_option("verdict")
+    before = canvas.screenshot()
+    press(page, "Rotate left")
+    turned = canvas.screenshot()
+    press(page, "Show in the middle")
+    assert len({before, turned, canvas.screenshot()}) == 3
+    press(page, "Add to the selection")
+    shows(page, "1 selected.")
+    with page.expect_download() as saved:
+        press(page, "Save as CSV")
+    assert len(Path(saved.value.path()).read_text().splitlines()) == 1 + 1
+    press(page, "Remove from the selection")
+    shows(page, "Nothing is selected")
     with page.expect_download() as saved:
         press(page, "Save as CSV")
     rows = Path(saved.value.path()).read_text().splitlines()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import MutableMapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from dermis_studio.events import (
     ABANDONED_SECONDS,
     MAX_LARGE,
     MAX_OPEN_EVENTS,
+    MAX_SESSIONS_OF_A_KEY,
+    MAX_STREAMS,
     MAX_VALUES,
     Sessions,
     checked_session,
@@ -141,6 +144,33 @@ def test_open_events_of_a_key_are_limited_and_abandoned_ones_removed() -> None:
             await sessions.admit("c", "key")
         assert set(queue.pending_messages_per_session) == set(queue.pending_event_ids_session) == {"b"}
         assert sorted(queue.stopped) == ["a", "other"]
+
+    asyncio.run(run())
+
+
+def test_pages_of_a_key_and_streams_of_a_page_are_limited() -> None:
+    async def run() -> None:
+        queue = Queue()
+        sessions = Sessions(queue)
+        await sessions.admit("other", "other key")
+        for number in range(MAX_SESSIONS_OF_A_KEY):
+            await sessions.admit(str(number), "key")
+        queue.put("1", 1)
+        await sessions.admit("0", "key")  # used again, so "1" was not used for the longest time
+        await sessions.admit("more", "key")
+        assert sessions.knows("0") and not sessions.knows("1") and sessions.knows("other")
+        assert queue.stopped == ["1"] and not queue.pending_messages_per_session
+        names = [str(number) for number in range(MAX_SESSIONS_OF_A_KEY) if number != 1] + ["more"]
+        with ExitStack() as streams:
+            for name in names:
+                streams.enter_context(sessions.reading(name, "key"))
+            with pytest.raises(RefusedError, match="pages of this key") as refused:
+                await sessions.admit("last", "key")
+            assert refused.value.status == 429
+            for _ in range(MAX_STREAMS - 1):
+                streams.enter_context(sessions.reading("more", "key"))
+            with pytest.raises(RefusedError, match=f"{MAX_STREAMS} times"), sessions.reading("more", "key"):
+                pass
 
     asyncio.run(run())
 

@@ -10,6 +10,7 @@ import httpx
 import pytest
 from dermis_studio import bodies, frame
 from dermis_studio.access import COOKIE, Visitor, Visitors
+from dermis_studio.downloads import MAX_DOWNLOADS, MAX_DOWNLOADS_OF_A_KEY
 from dermis_studio.service import Service
 from dermis_studio.site import MAX_BODY_BYTES, MAX_CANCELLATION_BYTES, StudioSite
 from dermis_studio.uploads import MAX_BYTES, MAX_UPLOADS, MAX_UPLOADS_OF_A_KEY
@@ -26,6 +27,7 @@ SCOPES: dict[str, list[str] | None] = {
     "none": [],
 }
 SCOPES |= {f"study-{number}": ["studies"] for number in range(4)}
+WAIT = {"Retry-After": "600"}
 EVENT = {"fn_index": 0, "data": ["a", 1], "session_hash": "a"}
 DATASET = f"ds_{'0' * 32}"
 STUDY = f"st_{'0' * 32}"
@@ -80,17 +82,19 @@ def make_world(*, open_service: bool = False, check_origin: bool = False) -> Wor
             return httpx.Response(503, text="<h1>proxy</h1>", headers={"Retry-After": "9"})
         if request.url.path.endswith("/files/images.zip"):
             headers = {"ETag": '"1"', "Set-Cookie": "a=b"}
-            return httpx.Response(200 if key == "right" else 401, stream=httpx.ByteStream(b"zip"), headers=headers)
+            return httpx.Response(200 if SCOPES.get(key) else 401, stream=httpx.ByteStream(b"zip"), headers=headers)
         if request.url.path.endswith(f"{STUDY}/images"):
             busy = request.url.query == b"class=busy"
             return httpx.Response(503 if busy else 200, json={"added": 1}, headers={"Retry-After": "7"} if busy else {})
+        if key == "busy":
+            return httpx.Response(429, json={"title": "Too many calls", "detail": "60 in a minute"}, headers=WAIT)
         if SCOPES.get(key) is None and not (open_service and not key):
             return httpx.Response(401, json={"title": "no", "status": 401})
         scopes = SCOPES.get(key, list({scope for scopes in SCOPES.values() for scope in scopes or ()}))
         return httpx.Response(200, json={"tenant": "ward-3", "scopes": scopes, "quotas": []})
 
     service = Service("http://service.test", allow_plain_http=True)
-    service._http = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+    service._http = service._files = httpx.AsyncClient(transport=httpx.MockTransport(answer))
     site = StudioSite(service, Visitors(service), gradio, "/studio", check_origin=check_origin)
     world.site = site
     world.client = TestClient(site, base_url="http://localhost", follow_redirects=False)  # type: ignore[arg-type]
@@ -328,6 +332,62 @@ def test_file_that_cannot_be_sent_is_explained_on_a_page(world: World) -> None:
     assert (script["title"], script["detail"].startswith("it <b>expired</b> It may")) == ("Not found", True)
 
 
+def test_downloads_of_a_key_and_of_all_are_limited(world: World) -> None:
+    """Files whose readers take nothing: each holds a connection until its reader continues or leaves."""
+    path = f"/studio/files/{DATASET}/images.zip"
+
+    async def fetch(key: str, continues: asyncio.Event, *, leaves: bool = False) -> tuple[int, dict[bytes, bytes]]:
+        answers: list[tuple[int, dict[bytes, bytes]]] = []
+
+        async def receive() -> Any:
+            await asyncio.Event().wait()
+
+        async def answered(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                answers.append((message["status"], dict(message["headers"])))
+                if message["status"] == 200:
+                    await continues.wait()
+            if leaves and message.get("body"):
+                raise OSError  # the connection is gone
+
+        headers = [(b"cookie", f"{COOKIE}={key}".encode())]
+        scope = {"type": "http", "method": "GET", "path": path, "query_string": b"", "headers": headers}
+        try:
+            await world.site({**scope, "root_path": "", "scheme": "http"}, receive, answered)
+        except Exception:
+            assert leaves
+        return answers[-1]
+
+    async def run() -> None:
+        continues, held = asyncio.Event(), world.site._downloads._limiter._held
+        tasks = []
+        for number in range(MAX_DOWNLOADS // MAX_DOWNLOADS_OF_A_KEY):
+            key = f"study-{number}"
+            tasks += [
+                asyncio.create_task(fetch(key, continues, leaves=place == 0)) for place in range(MAX_DOWNLOADS_OF_A_KEY)
+            ]
+            while held.total() < len(tasks):
+                await asyncio.sleep(0)
+            if number == 0:
+                status, headers = await fetch(key, continues)
+                assert (status, headers[b"retry-after"]) == (429, b"5")
+                assert headers[b"content-type"] == b"application/problem+json"
+        assert (await fetch("study-3", continues))[0] == 503
+        continues.set()
+        assert {status for status, _ in await asyncio.gather(*tasks)} == {200}
+        assert not held
+
+    asyncio.run(run())
+
+
+def test_what_the_service_says_of_a_refusal_is_shown(world: World) -> None:
+    world.client.cookies.set(COOKIE, "busy")
+    refused = world.client.get("/studio/datasets", headers={"Accept": "text/html"})
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "600")
+    assert "<h1>Too many calls</h1>" in refused.text and "60 in a minute" in refused.text
+    assert 'class="ds-remedy">Try again in 10 min' in refused.text
+
+
 def test_key_that_was_revoked_leads_to_the_sign_in(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     sign_in(world)
     assert world.client.post("/studio/gradio_api/queue/join", json=EVENT).status_code == 200
@@ -397,6 +457,27 @@ def test_alone_it_refuses_other_hosts_and_origins() -> None:
         "/studio/gradio_api/queue/join", json=EVENT, headers={"Origin": "http://localhost"}
     ).is_success
     assert world.gradio_paths == ["/studio/gradio_api/queue/join"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "https://other.example", "Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Origin": "http://other.example"}, 403),  # over plain HTTP a browser sends no Sec-Fetch-Site
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://localhost"}, 303),
+        ({"Origin": "https://localhost"}, 303),  # TLS ends before the studio
+        ({"Origin": "https://public.example", "Sec-Fetch-Site": "same-origin"}, 303),
+        ({}, 303),
+    ],
+)
+def test_page_of_another_origin_signs_nobody_in(world: World, headers: dict[str, str], status: int) -> None:
+    """Also where the gateway around the studio lets pages of an origin call its API (DERMIS_CORS_ORIGINS)."""
+    for path in ("session", "sign-out"):
+        answer = world.client.post(f"/studio/{path}", data={"key": "right", "page": ""}, headers=headers)
+        assert (answer.status_code, "set-cookie" in answer.headers) == (status, status == 303), path
+    assert world.to_gradio == []
 
 
 def test_visitors_are_asked_for_once_in_a_while(world: World) -> None:

@@ -231,7 +231,7 @@
     element("done").textContent = `${answers.size} answered`;
     element("back").disabled = at === 1;
     element("next").textContent = at === reading.images ? "Finish" : "Next";
-    for (const input of element("work").querySelectorAll("input")) input.checked = String(draft[input.name]) === input.value;
+    showDraft();
     const image = element("image");
     image.hidden = true;
     busy = true;
@@ -256,13 +256,21 @@
     if (at < reading.images && at <= answers.size + 1) picture(at + 1).catch(() => {});
   }
 
+  // The browser shows a choice as soon as it is clicked. What is shown is what will be stored.
+  function showDraft() {
+    for (const input of element("work").querySelectorAll("input")) input.checked = String(draft[input.name]) === input.value;
+  }
+
   function tell(text, problem = false) {
     element("message").textContent = text;
     element("message").classList.toggle("problem", problem);
   }
 
   function choose(name, value) {
-    if (busy) return;
+    if (busy) { // the image is not there yet, or the answer is being stored
+      showDraft();
+      return;
+    }
     draft[name] = value;
     element("work").querySelector(`input[name="${name}"][value="${value}"]`).checked = true;
     tell("");

@@ -30,15 +30,20 @@ class RefusedError(Exception):
 
 
 class BodyLimiter:
-    """Limits how many bodies are received at the same time. Use it on one event loop.
+    """Limits how many bodies are received or sent at the same time. Use it on one event loop.
 
     Args:
         limit: Bodies of all visitors.
         of_a_key: Bodies of one key. Without access control the visitors cannot be told apart, so they share `limit`.
+        refusals: What a visitor is told when `limit` is reached, and when `of_a_key` is.
     """
 
-    def __init__(self, limit: int, of_a_key: int) -> None:
+    def __init__(self, limit: int, of_a_key: int, refusals: tuple[str, str] | None = None) -> None:
         self._limit, self._of_a_key = limit, of_a_key
+        self._refusals = refusals or (
+            "Others are sending images at the moment. Try again in some seconds.",
+            f"{of_a_key} requests of this key send images already. Wait until they end.",
+        )
         self._held: Counter[str | None] = Counter()
 
     @contextmanager
@@ -46,16 +51,12 @@ class BodyLimiter:
         """Count a body of a key for the time of a `with` block.
 
         Raises:
-            RefusedError: Too many are being received.
+            RefusedError: There are too many at the moment.
         """
         if self._held.total() >= self._limit:
-            raise RefusedError(
-                503, "Others are sending images at the moment. Try again in some seconds.", RETRY_SECONDS
-            )
+            raise RefusedError(503, self._refusals[0], RETRY_SECONDS)
         if key is not None and self._held[key] >= self._of_a_key:
-            raise RefusedError(
-                429, f"{self._of_a_key} requests of this key send images already. Wait until they end.", RETRY_SECONDS
-            )
+            raise RefusedError(429, self._refusals[1], RETRY_SECONDS)
         self._held[key] += 1
         try:
             yield

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from typing import Any, Literal, cast
 
 import gradio as gr
@@ -30,6 +30,7 @@ class Displays:
         self._count = 0
         self._newest: OrderedDict[str, int] = OrderedDict()
         self._values: OrderedDict[str, int] = OrderedDict()
+        self._sending: set[str] = set()
 
     def begin(self, request: gr.Request, place: str = "") -> Callable[[], bool]:
         """Begin a display on the page that sent a request.
@@ -47,7 +48,14 @@ class Displays:
         self._newest.move_to_end(page)
         while len(self._newest) > self._most:
             self._newest.popitem(last=False)
-        return lambda: self._newest.get(page) == number
+
+        def is_newest() -> bool:
+            if self._newest.get(page) != number:
+                return False
+            self._newest.move_to_end(page)  # what is being shown is not forgotten, however many pages others open
+            return True
+
+        return is_newest
 
     def changed(self, request: gr.Request, place: str, value: Any) -> bool:
         """Whether a value of a page differs from that of the last call.
@@ -71,6 +79,26 @@ class Displays:
     def forget(self, request: gr.Request, place: str) -> None:
         """Forget a value, so that the next one counts as changed."""
         self._values.pop(f"{request.session_hash}/{place}", None)
+
+    @contextmanager
+    def sending(self, request: gr.Request) -> Iterator[bool]:
+        """Whether a page sends no request yet, for the time of a `with` block.
+
+        Gradio's own way to ignore a second event ("once") lasts until the handler of the first one has ended, which can follow
+        a job to its end.
+
+        Args:
+            request: The request.
+        """
+        page = str(request.session_hash)
+        if page in self._sending:
+            yield False
+            return
+        self._sending.add(page)
+        try:
+            yield True
+        finally:
+            self._sending.discard(page)
 
     def run_until_stopped(
         self,

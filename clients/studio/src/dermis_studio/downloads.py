@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
 import httpx
 from dermis_client.models import Problem
-from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from dermis_studio import markup
 from dermis_studio.access import Visitor
+from dermis_studio.bodies import BodyLimiter
 from dermis_studio.service import Service
 
 _DATASET = r"ds_[0-9a-f]{32}"
@@ -41,6 +43,12 @@ _ANSWERED = (
 
 
 MAX_PROBLEM_BYTES = 64 << 10
+MAX_DOWNLOADS = 90  # at a time; the service's connections for files are 100
+MAX_DOWNLOADS_OF_A_KEY = 30
+_REFUSALS = (
+    "Many files are being downloaded at the moment. Try again in some seconds.",
+    f"{MAX_DOWNLOADS_OF_A_KEY} files are being downloaded with this key. Wait until one of them is complete, or stop one.",
+)
 
 
 @dataclass(frozen=True)
@@ -62,47 +70,76 @@ class FileProblem:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-async def answer(service: Service, visitor: Visitor, path: str, request: Request) -> Response | FileProblem | None:
-    """Return a file of the service, as it is sent, or why there is none; None if the path is not one of a file.
+class Downloads:
+    """Passes files of the service on.
 
     Args:
         service: The service.
-        visitor: Whose key is used.
-        path: Path of the request below the prefix of the studio.
-        request: The request.
     """
-    target = next((to.format(*match.groups()) for at, to in _PATHS if (match := at.fullmatch(path))), None)
-    if target is None:
-        return None
-    headers = {name: value for name in _ASKED if (value := request.headers.get(name)) is not None}
-    headers.setdefault("accept-encoding", "identity")
-    if visitor.key is not None:
-        headers["authorization"] = f"Bearer {visitor.key}"
-    http = service.files
-    asked = http.build_request(request.method, service.base_url + target, headers=headers)
-    try:
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._limiter = BodyLimiter(MAX_DOWNLOADS, MAX_DOWNLOADS_OF_A_KEY, _REFUSALS)
+
+    async def answer(self, visitor: Visitor, path: str, request: Request) -> Response | FileProblem | None:
+        """Return a file of the service, as it is sent, or why there is none; None if the path is not one of a file.
+
+        Args:
+            visitor: Whose key is used.
+            path: Path of the request below the prefix of the studio.
+            request: The request.
+
+        Raises:
+            RefusedError: Too many files are being sent.
+        """
+        target = next((to.format(*match.groups()) for at, to in _PATHS if (match := at.fullmatch(path))), None)
+        if target is None:
+            return None
+        async with AsyncExitStack() as stack:
+            stack.enter_context(self._limiter.hold(visitor.key))
+            try:
+                response = await self._ask(visitor, target, request)
+            except httpx.HTTPError as error:
+                detail = f"No file was sent ({type(error).__name__})."
+                return FileProblem(503, "The service does not respond", detail, markup.remedy(503))
+            stack.push_async_callback(response.aclose)
+            if response.is_error:
+                return await _problem_of(response)
+            kept = {name: value for name in _ANSWERED if (value := response.headers.get(name)) is not None}
+            # What a dataset contains is shown as the service sends it, and never as a page of the studio.
+            kept.setdefault("content-security-policy", "default-src 'none'; sandbox")
+            # The service forbids to keep answers with the truth and images of patients; a signed address ends.
+            no_store = "location" in kept or "no-store" in response.headers.get("cache-control", "").lower()
+            kept["Cache-Control"] = "no-store" if no_store else "private, no-cache"
+            return _Download(response, kept, stack.pop_all())
+
+    async def _ask(self, visitor: Visitor, target: str, request: Request) -> httpx.Response:
+        """Ask the service for a file, whose content is read later."""
+        headers = {name: value for name in _ASKED if (value := request.headers.get(name)) is not None}
+        headers.setdefault("accept-encoding", "identity")
+        if visitor.key is not None:
+            headers["authorization"] = f"Bearer {visitor.key}"
+        http = self._service.files
+        asked = http.build_request(request.method, self._service.base_url + target, headers=headers)
         response = await http.send(asked, stream=True, follow_redirects=False)
         if response.status_code == 307 and target.endswith("/preview.png"):
             # To a signed address of the storage, from which a page may not show images. No credentials are sent there.
             await response.aclose()
             signed = http.build_request(request.method, response.headers["location"])
             response = await http.send(signed, stream=True, follow_redirects=False)
-    except httpx.HTTPError as error:
-        detail = f"No file was sent ({type(error).__name__})."
-        return FileProblem(503, "The service does not respond", detail, markup.remedy(503))
-    if response.is_error:
-        return await _problem_of(response)
-    kept = {name: value for name in _ANSWERED if (value := response.headers.get(name)) is not None}
-    # What a dataset contains is shown as the service sends it, and never as a page of the studio.
-    kept.setdefault("content-security-policy", "default-src 'none'; sandbox")
-    # The service forbids to keep answers with the truth and images of patients; a signed address ends.
-    no_store = "location" in kept or "no-store" in response.headers.get("cache-control", "").lower()
-    return StreamingResponse(
-        response.aiter_raw(),
-        response.status_code,
-        {**kept, "Cache-Control": "no-store" if no_store else "private, no-cache"},
-        background=BackgroundTask(response.aclose),
-    )
+        return response
+
+
+class _Download(StreamingResponse):
+    """A file that is passed on. `ends` is closed after its last byte, and when the visitor has left before."""
+
+    def __init__(self, response: httpx.Response, headers: Mapping[str, str], ends: AsyncExitStack) -> None:
+        super().__init__(response.aiter_raw(), response.status_code, headers)
+        self._ends = ends
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._ends:
+            await super().__call__(scope, receive, send)
 
 
 async def _problem_of(response: httpx.Response) -> FileProblem:
@@ -136,7 +173,8 @@ async def projection_file(service: Service, key: str | None, projection_id: str,
     """Return a file of a projection. The SDK writes such files to a folder only.
 
     Raises:
-        ValueError: It cannot be fetched.
+        ExplainedError: The service does not send it.
+        ValueError: It cannot be fetched for another reason.
     """
     path = f"/projections/{projection_id}/{name}"
     pattern, target = _PATHS[-1]
@@ -150,7 +188,8 @@ async def projection_file(service: Service, key: str | None, projection_id: str,
             "GET", service.base_url + target.format(*match.groups()), headers=headers
         ) as response:
             if response.status_code != 200:
-                raise ValueError(f"the service did not send the file (status {response.status_code}); try again")
+                found = await _problem_of(response)
+                raise markup.ExplainedError(found.title, found.detail, found.remedy)
             async for piece in response.aiter_bytes():
                 content += piece
                 if len(content) > MAX_BYTES:

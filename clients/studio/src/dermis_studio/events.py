@@ -19,6 +19,11 @@ from typing import Any, Protocol
 from dermis_studio.bodies import RETRY_SECONDS, RefusedError
 
 MAX_OPEN_EVENTS = 100  # of one key, until their results have been sent
+# Pages of one key that were used in the last minutes; of all visitors together without access control, which does not tell them
+# apart. For a further one, the one that was not used for the longest time is forgotten.
+MAX_SESSIONS_OF_A_KEY = 200
+MAX_SESSIONS_WITHOUT_KEY = 1000
+MAX_STREAMS = 4  # of the results of one page, which reads one, and a second one after a lost connection
 LARGE_BYTES = 1 << 20
 MAX_LARGE = 8  # events of one key, if a further one is large; and large bodies that are received at a time
 # The page with the most fields has 20, one of them a list of up to 6 names. An image is one long text, in base64.
@@ -159,10 +164,13 @@ class Sessions:
             large: Whether the event may be larger than `LARGE_BYTES`. It is in memory until it ends.
 
         Raises:
-            RefusedError: The session belongs to another key, or too many events of this one are open.
+            RefusedError: The session belongs to another key, or too many events of this one are open, or results of too many
+                pages are being read.
         """
         await self._forget_abandoned()
         owner = _digest(key)
+        if name not in self._sessions:
+            await self._make_place(owner, MAX_SESSIONS_WITHOUT_KEY if key is None else MAX_SESSIONS_OF_A_KEY)
         session = self._sessions.get(name) or _Session(owner)
         if session.owner != owner:
             raise RefusedError(404, "This page belongs to another key. Load it again.")
@@ -177,6 +185,20 @@ class Sessions:
         self._sessions[name] = session
         self._touch(name, session)
 
+    async def _make_place(self, owner: bytes, most: int) -> None:
+        """Forget the least recently used page of a key if it has as many as it may have."""
+        names = [name for name, each in self._sessions.items() if each.owner == owner]
+        if len(names) < most:
+            return
+        unused = next((name for name in names if not self._sessions[name].streams), None)
+        if unused is None:
+            raise RefusedError(
+                429,
+                f"{len(names)} pages of this key wait for results. Close pages that you do not need, then try again.",
+                RETRY_SECONDS,
+            )
+        await self._forget(unused)
+
     def knows(self, name: str) -> bool:
         """Whether a session has been used, and was not abandoned."""
         return name in self._sessions
@@ -186,11 +208,17 @@ class Sessions:
         """Keep the results of a session, which must be known, while its stream is read.
 
         Raises:
-            RefusedError: The session belongs to another key.
+            RefusedError: The session belongs to another key, or its results are being read several times.
         """
         session = self._sessions[name]
         if session.owner != _digest(key):
             raise RefusedError(404, "This page belongs to another key. Load it again.")
+        if session.streams >= MAX_STREAMS:
+            raise RefusedError(
+                429,
+                f"The results of this page are read {MAX_STREAMS} times already. Load the page again.",
+                RETRY_SECONDS,
+            )
         session.streams += 1
         try:
             yield
@@ -212,11 +240,14 @@ class Sessions:
             if not session.streams:
                 abandoned.append(name)
         for name in abandoned:
-            del self._sessions[name]
-            if self._queue is not None:
-                await self._queue.clean_events(session_hash=name)
-                self._queue.pending_event_ids_session.pop(name, None)
-                self._queue.pending_messages_per_session.pop(name, None)
+            await self._forget(name)
+
+    async def _forget(self, name: str) -> None:
+        del self._sessions[name]
+        if self._queue is not None:
+            await self._queue.clean_events(session_hash=name)
+            self._queue.pending_event_ids_session.pop(name, None)
+            self._queue.pending_messages_per_session.pop(name, None)
 
 
 def _digest(key: str | None) -> bytes:

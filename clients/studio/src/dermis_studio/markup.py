@@ -12,6 +12,8 @@ from dermis_client import APIConnectionError, APIStatusError, DermisError
 from dermis_client.models import Problem
 
 _MEDIA_TYPES = frozenset({"image/png", "image/jpeg", "image/webp", "image/gif", "application/zip"})
+# For screen readers: a result has no text that they read by themselves when it replaces the progress.
+READY = '<p class="ds-hidden" role="status">The result is ready.</p>'
 
 
 def data_url(content: bytes, media_type: str) -> str:
@@ -111,6 +113,41 @@ def remedy(status: int, retry_after: float | None = None) -> str:
     return _REMEDIES.get(status, _AGAIN)
 
 
+class ExplainedError(DermisError):
+    """An error that says what to do.
+
+    Attributes:
+        title: Its title.
+        detail: What is wrong.
+        what_to_do: What to do.
+    """
+
+    def __init__(self, title: str, detail: str, what_to_do: str) -> None:
+        super().__init__(f"{title}: {detail} {what_to_do}")
+        self.title = title
+        self.detail = detail
+        self.what_to_do = what_to_do
+
+
+def explained(error: DermisError) -> ExplainedError:
+    """Return title, detail and what to do of an error.
+
+    Args:
+        error: The error. A message that no answer of the service caused has both parts, separated by a semicolon.
+    """
+    if isinstance(error, ExplainedError):
+        return error
+    if isinstance(error, APIStatusError):
+        title = error.problem.title or "The service refused this"
+        detail = error.problem.detail or str(error)
+        return ExplainedError(title, detail, remedy(error.status_code, error.retry_after))
+    if isinstance(error, APIConnectionError):
+        return ExplainedError(
+            "The service does not respond", str(error), "It may be restarting. Try again in a moment."
+        )
+    return ExplainedError("This cannot be done", *_parts(str(error)))
+
+
 def _parts(message: str, otherwise: str = "Change the values of the page, then try again.") -> tuple[str, str]:
     """Return what is wrong and what to do: the parts of a message before and after its last semicolon.
 
@@ -125,23 +162,13 @@ def _parts(message: str, otherwise: str = "Change the values of the page, then t
 
 
 def problem(error: Exception) -> str:
-    """Return an error: what is wrong, and what to do.
-
-    The message of an error that no answer of the service caused has both, separated by a semicolon.
-    """
-    if isinstance(error, APIStatusError):
-        title = error.problem.title or "The service refused this"
-        detail = error.problem.detail or str(error)
-        fields = [(item.field, item.message) for item in error.errors]
-        return described_problem(
-            title, detail, remedy(error.status_code, error.retry_after), fields=fields, request_id=error.request_id
-        )
-    if isinstance(error, APIConnectionError):
-        return described_problem(
-            "The service does not respond", str(error), "It may be restarting. Try again in a moment."
-        )
+    """Return an error: what is wrong, and what to do."""
     if isinstance(error, DermisError):
-        return described_problem("This cannot be done", *_parts(str(error)))
+        found = explained(error)
+        answer = error if isinstance(error, APIStatusError) else None
+        fields = [] if answer is None else [(item.field, item.message) for item in answer.errors]
+        request_id = None if answer is None else answer.request_id
+        return described_problem(found.title, found.detail, found.what_to_do, fields=fields, request_id=request_id)
     what = "Load the page again. The log of the studio has the reason."
     return described_problem("The studio failed", type(error).__name__, what)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import FastAPI
@@ -52,6 +53,7 @@ def run(
     port: int = 3080,
     hosts: frozenset[str] = frozenset(),
     allow_plain_http: bool = False,
+    public_url: str | None = None,
 ) -> None:
     """Run the studio until a signal stops it.
 
@@ -61,12 +63,19 @@ def run(
         port: Port to listen on.
         hosts: Host names under which the studio answers, in addition to those of this machine.
         allow_plain_http: Whether keys may be sent over http:// to another machine.
+        public_url: Address of the service in links for readers and in code to copy, if `url` is not the one for others.
     """
     if not is_local(host):
         print(
             f"dermis studio: keys of visitors cross the network unencrypted; put a proxy that ends TLS in front of {host}",
             file=sys.stderr,
         )
-    app = create_app(Service(url, allow_plain_http=allow_plain_http), hosts | {host})
+    if public_url is None and is_local(urlsplit(url).hostname or "") and (hosts or not is_local(host)):
+        print(
+            f"dermis studio: links for readers of studies begin with {url}, which leads others to their own machine; name the "
+            "address of the service for them with --public-url",
+            file=sys.stderr,
+        )
+    app = create_app(Service(url, allow_plain_http=allow_plain_http, public_url=public_url), hosts | {host})
     print(f"The studio for {url} is at http://{host}:{port}{PREFIX}/ (Ctrl-C stops it)", flush=True)
     uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=3)

@@ -24,6 +24,7 @@ class Service:
     Attributes:
         base_url: Address of the service.
         own_host: Whether the service is the one that the studio is mounted in; then visitors see it under their own address.
+        public_url: Address of the service for readers of studies and programs of visitors; None if it is not known.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Service:
         verify: ssl.SSLContext | bool = True,
         own_host: bool = False,
         allow_plain_http: bool = False,
+        public_url: str | None = None,
     ) -> None:
         """Create it without connecting.
 
@@ -41,9 +43,11 @@ class Service:
             verify: How certificates of https are checked: True for the authorities of the system.
             own_host: Whether the studio is mounted in this service.
             allow_plain_http: Whether credentials may be sent over http:// to another machine.
+            public_url: Address under which others reach the service, if it is not `base_url`.
         """
         self.base_url = base_url.rstrip("/")
         self.own_host = own_host
+        self.public_url = None if public_url is None else public_url.rstrip("/")
         self._verify = verify
         self._allow_plain_http = allow_plain_http or own_host
         self._http: httpx.AsyncClient | None = None

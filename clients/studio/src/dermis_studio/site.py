@@ -15,14 +15,15 @@ from importlib.resources import files
 from typing import Any
 from urllib.parse import unquote_plus, urlsplit
 
-from dermis_client import DermisError
+from dermis_client import APIStatusError, DermisError
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
-from dermis_studio import bodies, downloads, frame
+from dermis_studio import bodies, frame, markup
 from dermis_studio.access import COOKIE, MAX_KEY_LENGTH, Visitor, Visitors, key_of
 from dermis_studio.bodies import BodyLimiter, RefusedError
+from dermis_studio.downloads import Downloads, FileProblem
 from dermis_studio.events import LARGE_BYTES, MAX_LARGE, EventQueue, Sessions, checked_session, session_of
 from dermis_studio.service import Service
 from dermis_studio.uploads import Uploads
@@ -108,6 +109,7 @@ class StudioSite:
         self._hosts = hosts
         self._sessions = Sessions(queue)
         self._uploads = Uploads(service)
+        self._downloads = Downloads(service)
         self._large_events = BodyLimiter(MAX_LARGE, MAX_LARGE // 2)
         self._stack = AsyncExitStack()
 
@@ -138,19 +140,21 @@ class StudioSite:
         try:
             visitor = await self._visitors.find(key_of(request.cookies))
         except DermisError as error:
-            response = _answer_with_error(request, 503, "The service does not respond", str(error), self._prefix)
+            response = _service_refused(request, error, self._prefix)
         else:
             response = await self._for_visitor(request, path, visitor, receive, send)
         if response is not None:
             await response(scope, receive, send)
 
     def _refusal(self, request: Request) -> Response | None:
-        """The refusal of a request that a page of another site causes, or that uses another host name."""
-        if not self._check_origin:
-            return None
+        """The refusal of a request that a page of another site causes, or that uses another host name.
+
+        An application around the studio may let pages of other origins call its API. They change nothing here: the cookie of
+        the key would be theirs.
+        """
         host = request.headers.get("host", "")
         name = urlsplit(f"//{host}").hostname or ""
-        if not (is_local(name) or name in self._hosts):
+        if self._check_origin and not (is_local(name) or name in self._hosts):
             detail = (
                 f"The studio does not answer as {name[:100]}; start it with --trusted-host {name[:100]} if it should."
             )
@@ -158,10 +162,17 @@ class StudioSite:
         if request.method in {"GET", "HEAD"}:
             return None
         origin = request.headers.get("origin")
-        site = request.headers.get("sec-fetch-site", "none")
-        if (origin is not None and urlsplit(origin).netloc != host) or site not in {"same-origin", "none"}:
-            return JSONResponse({"title": "Other origins cannot change anything"}, 403)
-        return None
+        site = request.headers.get("sec-fetch-site")
+        own = site in {None, "same-origin", "none"}
+        if origin is not None and (
+            self._check_origin or site is None
+        ):  # over plain HTTP a browser sends the origin alone
+            own = own and _is_at(origin, host)
+        if own:
+            return None
+        title = "Other origins cannot change anything"
+        detail = "A page of another site has sent this. Use the pages of the studio itself."
+        return _answer_with_error(request, 403, title, detail, self._prefix)
 
     async def _own(self, request: Request, path: str) -> Response | None:
         """The response to a request that does not depend on the visitor; None for another request."""
@@ -253,8 +264,11 @@ class StudioSite:
             except RefusedError as error:
                 return _refused(request, "The event is refused", error, self._prefix)
             return None
-        download = await downloads.answer(self._service, visitor, path, request)
-        if isinstance(download, downloads.FileProblem):
+        try:
+            download = await self._downloads.answer(visitor, path, request)
+        except RefusedError as error:
+            return _refused(request, "Too many downloads at the moment", error, self._prefix)
+        if isinstance(download, FileProblem):
             problem = _answer_with_error(
                 request, download.status, download.title, download.detail, self._prefix, download.remedy
             )
@@ -363,6 +377,24 @@ async def _form(request: Request, limit: int) -> str:
 def is_local(name: str) -> bool:
     """Whether a host name or address is that of this machine."""
     return name in {"localhost", "::1"} or re.fullmatch(r"127(?:\.\d{1,3}){3}", name) is not None
+
+
+def _is_at(origin: str, host: str) -> bool:
+    """Whether an origin has this host and port. Behind a proxy that ends TLS, only the browser uses https."""
+    scheme, _, authority = origin.partition("://")
+    port = {"http": ":80", "https": ":443"}.get(scheme)
+    return port is not None and authority.removesuffix(port) == host.removesuffix(port)
+
+
+def _service_refused(request: Request, error: DermisError, prefix: str) -> Response:
+    """The answer when the service does not say who a visitor is."""
+    found = markup.explained(error)
+    refused = error if isinstance(error, APIStatusError) else None
+    status = 503 if refused is None else refused.status_code if refused.status_code in {429, 503} else 502
+    response = _answer_with_error(request, status, found.title, found.detail, prefix, found.what_to_do)
+    if refused is not None and refused.retry_after is not None:
+        response.headers["Retry-After"] = str(max(1, round(refused.retry_after)))
+    return response
 
 
 def _refused(request: Request, title: str, error: RefusedError, prefix: str) -> Response:

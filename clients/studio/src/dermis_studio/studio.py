@@ -60,7 +60,9 @@ class Studio:
         return visitor
 
     def shown_address(self, request: gr.Request) -> str:
-        """The address of the service for programs of the visitor."""
+        """The address of the service for programs of the visitor and for readers of studies."""
+        if self.service.public_url is not None:
+            return self.service.public_url
         if not self.service.own_host:
             return self.service.base_url
         url = urls_of(request)

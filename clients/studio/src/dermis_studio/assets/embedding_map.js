@@ -6,6 +6,7 @@
   const SHAPES = ["square", "triangle", "diamond", "disc", "cross", "star"];
   const TRAINING = "#8a929c";
   const FIRST = [0.87, 0, 0.5, 0.17, 0.94, -0.29, -0.47, 0.34, 0.81];
+  const TURN = 0.12; // radians of a key or a button
   const NEIGHBOURS = 9;
   const BY = { class: "Class", source: "Source", verdict: "Verdict" };
   const kept = { turn: FIRST.slice(), zoom: 0, x: 0, y: 0, by: "class", hidden: new Set(), chosen: null, pictures: false, training: true, moved: false };
@@ -122,8 +123,12 @@
       this.pen = this.canvas.getContext("2d");
       this.hoverBox = element("div", "", { class: "ds-em-hover", "aria-hidden": "true" });
       this.hoverBox.hidden = true;
-      const zooms = element("div", "", { class: "ds-em-zoom" });
-      zooms.append(this.button("+", () => this.zoom(1.25), "Zoom in"), this.button("−", () => this.zoom(0.8), "Zoom out"), this.button("Fit", () => this.fit()));
+      const zooms = element("div", "", { class: "ds-em-zoom", role: "group", "aria-label": "View" });
+      zooms.append(this.button("Fit", () => this.fit()), this.button("+", () => this.zoom(1.25), "Zoom in"), this.button("−", () => this.zoom(0.8), "Zoom out"),
+        this.button("←", () => this.rotate(-TURN, 0), "Rotate left"), this.button("→", () => this.rotate(TURN, 0), "Rotate right"),
+        this.button("↑", () => this.rotate(0, -TURN), "Rotate up"), this.button("↓", () => this.rotate(0, TURN), "Rotate down"));
+      this.addButton = this.button("Add to the selection", () => this.toggle(this.chosen));
+      this.centreButton = this.button("Show in the middle", () => this.centre(this.chosen));
       plot.append(this.canvas, this.hoverBox, zooms);
 
       const side = element("div", "", { class: "ds-em-side" });
@@ -152,7 +157,8 @@
       const help = element("details", "", { class: "ds-more" });
       help.append(element("summary", "Keyboard and mouse"), element("p",
         "On the map: arrow keys or dragging rotate, with Shift they shift; plus, minus or the wheel (after a click, or with Ctrl) zoom; 0 fits the view. " +
-        "Enter chooses the image nearest to the middle, N and P the next and the previous one, Escape none. L begins to draw around images.",
+        "Enter chooses the image nearest to the middle, N and P the next and the previous one, Escape none. L begins to draw around images. " +
+        "Buttons do the same: those on the map, and those of the chosen image.",
         { class: "ds-muted", id: keys }));
       side.append(label, this.legendBox, find, this.found, steps, this.about, element("h3", "Select and save"), picking, this.selectedWords, saving, help);
 
@@ -284,6 +290,11 @@
     }
     zoom(factor) { kept.moved = true; kept.zoom = Math.min(40, Math.max(0.2, (kept.zoom || 1) * factor)); this.redraw(); }
     shift(dx, dy) { kept.moved = true; kept.x += dx; kept.y += dy; this.redraw(); }
+    centre(i) {
+      if (i < 0) return;
+      this.projected();
+      this.shift(this.canvas.clientWidth / 2 - this.screen[i][0], this.canvas.clientHeight / 2 - this.screen[i][1]);
+    }
     fit() {  // zoom and shift so that what is shown fills the canvas
       const width = this.canvas.clientWidth, height = this.canvas.clientHeight;
       if (!width || !height) return;
@@ -341,6 +352,8 @@
       }
       const links = element("div", "", { class: "ds-actions" });
       links.append(...point.links.map(([href, words]) => element("a", words, { href, class: "ds-button" })));
+      const here = element("div", "", { class: "ds-actions" });
+      here.append(this.addButton, this.centreButton);
       this.near = this.neighbours(i);
       const near = element("ol", "", { class: "ds-em-near" });
       near.append(...this.near.map(([j, distance]) => {
@@ -352,9 +365,10 @@
         item.append(go);
         return item;
       }));
-      const parts = [element("h3", point.id), this.picture(i, 128, `Thumbnail of ${point.id}`), list, links];
+      const parts = [element("h3", point.id), this.picture(i, 128, `Thumbnail of ${point.id}`), list, here, links];
       if (this.near.length) parts.push(element("h3", "Nearest images of the map"), near);
       this.about.replaceChildren(...parts.filter(Boolean));
+      this.showSelected();
       this.redraw();
     }
     step(by) {
@@ -378,8 +392,15 @@
       this.showSelected();
       this.redraw();
     }
+    toggle(i) {  // select an image, or no longer
+      if (i < 0) return;
+      if (!this.selected.delete(i)) this.selected.add(i);
+      this.showSelected();
+      this.redraw();
+    }
     showSelected() {
       const shown = this.points.filter((p) => this.isShown(p)).length;
+      this.addButton.textContent = this.selected.has(this.chosen) ? "Remove from the selection" : "Add to the selection";
       this.clearButton.disabled = this.selected.size === 0;
       this.selectedWords.textContent = this.selected.size ? `${this.selected.size} selected.` : `Nothing is selected: a file has ${window.dermisCounted(shown, "image")}, all that are shown.`;
     }
@@ -487,7 +508,7 @@
         const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
         if (arrows[key]) {
           const [dx, dy] = arrows[key];
-          if (event.shiftKey) this.shift(24 * dx, 24 * dy); else this.rotate(0.12 * dx, 0.12 * dy);
+          if (event.shiftKey) this.shift(24 * dx, 24 * dy); else this.rotate(TURN * dx, TURN * dy);
         } else if (acts[key]) acts[key]();
         else return;
         event.preventDefault();

@@ -52,6 +52,13 @@
   });
   ready.observe(document.body, { childList: true, subtree: true });
 
+  // The second click of a double click neither starts nor stops anything: what the first one has started may have ended.
+  document.addEventListener("click", (event) => {
+    const commands = ".gradio-container button.primary, .gradio-container button.stop"; // which take each other's place
+    const button = event.target instanceof Element ? event.target.closest(commands) : null;
+    if (button && event.detail > 1) { event.stopPropagation(); event.preventDefault(); }
+  }, { capture: true });
+
   document.addEventListener("click", (event) => {
     const target = event.target instanceof Element ? event.target : null;
     if (!target) return;

@@ -117,7 +117,7 @@ def described(image: Picture, model: Model, result: AuthenticityResult) -> str:
     )
     items = "".join(f"<li>{escape(text)}</li>" for text in limits)
     return (
-        f'<div class="ds-panel ds-section"><h2 class="ds-hidden">Result</h2><div '
+        f'{markup.READY}<div class="ds-panel ds-section"><h2 class="ds-hidden">Result</h2><div '
         f'class="ds-pair"><div>{image.shown()}</div><div class="ds-grow">'
         f"{distance(model, result)}{markup.facts(rows)}</div></div>"
         f"<h3>Limits of this answer</h3><ul>{items}</ul></div>"

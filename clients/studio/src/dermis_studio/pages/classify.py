@@ -118,7 +118,7 @@ def described(image: Picture, model: Model, result: ClassificationsResult) -> st
         ),
     ]
     return (
-        f'<div class="ds-panel ds-section"><h2 class="ds-hidden">Result</h2><div '
+        f'{markup.READY}<div class="ds-panel ds-section"><h2 class="ds-hidden">Result</h2><div '
         f'class="ds-pair"><div>{shown}</div><div class="ds-grow">'
         f'<div class="ds-verdict"><b>Counted as {escape(item.class_name)}</b><p>The calibrated probability of '
         f"{escape(result.positive_class)} is {item.calibrated:.3f}, {side} the threshold {result.threshold.value:.3f} "

@@ -123,14 +123,32 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         except Exception as error:
             yield problem_of(error), gr.skip(), gr.skip(), free
 
-    @studio.displays.newest(2)
     async def start(request: gr.Request, *values: Any) -> AsyncIterator[Any]:
-        yield markup.progress("Sending the request", None), gr.skip()
+        """Create a dataset and follow it. The next one can be created meanwhile, but not while the request is sent."""
+        with studio.displays.sending(request) as begins:
+            if not begins:
+                yield gr.skip(), gr.skip()
+                return
+            is_newest = studio.displays.begin(request)
+            yield markup.progress("Sending the request", None), gr.skip()
+            try:
+                async with studio.client(request) as client:
+                    body = fields.request(await find_model(client, fields.named(values)["model"]), values)
+                    dataset = await client.datasets.create(**body)
+            except Exception as error:
+                yield (problem_of(error) if is_newest() else gr.skip()), gr.skip()
+                return
+        if not is_newest():  # another dataset was opened
+            yield gr.skip(), gr.skip()
+            return
+        async for shown in follow(request, dataset.id):
+            yield shown
+
+    @studio.displays.newest(2)
+    async def follow(request: gr.Request, dataset_id: str) -> AsyncIterator[Any]:
         try:
             async with studio.client(request) as client:
-                body = fields.request(await find_model(client, fields.named(values)["model"]), values)
-                dataset = await client.datasets.create(**body)
-                async for shown in followed(client, dataset.id, True):
+                async for shown in followed(client, dataset_id, True):
                     yield shown
         except Exception as error:
             yield problem_of(error), gr.skip()
@@ -188,7 +206,9 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     chosen.then(reckon, fields.inputs, reckoned, **PRIVATE)
     fields.on_change(reckon, reckoned)
     stops(create.click, following)
-    created = create.click(start, fields.inputs, [current, table], concurrency_limit=None, **PRIVATE)
+    created = create.click(
+        start, fields.inputs, [current, table], concurrency_limit=None, trigger_mode="multiple", **PRIVATE
+    )
     for component in (current, table):
         stops(component.select, following, created)
         component.select(act, None, [current, table], concurrency_limit=None, trigger_mode="multiple", **PRIVATE)

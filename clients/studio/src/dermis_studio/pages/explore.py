@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -12,6 +13,7 @@ import gradio as gr
 from dermis_client import AsyncDermisClient, Direction, EditedImage, EditParams, Model, SweepParams
 
 from dermis_studio import markup, quotas, snippets
+from dermis_studio.displays import stops
 from dermis_studio.pages import latent_map, strips
 from dermis_studio.samples import SampleRef, enlarged, find_model, options
 from dermis_studio.sources import chosen_projection, made_here
@@ -30,6 +32,9 @@ from dermis_studio.studio import (
 
 SLIDERS = 7  # edits of one request
 HERE_PIXELS = 256  # of the image beside the map
+# An image that is there within this time is shown without progress, which would flicker. Then the progress is shown again and
+# again: the start and the edited image have one place for it, and what comes first takes it away.
+QUICK_SECONDS, REPEAT_SECONDS = 0.5, 1.0
 MAX_STRENGTH = 4.0
 SAMPLE, PROJECTION = "sample", "projection"
 OWN, COARSE, MIDDLE, FINE, CUSTOM = "own", "coarse", "middle", "fine", "custom"
@@ -114,6 +119,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             with gr.Row(elem_classes=["ds-panel", "ds-before-after"]):
                 before = html(markup.progress("Loading the directions", None))
                 after = html()
+            live = html()
+            stop_live = gr.Button("Stop", variant="stop", size="sm", visible=False)
             about = html()
             with gr.Column(elem_classes=["ds-panel"]):
                 html("<h2>Strip</h2>")
@@ -152,6 +159,9 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
 
     start_fields = [model, kind, class_name, seed, index, projection]
     edit_fields = [layers, first, last, chosen_names, *sliders]
+    everything = [*start_fields, *edit_fields]
+    waiting = gr.update(visible=True)  # the button that stops a live image
+    arrived = "", gr.update(visible=False)  # the progress of a live image, and that button
 
     async def load(request: gr.Request) -> Any:
         try:
@@ -205,37 +215,66 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             sample = SampleRef(name, class_name, sample.seed, sample.index, named.truncation, named.noise)
         return Start(name, sample, None)
 
-    async def show_start(request: gr.Request, *values: Any) -> Any:
+    async def show_start(request: gr.Request, *values: Any) -> AsyncIterator[Any]:
+        unchanged = [gr.skip()] * 3
         if not studio.displays.changed(request, "start", values):
-            return gr.skip(), gr.skip()
+            yield unchanged
+            return
+        is_newest = studio.displays.begin(request, "start")
         try:
             start = start_of(request, values[:6])
             async with studio.client(request) as client:
-                image = (await client.edits.create(**start.arguments))[0]
-            return shown(image, f"Start: {start.words}.", f"Before: {start.words}"), gr.skip()
+                creation = asyncio.ensure_future(client.edits.create(**start.arguments))
+                async with aclosing(while_running(creation)) as waits:
+                    async for _ in waits:
+                        if not is_newest():
+                            break
+                        yield "", markup.progress("Generating the image", None), waiting
+                if not is_newest():
+                    yield unchanged
+                    return
+                image = (await creation)[0]
+            yield shown(image, f"Start: {start.words}.", f"Before: {start.words}"), *arrived
         except Exception as error:
+            if not is_newest():
+                yield unchanged
+                return
             studio.displays.forget(request, "start")
-            return problem_of(error), gr.skip()
+            yield problem_of(error), *arrived
 
     async def show_edit(request: gr.Request, *values: Any) -> AsyncIterator[Any]:
+        unchanged = [gr.skip()] * 5
         if not studio.displays.changed(request, "edit", values):
-            yield gr.skip(), gr.skip(), gr.skip()
+            yield unchanged
             return
+        is_newest = studio.displays.begin(request, "edit")
         try:
             start = start_of(request, values[:6])
             visitor = await studio.visitor(request)
             async with studio.client(request) as client:
                 chosen = await find_model(client, start.model)
                 edits = edits_of(chosen, values[6:])
-                image = (await client.edits.create(**start.arguments, edits=edits or None))[0]
+                creation = asyncio.ensure_future(client.edits.create(**start.arguments, edits=edits or None))
+                async with aclosing(while_running(creation)) as waits:
+                    async for _ in waits:
+                        if not is_newest():
+                            break
+                        yield *[gr.skip()] * 3, markup.progress("Generating the edited image", None), waiting
+                if not is_newest():
+                    yield unchanged
+                    return
+                image = (await creation)[0]
                 picture = shown(
                     image, "Edited." if edits else "Not edited: all strengths are 0.", f"After: {start.words}, edited"
                 )
                 close = enlarged(image.content, image.media_type, "The edited image", "Here.", pixels=HERE_PIXELS)
-                yield picture, gr.skip(), close
+                yield markup.READY + picture, gr.skip(), close, *arrived
                 words = ""
                 if chosen.classifier is not None and visitor.may("classify"):
                     words = await probability_words(client, chosen, image)
+            if not is_newest():
+                yield unchanged
+                return
             body = start.body | ({"edits": edits} if edits else {})
             address = studio.shown_address(request)
             arguments = start.arguments | ({"edits": edits} if edits else {})
@@ -247,11 +286,22 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             yield (
                 gr.skip(),
                 f'{words}<details class="ds-more"><summary>Copy as code</summary>{code}</details>',
-                gr.skip(),
+                *[gr.skip()] * 3,
             )
         except Exception as error:
+            if not is_newest():
+                yield unchanged
+                return
             studio.displays.forget(request, "edit")
-            yield problem_of(error), gr.skip(), gr.skip()
+            yield problem_of(error), gr.skip(), gr.skip(), *arrived
+
+    def stop_showing(request: gr.Request, *values: Any) -> Any:
+        """Stop a live image. What is entered now counts as shown, so that an event of it that waits does not begin it again."""
+        for place, entered in (("start", values[:6]), ("edit", values)):
+            studio.displays.begin(request, place)
+            studio.displays.changed(request, place, entered)
+        words = "Stopped. Change a value to generate the image."
+        return f'<p class="ds-muted" role="status">{words}</p>', gr.update(visible=False)
 
     async def make_strip(request: gr.Request, *values: Any) -> AsyncIterator[Any]:
         try:
@@ -340,11 +390,11 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         AddressField("projection", projection),
     )
     loaded = blocks.load(load, None, fields, **PRIVATE)
-    edits = {"concurrency_limit": None, "trigger_mode": "always_last", **PRIVATE}
-    everything = [*start_fields, *edit_fields]
-    loaded.then(show_start, start_fields, [before, after], **PRIVATE).then(
-        show_edit, everything, [after, about, here], **edits
+    live_images = LiveImages(
+        (show_start, start_fields, [before, live, stop_live]),
+        (show_edit, everything, [after, about, here, live, stop_live]),
     )
+    live_images.both_after(loaded)
     chosen_names.change(
         lambda names: gr.update(choices=names, value=names[0] if names else None), chosen_names, swept, **PRIVATE
     )
@@ -358,43 +408,28 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         [of_sample, of_projection, film],
         **PRIVATE,
     )
-    here_made.select(chosen_projection, None, projection, **PRIVATE).then(
-        show_start, start_fields, [before, after], **PRIVATE
-    ).then(show_edit, everything, [after, about, here], **edits)
-    changed = [class_name.input, seed.input, index.input, projection.submit, projection.blur]
-    gr.on(changed, show_start, start_fields, [before, after], trigger_mode="always_last", **PRIVATE).then(
-        show_edit, everything, [after, about, here], **edits
-    )
-    model.input(
+    live_images.both_after(here_made.select(chosen_projection, None, projection, **PRIVATE))
+    live_images.both_on([class_name.input, seed.input, index.input, projection.submit, projection.blur])
+    other_model = model.input(
         choose_model,
         model,
         [before, class_name, chosen_names, *sliders, across, upwards, end_class],
         trigger_mode="always_last",
         **PRIVATE,
-    ).then(show_start, start_fields, [before, after], **PRIVATE).then(
-        show_edit, everything, [after, about, here], **edits
     )
-    chosen_names.input(name_sliders, [chosen_names], sliders, trigger_mode="always_last", **PRIVATE).then(
-        show_edit, everything, [after, about, here], **edits
+    live_images.both_after(other_model)
+    live_images.edited_after(
+        chosen_names.input(name_sliders, [chosen_names], sliders, trigger_mode="always_last", **PRIVATE)
     )
-    gr.on(
-        [*(slider.input for slider in sliders), layers.input, first.input, last.input],
-        show_edit,
-        everything,
-        [after, about, here],
-        **edits,
-    )
+    live_images.edited_on([*(slider.input for slider in sliders), layers.input, first.input, last.input])
     layers.change(lambda value: gr.update(visible=value == CUSTOM), layers, ranged, **PRIVATE)
-    reset.click(lambda: [0] * SLIDERS, None, sliders, **PRIVATE).then(
-        show_edit, everything, [after, about, here], **edits
-    )
+    live_images.edited_after(reset.click(lambda: [0] * SLIDERS, None, sliders, **PRIVATE))
     stopped = '<p class="ds-muted" role="status">Stopped.</p>'
     studio.displays.run_until_stopped(
         [draw.click], draw_map, [*everything, across, upwards, extent], [area], (draw, stop_map), stopped, "map"
     )
-    area.select(go_to, [chosen_names, *sliders], [chosen_names, *sliders], trigger_mode="always_last", **PRIVATE).then(
-        show_edit, everything, [after, about, here], **edits
-    )
+    moved = [chosen_names, *sliders]
+    live_images.edited_after(area.select(go_to, moved, moved, trigger_mode="always_last", **PRIVATE))
     ends = [*start_fields, end_class, end_seed, end_index, frames]
     studio.displays.run_until_stopped(
         [interpolate.click], make_film, ends, [between], (interpolate, stop_film), stopped, "film"
@@ -403,6 +438,62 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     studio.displays.run_until_stopped(
         [make.click], make_strip, swept_fields, [strip], (make, stop_strip), stopped, "strip"
     )
+    stops(stop_live.click, *live_images.events)
+    stop_live.click(stop_showing, everything, [live, stop_live], concurrency_limit=None, **PRIVATE)
+
+
+Listener = tuple[Callable[..., Any], Sequence[Any], Sequence[Any]]  # handler, inputs, outputs
+
+
+class LiveImages:
+    """The events that show the start and the edited image.
+
+    The second follows on the first, but not when that was stopped.
+
+    Args:
+        start: What shows the start.
+        edited: What shows the edited image.
+
+    Attributes:
+        events: What the listeners returned.
+    """
+
+    def __init__(self, start: Listener, edited: Listener) -> None:
+        self._start, self._edited = start, edited
+        self._options: dict[str, Any] = {"concurrency_limit": None, "trigger_mode": "always_last", **PRIVATE}
+        self.events: list[Any] = []
+
+    def both_on(self, events: Sequence[Any]) -> None:
+        """Show both when one of these events arrives."""
+        self._both(gr.on(list(events), *self._start, **self._options))
+
+    def both_after(self, event: Any) -> None:
+        """Show both after an event."""
+        self._both(event.then(*self._start, **self._options))
+
+    def _both(self, begun: Any) -> None:
+        self.events.append(begun)
+        self.edited_after(begun)
+
+    def edited_on(self, events: Sequence[Any]) -> None:
+        """Show the edited image when one of these events arrives."""
+        self.events.append(gr.on(list(events), *self._edited, **self._options))
+
+    def edited_after(self, event: Any) -> None:
+        """Show the edited image after an event that was not stopped."""
+        self.events.append(event.success(*self._edited, **self._options))
+
+
+async def while_running(task: asyncio.Future[Any]) -> AsyncGenerator[None, None]:
+    """Yield after a moment and then once in a while until a task has ended. The task ends with the generator."""
+    seconds = QUICK_SECONDS
+    try:
+        while not (await asyncio.wait({task}, timeout=seconds))[0]:
+            yield
+            seconds = REPEAT_SECONDS
+    finally:
+        if not task.done():
+            task.cancel()
 
 
 def direction_updates(directions: Sequence[Direction]) -> list[Any]:

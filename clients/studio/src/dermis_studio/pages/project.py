@@ -121,8 +121,9 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     async def run(
         request: gr.Request, file: str | None, name: str, class_name: str, schedule: ProjectionSchedule, video: bool
     ) -> AsyncIterator[Any]:
-        yield markup.progress("Sending the image", None), *sending
+        # Another image can be projected while this one is followed. If it is still being sent, nothing of it is kept.
         is_wanted = studio.displays.begin(request, "sending")
+        yield markup.progress("Sending the image", None), *sending
         try:
             content, _ = content_of(file)
             projection = await created(
@@ -180,7 +181,9 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
     model.input(choose_model, model, [result, class_name], trigger_mode="always_last", **PRIVATE)
     inputs = [file, model, class_name, schedule, video]
     stops(start.click, reopened)
-    running = start.click(run, inputs, [result, start, stop], concurrency_limit=None, **PRIVATE)
+    running = start.click(
+        run, inputs, [result, start, stop], concurrency_limit=None, trigger_mode="multiple", **PRIVATE
+    )
     stops(stop.click, running)
     stop.click(stop_sending, None, [result, start, stop], concurrency_limit=None, **PRIVATE)
     stops(result.select, running, reopened)

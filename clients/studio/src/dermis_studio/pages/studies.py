@@ -24,7 +24,10 @@ const tell = (text, problem) => {
   const status = element.querySelector('[data-study-status]');
   if (status) { status.textContent = text; status.classList.toggle('ds-alert', Boolean(problem)); }
 };
+const WAIT = 10000;  // milliseconds for which a form is not sent again, unless the page shows what came of it
+let sent = -WAIT;
 element.addEventListener('click', (event) => {
+  if (event.detail > 1 && event.target.closest('[data-form] button')) event.preventDefault();  // a double click
   const button = event.target.closest('[data-act]');
   if (!button || event.detail > 1 || (button.dataset.confirm && !window.confirm(button.dataset.confirm))) return;
   trigger('select', { act: button.dataset.act, id: button.dataset.id, name: button.dataset.name });
@@ -33,8 +36,11 @@ element.addEventListener('submit', (event) => {
   const form = event.target.closest('[data-form]');
   if (!form) return;
   event.preventDefault();
+  if (performance.now() - sent < WAIT) return;
+  sent = performance.now();
   trigger('select', { act: form.dataset.form, id: form.dataset.id, label: form.label.value, days: Number(form.days.value) });
 });
+const warn = (event) => event.preventDefault();
 element.addEventListener('change', async (event) => {
   const input = event.target.closest('[data-study-upload]');
   if (!input || !input.files.length) return;
@@ -42,8 +48,11 @@ element.addEventListener('change', async (event) => {
   const images = window.dermisCounted(total, 'image is', 'images are');
   const bar = element.querySelector('[data-study-progress]'), cancel = element.querySelector('[data-study-cancel]');
   const query = input.dataset.class ? '?class=' + encodeURIComponent(input.dataset.class) : '';
-  const enabled = [...element.querySelectorAll('[data-study-upload], [data-act]')].filter((other) => !other.disabled);
+  // Until the upload has ended, nothing else is shown: its status and its Stop button are here.
+  const leading = ['[data-study-upload]', '[data-act]', 'button.primary'].map((other) => `gradio-app ${other}`).join();
+  const enabled = [...document.querySelectorAll(leading)].filter((other) => !other.disabled);
   for (const other of enabled) other.disabled = true;
+  window.addEventListener('beforeunload', warn);
   bar.hidden = cancel.hidden = false;
   bar.max = total;
   cancel.focus();
@@ -55,6 +64,7 @@ element.addEventListener('change', async (event) => {
   });
   input.value = '';
   for (const other of enabled) other.disabled = false;  // the page may be shown as it was before
+  window.removeEventListener('beforeunload', warn);
   bar.hidden = cancel.hidden = true;
   input.focus();
   tell(`${result.done} of ${images} uploaded`);
@@ -62,6 +72,7 @@ element.addEventListener('change', async (event) => {
 });
 let made = '';
 watch('value', () => {
+  sent = -WAIT;
   const form = element.querySelector('[data-made]');
   if (form && form.dataset.made !== made) { made = form.dataset.made; form.reset(); }  // its link is shown
   const named = element.querySelector('[data-address]');
@@ -193,6 +204,9 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                     )
                     return
                 text, invited = await carried_out(client, str(name), study_id, message)
+                if invited is not None:  # the client has the address that the studio itself uses
+                    url = f"{studio.shown_address(request)}{invited.path}"
+                    invited = invited.model_copy(update={"url": url})
                 async for shown in followed(client, study_id, invited, text):
                     yield shown
         except Exception as error:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from urllib.parse import urlsplit
 
 from dermis_client import Invitation, NewInvitation, ReaderResults, Study, StudyRate, StudyRates, StudyResults
 
 from dermis_studio import markup
 from dermis_studio.pages.dataset_view import when
+from dermis_studio.site import is_local
 
 _STATES = {
     "collecting": ("Collecting images", "ds-wait", "○"),
@@ -23,6 +25,10 @@ NOTHING = markup.empty_state(
 _LINKS = (
     "Whoever has a link can see the images and answer in the place of its reader. Send each link to one person only, by a way "
     "that you trust with images of patients. It is shown once."
+)
+_LOCAL_LINK = (
+    "The link works on this machine only. For readers elsewhere, open the studio under the public address of the service, or "
+    "start dermis studio with --public-url, and create another link."
 )
 
 
@@ -162,6 +168,11 @@ def _invite(study: Study, invited: NewInvitation | None) -> str:
             markup.success(f"The link for {invited.label} is below. It is not shown again.")
             + markup.code_block("Link", invited.url)
             + f'<p class="ds-muted">{escape(_LINKS)}</p>'
+            + (
+                f'<p class="ds-alert">{escape(_LOCAL_LINK)}</p>'
+                if is_local(urlsplit(invited.url).hostname or "")
+                else ""
+            )
         )
     made = "" if invited is None else f' data-made="{escape(invited.id)}"'
     return (
