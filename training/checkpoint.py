@@ -6,7 +6,6 @@ the scalars as JSON in its metadata.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -21,11 +20,11 @@ from torch import Tensor
 
 from dermis.errors import TrainingError, escape
 from dermis.files import atomic_write, try_lock
+from training.locks import NO_LOCKS
 
 CHECKPOINT = "checkpoint.safetensors"  # name of the file in the folder of a run
 # Also used for encoders and classifiers; stored files contain it, so it cannot change.
 FORMAT = "dermis-gan-checkpoint-1"
-_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}  # some cluster file systems have none
 
 
 def save_checkpoint(
@@ -49,11 +48,25 @@ def save_checkpoint(
     """
     flat = flatten(modules, optimizers, tensors, path)
     try:
-        with atomic_write(path) as partial:
-            save_file(flat, partial, metadata={"format": FORMAT, "state": json.dumps(dict(state))})
+        write_tensors(path, flat, {"format": FORMAT, "state": json.dumps(dict(state))})
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise TrainingError(f"{path}: cannot save the checkpoint ({reason}); the previous one is kept") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file completely or not at all. It is on the disk when this returns.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    try:
+        with atomic_write(path) as partial:
+            save_file(dict(tensors), partial, metadata=dict(metadata))
+            with partial.open("r+b") as file:
+                os.fsync(file.fileno())  # so that a power failure cannot leave the name without the content
+    except SafetensorError as error:  # for instance if the disk is full
+        raise OSError(escape(error)) from error
 
 
 def flatten(
@@ -199,15 +212,18 @@ def checkpoint_path(out: Path, *, resume: bool) -> Path:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Prevent other trainings in a run folder. The kernel releases the lock when this process ends, however it ends.
+    """Make a run folder, and prevent other trainings in it.
+
+    The kernel releases the lock when this process ends, however it ends.
 
     Raises:
         TrainingError: Another training holds the lock, or the file cannot be locked.
     """
     try:
+        out.mkdir(parents=True, exist_ok=True)
         lock = try_lock(out / "lock")
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
+        if error.errno not in NO_LOCKS:
             raise TrainingError(f"{out / 'lock'}: cannot be locked ({error.strerror})") from None
         yield
         return
