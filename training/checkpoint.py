@@ -7,11 +7,12 @@ the scalars as JSON in its metadata.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -235,3 +236,28 @@ def locked(out: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def drop_after(log: Path, last: int, key: str = "nimg") -> None:
+    """Remove the lines of a log that a run wrote after its last checkpoint: those whose number `key` is above `last`."""
+    if not log.exists():
+        return
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if position(line, key) <= last]
+    if len(kept) < len(lines):
+        with atomic_write(log) as partial:
+            partial.write_text("".join(kept), encoding="utf-8")
+
+
+def position(line: str, key: str = "nimg") -> float:
+    """Number `key` of a line of a log; infinity if the line is incomplete."""
+    try:
+        return float(json.loads(line)[key])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def opened_log(log: Path, step: int) -> TextIO:
+    """Open the log of a run to append lines with a number `step`, without those of a run that crashed after this step."""
+    drop_after(log, step if step else -1, "step")
+    return log.open("a", encoding="utf-8")

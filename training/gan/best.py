@@ -24,7 +24,7 @@ from training.data.images import ImageDataset
 from training.evaluation.features import BATCH, labels_in_proportion
 from training.evaluation.sets import Generation, generated_batches
 from training.gan.state import GanProgress
-from training.gan.training_log import drop_after, position
+from training.checkpoint import drop_after, position
 
 METRICS = ("fid", "kid")
 LOG = "metrics.jsonl"
