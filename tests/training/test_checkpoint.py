@@ -69,7 +69,10 @@ def test_value_that_is_not_finite_keeps_the_old_checkpoint(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     "error",
-    [SafetensorError("I/O error: No space left on device (os error 28)"), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))],
+    [
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    ],
 )
 def test_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     path, network, _ = saved(tmp_path, {"step": 1})

@@ -128,12 +128,16 @@ class GanConfig:
         if self.augment_target is not None and self.augment != "none":
             above_zero.append("augment_kimg")
             if not -1 <= self.augment_target <= 1:
-                raise TrainingError(f"augment_target: {self.augment_target} is not in [-1, 1], the range of E[sign(D(real))]")
+                raise TrainingError(
+                    f"augment_target: {self.augment_target} is not in [-1, 1], the range of E[sign(D(real))]"
+                )
         for name in above_zero:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise TrainingError(f"{name.removeprefix('total_')}: {value} must be a finite number above 0")
-        if not 0 <= self.learning_rate_kimg < math.inf or (self.final_learning_rate is None) != (self.learning_rate_kimg == 0):
+        if not 0 <= self.learning_rate_kimg < math.inf or (self.final_learning_rate is None) != (
+            self.learning_rate_kimg == 0
+        ):
             raise TrainingError(
                 "learning_rate_kimg: give both it (above 0) and final_learning_rate, or neither of them"
             )

@@ -118,11 +118,15 @@ def sample_grid(G: Generator, device: torch.device) -> Images:
     """The first samples of seed 0 of every class, in rows of `GRID`, as uint8 [n, H, W, 3]. Classes follow each other."""
     classes = max(G.config.c_dim, 1)
     per_class = GRID * max(GRID // classes, 1)
-    return np.concatenate([
-        draw_samples(G, 0, range(start, start + GRID), [label] * GRID, device)  # a row at a time, to limit the memory
-        for label in range(classes)
-        for start in range(0, per_class, GRID)
-    ])
+    return np.concatenate(
+        [
+            draw_samples(
+                G, 0, range(start, start + GRID), [label] * GRID, device
+            )  # a row at a time, to limit the memory
+            for label in range(classes)
+            for start in range(0, per_class, GRID)
+        ]
+    )
 
 
 @torch.no_grad()

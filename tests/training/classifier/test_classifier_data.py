@@ -201,7 +201,11 @@ def test_interrupted_drawing_of_images_resumes(
 
 
 def test_training_waits_for_another_one_that_makes_its_images(
-    tiny_bundle: Bundle, tmp_path: Path, painter: type[Painter], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_bundle: Bundle,
+    tmp_path: Path,
+    painter: type[Painter],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     source, counts = [SyntheticSource(tiny_bundle.location)], {"malignant": 3}
     (made,) = load_synthetic(source, counts, 8, cache=tmp_path, progress=False).images

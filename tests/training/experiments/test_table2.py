@@ -111,7 +111,14 @@ def test_other_ranks_stop_only_with_the_first(
     task = ScenarioTask(TABLE2[0], cast(ClassifierData, SimpleNamespace(training=[])))
     origin = ClassifierOrigin("", "", "", "")
     done = run_tasks(
-        tmp_path, [task], ClassifierConfig(), [0, 1], weights="none", origin=origin, ranks=ranks, report=lambda text: None
+        tmp_path,
+        [task],
+        ClassifierConfig(),
+        [0, 1],
+        weights="none",
+        origin=origin,
+        ranks=ranks,
+        report=lambda text: None,
     )
     assert done is not stopped and calls == trained and not list(tmp_path.iterdir())
 

@@ -122,5 +122,7 @@ def read_description(
         if cast(int, counts[name]) > MAX_IMAGES:
             raise RefusedError(f"the client reports {quote(counts[name])} {name}; at most {MAX_IMAGES:,} are accepted")
     if sum(cast(int, counts[f"images-{name}"]) for name in class_names) != counts["images"]:
-        raise RefusedError("the client's numbers of images of each class do not add up to its number of training images")
+        raise RefusedError(
+            "the client's numbers of images of each class do not add up to its number of training images"
+        )
     return cast(dict[str, int], counts)

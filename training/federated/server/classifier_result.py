@@ -137,7 +137,7 @@ def read_counts(reply: Message, validation: int) -> Tensors:
     if record is None:
         raise RefusedError("the reply has no arrays")
     counts = unpack(record, _MAX_BYTES)
-    shapes: dict[str, tuple[int, ...]] = {part: (2, BINS) for part in _PARTS}
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_PARTS, (2, BINS))
     shapes |= {f"{part}-patients": (1,) for part in _PARTS}
     if counts.keys() != shapes.keys():
         raise RefusedError(f"the counts must be {', '.join(shapes)}")
