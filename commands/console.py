@@ -27,6 +27,7 @@ _OPTIONS = {
     "privacy.percentile": "--percentile",
     "privacy.on_reject": "--on-reject",
     "privacy.tries": "--gate-tries",
+    "privacy.detect_copies": "--detect-copies",
     "privacy": "--gate",
 }
 _FIELDS = (

@@ -110,13 +110,17 @@ def croissant(
 
     from dermis.dataset.manifest import CROISSANT, read_manifest
     from dermis.dataset.store import Store
-    from dermis.errors import DataError, RequestError
+    from dermis.errors import DataError, RequestError, StorageError
     from dermis.exports.source import read_croissant
     from dermis.files import write_file
 
     if not re.fullmatch(r"https?://[^\s\"<>]+", url):
         raise RequestError("--url", "must begin with https:// or http://")
+    if out.exists():
+        raise StorageError(f"{out}: exists already; choose another place or remove it")
     try:
+        if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", date):
+            raise ValueError
         datetime.date.fromisoformat(date)
     except ValueError:
         raise RequestError("--date", f"must be a date of the form YYYY-MM-DD, not {date!r}") from None

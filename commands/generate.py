@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,7 @@ import typer
 
 from commands.batch import ShardsOption, part_of, shards_of, with_status_of_bad_input
 from commands.batch_job import JobGpusOption, JobImageOption, JobOptions, PrintJobOption, QueueOption, job_yaml
+from commands.console import option_of
 from commands.dataset_audit import (
     AuditClassColumnOption,
     AuditExtractorOption,
@@ -170,8 +171,8 @@ def generate(
     }
     filtering = {name: value for name, value in classifier.items() if value is not None}
     gating = {name: value for name, value in privacy.items() if value is not None}
-    if gating.keys() == {"detect_copies"}:
-        raise RequestError("--detect-copies", "is an option of the gate; add --gate authentic or --gate min_distance")
+    if manifest is None:
+        _check_gate_options(gating)
     if edit:
         fields["edits"] = [_parse_edit(text) for text in edit]
     if c2pa is not None:
@@ -514,6 +515,19 @@ def _parse_classes(text: str) -> dict[str, int]:
             raise RequestError("--classes", f"{part.strip()!r} is not of the form NAME=COUNT, each name once")
         counts[name] = int(number)
     return counts
+
+
+def _check_gate_options(gating: Mapping[str, Any]) -> None:
+    """Refuse options of the gate without an effect, but for default values, which printed Jobs name."""
+    if gating and "gate" not in gating:
+        raise RequestError(
+            option_of(f"privacy.{next(iter(gating))}"),
+            "is an option of the gate; add --gate authentic or --gate min_distance",
+        )
+    if gating.get("percentile", 1) != 1 and gating["gate"] != "min_distance":
+        raise RequestError("--percentile", "is an option of --gate min_distance")
+    if gating.get("tries", 8) != 8 and gating.get("on_reject", "resample") != "resample":
+        raise RequestError("--gate-tries", "is an option of --on-reject resample")
 
 
 def _parse_edit(text: str) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def project(
     settings = _schedule(schedule, steps, space, start, patience, encoder is not None)
     files = image_files(images)
     projector = _projector(ImageProjector, opened, _distance_of(out, distance), device, batch_size, encoder)
-    _begin(out, opened, projector, settings)
+    _begin(out, opened, projector, settings, class_name)
     results = _result_files(files, images, out)
     label = None if class_name is None else classes.index(class_name)
     unreadable: list[tuple[Path, str]] = []
@@ -134,9 +134,11 @@ def _projector(
         return make(bundle, distance="lite0", **options)
 
 
-def _begin(out: Path, bundle: Bundle, projector: ImageProjector, schedule: Schedule) -> None:
+def _begin(out: Path, bundle: Bundle, projector: ImageProjector, schedule: Schedule, class_name: str | None) -> None:
     """Mark the folder with these settings; StorageError if it has other settings or other files."""
-    settings = {"bundle": bundle.digest, "distance": projector.distance, "schedule": asdict(schedule)}
+    settings: dict[str, Any] = {"bundle": bundle.digest, "distance": projector.distance, "schedule": asdict(schedule)}
+    if class_name is not None:  # without it each image has the class whose mean image is nearest
+        settings["class"] = class_name
     mark = out / SETTINGS
     try:
         out.mkdir(parents=True, exist_ok=True)

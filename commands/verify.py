@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,7 +68,7 @@ def _verify_images(place: str, trusted: Sequence[Path]) -> None:
     verifier = ImageVerifier(trusted)
     states: Counter[str] = Counter()
     signers: Counter[str] = Counter()
-    single = Path(place).is_file()
+    single = Path(place).is_file() and not zipfile.is_zipfile(place)
     for name, data in images_at(place):
         result = verifier.verify(data)
         states[result.state] += 1

@@ -437,7 +437,11 @@ def _measured(metrics: Mapping[str, Any]) -> list[str]:
         texts = [
             *_distance("Fréchet distance", "fd", 1, numbers, reference),
             *_distance("kernel inception distance times 1000", "kid", 1000, numbers, reference),
-            *(_number(numbers, measure, reference) for measure in ("precision", "recall") if measure in numbers),
+            *(
+                _number(numbers, measure, reference)
+                for measure in ("precision", "recall")
+                if isinstance(numbers.get(measure), int | float)
+            ),
         ]
         if not texts:
             continue

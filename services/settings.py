@@ -286,6 +286,13 @@ class Settings(AccessSettings, StudySettings):
     header_timeout_seconds: float = Field(
         15.0, ge=1.0, le=3600.0, description="Maximum time in which the headers of a request must arrive."
     )
+    keep_alive_seconds: int = Field(
+        120,
+        ge=1,
+        le=3600,
+        description="Time after which a connection without a request is closed. Longer than that of the proxies in front: one "
+        "that is closed while a request arrives loses it.",
+    )
     body_timeout_seconds: float = Field(
         15.0,
         ge=1.0,

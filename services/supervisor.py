@@ -205,6 +205,7 @@ class _Supervisor:
         self, settings: Settings, listener: socket.socket, folders: TemporaryFolders, gateway_options: Sequence[str]
     ) -> None:
         self._gateway_options = gateway_options
+        self._keep_alive_seconds = settings.keep_alive_seconds
         self._times = _Times(settings.shutdown_seconds, stop_pause(settings))
         counts = worker_counts(settings)
         self._workers = [_Worker(name, i + 1) for name, count in counts.items() for i in range(count)]
@@ -259,7 +260,8 @@ class _Supervisor:
         listener = self._listeners[worker.service].fileno()
         environment = self._environment
         if worker.service == GATEWAY:
-            options = ["--timeout-graceful-shutdown", str(self._times.requests), *self._gateway_options]
+            options = ["--timeout-graceful-shutdown", str(self._times.requests)]
+            options += ["--timeout-keep-alive", str(self._keep_alive_seconds), *self._gateway_options]
             environment = _GATEWAY_ENVIRONMENT | environment  # the operator's value is kept
         else:
             options = ["--timeout-graceful-shutdown", "1"]

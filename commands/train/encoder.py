@@ -108,4 +108,6 @@ def train_encoder(
     typer.echo(f"{result.folder}: {result.progress.step:,} steps in {result.progress.seconds / 60:.0f} min")
     if attach:
         amended = amend_bundle(opened, parts={"encoder": result.folder})
+        if opened.privacy_audit is not None:
+            typer.echo("the privacy audit was removed: it did not attack this encoder; repeat it with --attach", err=True)
         typer.echo(f"{bundle}: {amended.name}@{amended.digest}")

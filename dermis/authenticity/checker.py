@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from dermis.authenticity.copy_detector import CopyDetector
 from dermis.authenticity.index import Index, Nearest, find_index, open_index
 from dermis.authenticity.verdict import SAME_SHARE, Verdicts, verdicts_of
-from dermis.bundle.copies import DESCRIPTOR as COPIES_DESCRIPTOR
-from dermis.bundle.folder import exists
+from dermis.bundle import read_signature
+from dermis.bundle.copies import COPIES_PART
 from dermis.bundle.index import IndexDescription
 from dermis.classifier.preprocess import batch as squares
 from dermis.errors import BundleError
@@ -155,7 +155,7 @@ class Checker:
             )
         bundle = where.removesuffix("/authenticity")
         if isinstance(source, str | Path):
-            has_copies = bundle != where and exists(f"{bundle}/copies", COPIES_DESCRIPTOR)
+            has_copies = bundle != where and f"{COPIES_PART.name}/{COPIES_PART.descriptor}" in read_signature(bundle)[1]
         else:
             has_copies = source.copies is not None
         if has_copies:

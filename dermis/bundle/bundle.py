@@ -210,11 +210,17 @@ def find_part(source: Bundle | str | Path, part: PartFormat[PartDescription], mi
         if getattr(source, part.name) is None:
             raise BundleError(f"{source.location}: {missing}")
         return f"{source.location}/{part.name}"
-    where = str(source).rstrip("/")
+    where = str(resolve_bundle(source)).rstrip("/")
     if not exists(where, DESCRIPTOR):
         return where
-    if not exists(f"{where}/{part.name}", part.descriptor):
+    folder = open_folder(where, "bundle", DESCRIPTOR)
+    records = parse_descriptor(
+        folder.read_descriptor(), f"{where}/{DESCRIPTOR}", BUNDLE_FORMAT, _BundleDescriptor
+    ).records
+    descriptor = f"{part.name}/{part.descriptor}"
+    if descriptor not in records:
         raise BundleError(f"{where}: {missing}")
+    folder.verify(descriptor, records[descriptor])  # it lists the other files of the part with their hashes
     return f"{where}/{part.name}"
 
 
@@ -317,7 +323,7 @@ def amend_bundle(
         model_card: New model card.
         name: New name of the bundle.
         parts: Folders to attach, by the part's name: "classifier", "authenticity", "encoder", "reference" or "copies". A part
-            that is already in the bundle is replaced.
+            that is already in the bundle is replaced. A new encoder or classifier removes the privacy audit.
         directions: New directions. They replace all that the bundle has.
         privacy_audit: New content of privacy_audit.json. The card gets a section about it.
         remove: Names of parts to remove, or "directions" or "privacy_audit".
@@ -347,7 +353,8 @@ def amend_bundle(
     if metrics is not None:
         files[METRICS] = to_json(dict(metrics), METRICS)
     audit = bundle.privacy_audit
-    if "privacy_audit" in remove:
+    # An audit attacks encoder and classifier as parts of the bundle: it says nothing of others.
+    if "privacy_audit" in remove or {"encoder", "classifier"} & (parts or {}).keys():
         files.pop(PRIVACY_AUDIT, None)
         audit = None
     if privacy_audit is not None:

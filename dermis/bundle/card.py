@@ -146,7 +146,8 @@ def _encoder(encoder: EncoderDescription | None) -> str:
     if encoder is None:
         return ""
     images = encoder.provenance.get("images")
-    learnt = f"{images['count']:,} real images and generated ones" if images else "generated images"
+    count = images.get("count") if isinstance(images, Mapping) else None
+    learnt = f"{count:,} real images and generated ones" if isinstance(count, int) else "generated images"
     measured = encoder.metrics.get("held_out") or encoder.metrics.get("generated")
     result = ""
     if measured:

@@ -45,6 +45,7 @@ class DatasetSample:
 _ROW_GROUP = 100
 
 _MAX_IMAGE_BYTES = 256 << 20
+_PLAIN_ENCODINGS = {"PLAIN", "RLE", "BIT_PACKED"}  # of values, and of their presence
 
 Add = Callable[[Sequence[DatasetSample]], None]
 
@@ -310,12 +311,13 @@ def _read_parquet(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
         row_group = table.metadata.row_group(group)
         for position in range(row_group.num_columns):
             column = row_group.column(position)
-            # A dictionary stores an image once for any number of rows, so that reading could need any amount of memory.
-            if column.path_in_schema == "image.bytes" and (
-                column.compression != "UNCOMPRESSED" or any("DICTIONARY" in name for name in column.encodings)
+            # A dictionary or a shared prefix stores a value once for many rows: reading could need any amount of memory.
+            if column.path_in_schema.split(".")[0] == IMAGE and (
+                column.compression != "UNCOMPRESSED" or not set(column.encodings) <= _PLAIN_ENCODINGS
             ):
                 raise ValueError("its images are compressed")
-    for batch in table.iter_batches(batch_size=64, columns=["image"]):
+    # Few rows at a time: the footer lists the encodings, and it can be wrong.
+    for batch in table.iter_batches(batch_size=4, columns=[IMAGE]):
         for image in batch.column("image").to_pylist():
             _check_image_bytes(image["path"], len(image["bytes"]))
             yield image["path"], image["bytes"]

@@ -331,14 +331,15 @@ def _canonical_hashes(
     plan: DatasetPlan, records: Sequence[PackedShard], files: Sequence[FileEntry], texts: Mapping[str, bytes]
 ) -> dict[str, str]:
     """Return the hash without the signatures of images of each file that has signatures or their hashes in it."""
-    images = [
-        [(file_name(plan, sample.index, sample.label), sample.sha256 or "") for sample in _kept(plan, record)]
-        for record in records
-    ]
+
+    def images_of(record: PackedShard) -> Iterator[tuple[str, str]]:
+        for sample in _kept(plan, record):
+            yield file_name(plan, sample.index, sample.label), sample.sha256 or ""
+
     if plan.request.format == "imagefolder":
-        hashes = {ARCHIVE: listing_sha256(chain.from_iterable(images))}
+        hashes = {ARCHIVE: listing_sha256(chain.from_iterable(map(images_of, records)))}
     else:
-        hashes = {record.file.name: listing_sha256(rows) for record, rows in zip(records, images, strict=True)}
+        hashes = {record.file.name: listing_sha256(images_of(record)) for record in records}
     croissant_sha256 = hashlib.sha256(canonical_croissant(texts[CROISSANT], hashes)).hexdigest()
     return hashes | {PREVIEW: canonical_sha256(texts[PREVIEW]), CROISSANT: croissant_sha256}
 

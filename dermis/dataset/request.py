@@ -351,6 +351,12 @@ def _check_classifier(request: DatasetRequest, options: ClassifierOptions, bundl
         if options.score:
             raise RequestError("classifier", f"{bundle.name} has no classifier; leave it out", kind="no-classifier")
         return
+    try:
+        classifier.threshold(options.threshold)
+    except RequestError as error:
+        raise RequestError(
+            "classifier.threshold", error.message.replace(", or give a number from 0 to 1", "")
+        ) from None
     if options.keep != "agreeing":
         return
     unknown = [name for name in request.classes if name not in classifier.class_names]
@@ -360,9 +366,3 @@ def _check_classifier(request: DatasetRequest, options: ClassifierOptions, bundl
             "classifier.keep",
             f"the classes of the classifier are {known}; images of {unknown[0]!r} cannot be filtered with agreeing",
         )
-    try:
-        classifier.threshold(options.threshold)
-    except RequestError as error:
-        raise RequestError(
-            "classifier.threshold", error.message.replace(", or give a number from 0 to 1", "")
-        ) from None

@@ -25,6 +25,14 @@ from dermis.files import NotRegularError, open_regular
 from dermis.provenance.canonical import canonical_sha256
 
 _MAX_SIGNED_BYTES = 256 << 20  # of a signed image, which is read at once
+ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    ValueError,
+    RuntimeError,
+    NotImplementedError,
+)  # of damaged files
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,7 @@ def _is_as_listed(store: Store, manifest: Manifest, file: FileEntry) -> bool:
         if name not in hashes:
             return store.sha256(name) == file.sha256
         if name in (PREVIEW, CROISSANT):
-            data = store.read(name)
+            data = store.read(name, limit=_MAX_SIGNED_BYTES)
             return hashlib.sha256(data).hexdigest() == file.sha256 and _canonical_of(name, data, hashes) == hashes[name]
         with store.errors(name), store.open(name) as opened:
             reader = HashingReader(opened)
@@ -132,7 +140,7 @@ def _canonical_of(name: str, data: bytes, hashes: Mapping[str, str]) -> str:
         if name == PREVIEW:
             return canonical_sha256(data)
         return hashlib.sha256(canonical_croissant(data, hashes)).hexdigest()
-    except ValueError:
+    except (ValueError, RecursionError):
         return ""
 
 
@@ -148,7 +156,7 @@ def _canonical_of_container(manifest: Manifest, file: IO[bytes]) -> str:
 def _verify_archive(path: Path) -> Report:
     try:
         with zipfile.ZipFile(path) as archive:
-            members = _members(archive)
+            members = members_of(archive)
             unpacked_bytes = sum(info.file_size for info in members.values())
             if METADATA not in members or unpacked_bytes > 10 * path.stat().st_size:  # images do not shrink
                 raise StorageError(
@@ -160,7 +168,7 @@ def _verify_archive(path: Path) -> Report:
             checked = 0
             with archive.open(METADATA) as table:  # row by row: there can be millions
                 for row in csv.DictReader(io.TextIOWrapper(table, encoding="utf-8", newline="")):
-                    name = row["file_name"]
+                    name = row["file_name"] or ""
                     if name in unlisted:
                         unlisted.remove(name)
                         if not _is_image(archive, members[name], row["sha256"]):
@@ -170,7 +178,7 @@ def _verify_archive(path: Path) -> Report:
                     else:
                         missing.add(name)
                     checked += 1
-    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, KeyError, NotImplementedError, csv.Error) as error:
+    except (*ZIP_ERRORS, OSError, KeyError, csv.Error) as error:
         raise StorageError(f"{path}: cannot be read as the {ARCHIVE} of a dataset ({escape(error)})") from error
     return Report(checked, tuple(sorted(changed)), tuple(sorted(missing)), tuple(sorted(unlisted)))
 
@@ -180,19 +188,19 @@ def _compare_unpacked(root: Path, unpacked: Set[str]) -> tuple[set[str], list[st
     with open_regular(root, ARCHIVE) as file:
         try:
             with zipfile.ZipFile(file) as archive:
-                members = {name: info for name, info in _members(archive).items() if name.startswith("images/")}
+                members = {name: info for name, info in members_of(archive).items() if name.startswith("images/")}
                 # By SHA-256, because a file can be changed without a change of its CRC-32 and size.
                 different = [
                     name
                     for name in sorted(unpacked & members.keys())
                     if _unpacked_digest(root, name, members[name].file_size) != _digest(archive.open(members[name]))
                 ]
-        except (zipfile.BadZipFile, zlib.error, ValueError, NotImplementedError) as error:
+        except ZIP_ERRORS as error:
             raise StorageError(f"{root / ARCHIVE}: is not a readable zip file ({escape(error)})") from None
     return set(members), different
 
 
-def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+def members_of(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     """Return the members of a zip by name. Raises ValueError if one could unpack to any size, or is ambiguous."""
     members = archive.NameToInfo  # not a copy: there can be millions
     for info in archive.infolist():
@@ -204,11 +212,17 @@ def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     return members
 
 
+def content_of(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    """Return the content of a member, at most as many bytes as its entry states."""
+    with archive.open(member) as file:
+        return file.read(member.file_size)  # without a number, zipfile unpacks up to 2 GiB before it looks at the size
+
+
 def _is_image(archive: zipfile.ZipFile, member: zipfile.ZipInfo, sha256: str) -> bool:
     """Whether a member has this SHA-256, with or without the C2PA manifest in it."""
     if _digest(archive.open(member)) == sha256:
         return True
-    return member.file_size <= _MAX_SIGNED_BYTES and canonical_sha256(archive.read(member)) == sha256
+    return member.file_size <= _MAX_SIGNED_BYTES and canonical_sha256(content_of(archive, member)) == sha256
 
 
 def _digest(file: IO[bytes]) -> str:

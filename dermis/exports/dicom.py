@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from dermis import __version__
 from dermis.errors import DermisError, install_command
 from dermis.exports.source import ExportSample, ExportSource
-from dermis.imaging import decode
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -150,7 +149,7 @@ def _add_equipment(dataset: Dataset, source: ExportSource) -> None:
 
 
 def _add_image(dataset: Dataset, source: ExportSource, sample: ExportSample) -> None:
-    pixels = decode(sample.data)
+    pixels = sample.pixels()
     dataset.InstanceNumber = sample.number + 1
     dataset.PatientOrientation = ""
     dataset.ImageType = ["DERIVED", "SECONDARY"]

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 from dermis.addresses import is_loopback, proxy_variable
+from dermis.bundle import DESCRIPTOR, SIGNATURE
+from dermis.dataset.manifest import SIGNATURE as DATASET_SIGNATURE
 from dermis.dataset.manifest import read_manifest
 from dermis.dataset.store import MANIFEST, Store
 from dermis.dataset.terms import terms_of
@@ -103,6 +105,8 @@ def push_dataset(location: str | Path, target: HubTarget, *, public: bool = Fals
         )
     folder = store.folder
     names = [*(file.name for file in read_manifest(store).files), MANIFEST]
+    if store.size(DATASET_SIGNATURE) is not None:
+        names.append(DATASET_SIGNATURE)
     return _commit(
         {name: folder / name for name in names}, target, "dataset", "Add synthetic dermoscopy dataset", public
     )
@@ -134,9 +138,8 @@ def push_bundle(bundle: Bundle, target: HubTarget, *, public: bool = False, incl
     folder = Store(bundle.location).folder
     if folder is None:
         raise DataError(f"{bundle.location}: is not a local folder; copy the bundle first")
-    files: dict[str, Path | bytes] = {
-        f"{BUNDLE_FOLDER}/{name}": folder / name for name in [*bundle.files, "bundle.json"]
-    }
+    names = [*bundle.files, DESCRIPTOR, *([SIGNATURE] if (folder / SIGNATURE).is_file() else [])]
+    files: dict[str, Path | bytes] = {f"{BUNDLE_FOLDER}/{name}": folder / name for name in names}
     files["README.md"] = bundle_readme(bundle).encode()
     return _commit(files, target, "model", f"Add generator {bundle.name}", public)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,9 @@ from dermis.dataset.containers import folder_name
 from dermis.dataset.manifest import CROISSANT, Manifest
 from dermis.dataset.reading import Row, open_dataset, samples_of
 from dermis.dataset.store import MANIFEST, Store
-from dermis.errors import DataError, quote
+from dermis.errors import DataError, escape, quote
+from dermis.image_reading import ImageError, read_image
+from dermis.imaging import Images
 from dermis.strict_json import parse_json
 
 UNSTATED = "not stated"
@@ -42,11 +44,23 @@ class ExportSample:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of the image, px."""
-        from PIL import Image
+        """Width and height of the image, px. Raises DataError if it cannot be read."""
+        height, width = self.pixels().shape[:2]
+        return width, height
 
-        with Image.open(io.BytesIO(self.data)) as image:
-            return image.size
+    def pixels(self) -> Images:
+        """Decode the image.
+
+        Returns:
+            uint8 [H, W, 3].
+
+        Raises:
+            DataError: It is not an image that can be read.
+        """
+        try:
+            return read_image(self.data)
+        except ImageError as error:
+            raise DataError(f"{escape(self.row['file_name'])}: {error}") from None
 
     @property
     def suffix(self) -> str:
@@ -112,12 +126,16 @@ def read_croissant(store: Store, manifest: Manifest) -> dict[str, Any]:
     """Read croissant.json of a verified dataset; empty if the dataset is older than this file.
 
     Raises:
-        DataError: It is not a JSON object.
+        DataError: It differs from the manifest, or is not a JSON object.
     """
-    if all(file.name != CROISSANT for file in manifest.files):
+    record = next((file for file in manifest.files if file.name == CROISSANT), None)
+    if record is None:
         return {}
+    data = store.read(CROISSANT, limit=_MAX_CROISSANT_BYTES)
+    if hashlib.sha256(data).hexdigest() != record.sha256:
+        raise DataError(f"{store.where(CROISSANT)}: differs from {MANIFEST}; see `dermis verify`")
     try:
-        document = parse_json(store.read(CROISSANT, limit=_MAX_CROISSANT_BYTES))
+        document = parse_json(data)
     except ValueError as error:
         raise DataError(f"{store.where(CROISSANT)}: is not JSON that can be used ({error})") from None
     if not isinstance(document, dict):

@@ -17,7 +17,11 @@ _BATCH_FILES, _BATCH_BYTES = 50, 32 << 20
 _BOUNDARY = "dermis-dicom-part"
 _TIMEOUT = 120.0  # seconds
 _MAX_ANSWER_BYTES = 8 << 20
-_FAILED, _REASON = "00081198", "00081197"  # Failed SOP Sequence, Failure Reason
+_FAILED, _REASON, _STORED = (
+    "00081198",
+    "00081197",
+    "00081199",
+)  # Failed SOP Sequence, Failure Reason, Referenced SOP Sequence
 
 
 @dataclass(frozen=True)
@@ -127,8 +131,8 @@ def _check(target: StowTarget, response: Any, names: list[str]) -> None:
                 f"{target.url}: sent an answer of more than {_MAX_ANSWER_BYTES:,} bytes (status {status}) for the files from "
                 f"{names[0]} to {names[-1]}; is this the address of a DICOMweb service?"
             )
-    failed = _failures(bytes(content))
-    if status == 200 and not failed:
+    failed, stored = _outcomes(bytes(content))
+    if not failed and (status == 200 or (status == 202 and stored == len(names))):  # 202: stored, with warnings
         return
     reason = f"; first failure reason {escape(failed[0], 100)}" if failed else ""
     what = f"{len(failed)} of {len(names)}" if failed else f"{len(names)}"
@@ -138,11 +142,13 @@ def _check(target: StowTarget, response: Any, names: list[str]) -> None:
     )
 
 
-def _failures(content: bytes) -> list[str]:
-    """Return the reasons of the failed objects in an answer."""
+def _outcomes(content: bytes) -> tuple[list[str], int]:
+    """Return the reasons of the failed objects in an answer, and the number of the stored ones."""
     try:
         document = json.loads(content)
-        items = document.get(_FAILED, {}).get("Value", []) if isinstance(document, dict) else []
-        return [str(item.get(_REASON, {}).get("Value", ["unknown"])[0]) for item in items]
+        if not isinstance(document, dict):
+            return [], 0
+        failed, stored = (document.get(tag, {}).get("Value", []) for tag in (_FAILED, _STORED))
+        return [str(item.get(_REASON, {}).get("Value", ["unknown"])[0]) for item in failed], len(stored)
     except (ValueError, AttributeError, TypeError, IndexError, KeyError, RecursionError):
-        return []
+        return [], 0

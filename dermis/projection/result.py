@@ -97,6 +97,6 @@ def from_bytes(data: bytes, where: str) -> tuple[Projection, dict[str, str]]:
         )
         if not whole:
             raise ValueError("its arrays are of another kind")
-    except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as error:
+    except (safetensors.SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"{where}: is not a complete projection ({escape(error)}); project the image again") from None
     return projection, origin

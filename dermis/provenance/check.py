@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dermis.dataset.containers import read_container
-from dermis.dataset.manifest import SINGLE_FILES, read_manifest
+from dermis.dataset.manifest import PREVIEW, SINGLE_FILES, read_manifest
 from dermis.dataset.plan import plan
 from dermis.dataset.store import MANIFEST, Store
+from dermis.dataset.verify import ZIP_ERRORS, content_of, members_of
 from dermis.errors import DataError, StorageError, escape
 from dermis.files import NotRegularError, names_below, open_regular
 
@@ -67,18 +68,25 @@ def _read(root: Path, name: str) -> bytes:
 def _of_zip(path: Path) -> Iterator[tuple[str, bytes]]:
     try:
         with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                if member.filename.lower().endswith(_SUFFIXES):
+            for name, member in members_of(archive).items():
+                if name.lower().endswith(_SUFFIXES):
                     if member.file_size > min(_MAX_BYTES, 10 * path.stat().st_size):
-                        raise ValueError(f"{member.filename} would unpack to {member.file_size:,} bytes")
-                    yield member.filename, archive.read(member)
-    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, NotImplementedError) as error:
+                        raise ValueError(f"{name} would unpack to {member.file_size:,} bytes")
+                    yield name, content_of(archive, member)
+    except (*ZIP_ERRORS, OSError) as error:
         raise StorageError(f"{path}: cannot be read as a zip file ({escape(error)})") from None
 
 
 def _of_dataset(store: Store) -> Iterator[tuple[str, bytes]]:
     manifest = read_manifest(store)
     layout = plan(manifest.request, manifest.bundle_digest, manifest.class_names)
+    containers = {file.name for file in manifest.files} - set(SINGLE_FILES)
+    if store.size(PREVIEW) is not None:
+        yield PREVIEW, store.read(PREVIEW, limit=_MAX_BYTES)
+    if store.folder is not None:  # unpacked images, and any other image that the manifest does not list
+        for name in sorted(names_below(store.folder)):
+            if name not in {*containers, PREVIEW} and name.lower().endswith(_SUFFIXES):
+                yield name, _read(store.folder, name)
     for file in manifest.files:
         if file.name in SINGLE_FILES:
             continue

@@ -55,10 +55,15 @@ def test_signed_dataset_has_the_hashes_of_the_unsigned_one(
     status, verified, _ = run("verify", signed)
     assert status == 0 and dermis_client.verify(signed).ok and dermis_client.verify(plain).ok
     status, out, _ = run("verify", "--provenance", signed, "--trusted", clinic.authority)
-    assert status == 0 and "9 images: 9 signed; signers: Clinic, Test" in out
+    assert status == 0 and "10 images: 10 signed; signers: Clinic, Test" in out
     assert run("verify", "--provenance", signed, "--trusted", signers["Other"].authority)[0] == 1
+    (signed / "images").mkdir()
+    (signed / "images" / "x.png").write_bytes((plain / "preview.png").read_bytes())  # not listed by the manifest
+    status, out, _ = run("verify", "--provenance", signed, "--trusted", clinic.authority)
+    assert status == 1 and "images/x.png: unsigned" in out and "10 signed, 1 unsigned" in out
+    shutil.rmtree(signed / "images")
     status, out, _ = run("verify", "--provenance", plain)
-    assert status == 0 and "9 unsigned" in out
+    assert status == 0 and "10 unsigned" in out
     status, out, err = run(
         "generate", "--manifest", signed / "manifest.json", "--bundle", tiny_bundle.location, "--out", again
     )
@@ -91,7 +96,8 @@ def test_signed_dataset_has_the_hashes_of_the_unsigned_one(
     if file_format == "imagefolder":
         archive = signed / "images.zip"
         assert run("verify", archive)[0] == 0 and dermis_client.verify(archive).ok
-        assert "9 signed" in run("verify", "--provenance", archive, "--trusted", clinic.authority)[1]
+        status, out, _ = run("verify", "--provenance", archive, "--trusted", clinic.authority)
+        assert out.startswith(f"{archive}: 9 images: 9 signed")
         altered = tmp_path / "altered.zip"
         with zipfile.ZipFile(archive) as source, zipfile.ZipFile(altered, "w") as target:
             for number, name in enumerate(source.namelist()):
@@ -128,7 +134,7 @@ def test_parts_that_two_processes_sign_make_the_dataset_of_one(
     digests = [run("verify", folder)[1].split()[-1] for folder in (one, parts)]
     assert digests[0] == digests[1] and len(digests[0]) == 64
     status, out, _ = run("verify", "--provenance", parts)
-    assert status == 0 and "9 images: 9 unknown signer; signers: Clinic, Test, Other, Test" in out
+    assert status == 0 and "10 images: 10 unknown signer; signers: Clinic, Test, Other, Test" in out
 
 
 def _names(folder: Path, pattern: str) -> list[str]:

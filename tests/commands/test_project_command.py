@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from commands.main import app
 from dermis.authenticity.checker import Checker
 from dermis.bundle import Bundle
-from dermis.errors import DataError, RequestError, StorageError
+from dermis.errors import BundleError, DataError, RequestError, StorageError
 from dermis.image_reading import read_image
 from dermis.imaging import Images, decode, encode
 from dermis.projection.projector import ImageProjector
@@ -109,8 +109,9 @@ def test_stopped_projection_command_resumes(
     for name, projection in results(tmp_path / "straight").items():
         # The other images of the batch differ, so the last bits may differ.
         assert np.allclose(projection.ws, results(out)[name].ws, atol=1e-3)
-    other = project(bundle, folder, out, "--space", "w")
-    assert isinstance(other.exception, StorageError) and "other settings" in str(other.exception)
+    for changed in (("--space", "w"), ("--class", bundle.class_names[0])):
+        other = project(bundle, folder, out, *changed)
+        assert isinstance(other.exception, StorageError) and "other settings" in str(other.exception)
 
 
 def test_unreadable_image_is_named_and_left_out(bundle: Bundle, folder: Path, tmp_path: Path) -> None:
@@ -203,6 +204,10 @@ def test_authenticity_check_separates_copies_from_other_images(bundle: Bundle, f
     # The folder has five of the training images, and the nearest ones of the new images are others.
     assert ["is not in this collection" in article for article in articles] == [False] * 5 + [True] * 4
     assert isinstance(run("authenticity", "check", folder, "--show", tmp_path / "x.html").exception, RequestError)
+    changed = Path(shutil.copytree(bundle.location, tmp_path / "changed"))
+    (changed / "authenticity" / "authenticity.json").write_text("{}")
+    refused = run("authenticity", "check", folder, "--bundle", changed, "--device", "cpu")
+    assert isinstance(refused.exception, BundleError) and "authenticity/authenticity.json" in str(refused.exception)
     strict = run("authenticity", "check", folder, "--bundle", bundle.location, "--strict", "--device", "cpu")
     assert strict.exit_code == 2
     (folder / "broken.png").write_bytes(b"")

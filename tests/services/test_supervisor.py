@@ -44,7 +44,7 @@ from services import supervisor
 from services.settings import Settings
 
 folder, port, seconds, run = sys.argv[1:]
-supervisor._command = lambda *_: [sys.executable, "-c", run]
+supervisor._command = lambda _service, _number, _listener, options: [sys.executable, "-c", run, *options]
 supervisor.worker_counts = lambda _: {"Generator": 2, supervisor.GATEWAY: 1}
 supervisor.serve(Settings(_env_file=None, data_dir=Path(folder), port=int(port), shutdown_seconds=int(seconds)))
 """
@@ -97,7 +97,15 @@ def run_until(
 
 def test_processes_that_ignore_the_signal_are_killed_in_time(settings: Settings, programs: Path) -> None:
     programs.write_text(STUBBORN)
-    seconds = run_until(settings, programs, lambda: len(pids(programs)) == 3)
+    options: list[list[str]] = []
+
+    def ready() -> bool:
+        options[:] = [Path(f"/proc/{pid}/cmdline").read_text().split("\0") for pid in pids(programs)]
+        return len(options) == 3
+
+    seconds = run_until(settings, programs, ready)
+    # Longer than proxies keep idle connections, for the gateway alone.
+    assert [each[each.index("--timeout-keep-alive") + 1] for each in options if "--timeout-keep-alive" in each] == ["120"]
     assert 2 < seconds < settings.shutdown_seconds + 30
     assert all(gone(pid) for pid in pids(programs))
     with socket.socket() as again:

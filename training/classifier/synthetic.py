@@ -32,7 +32,8 @@ from dermis.dataset.reading import open_dataset, samples_of
 from dermis.dataset.store import MANIFEST, Store
 from dermis.errors import DataError
 from dermis.files import write_file
-from dermis.imaging import Images, as_rgb, decode
+from dermis.image_reading import ImageError, read_training_image
+from dermis.imaging import Images, as_rgb
 from dermis.network_config import DEFAULT_NOISE_MODE
 from training.classifier.data import CLASS_NAMES
 from training.data.cache import reserve_space
@@ -240,12 +241,19 @@ def _dataset_images(source: SyntheticSource, label: int, size: int) -> _ClassIma
         for class_name, data in read():
             if class_name in names:
                 if position >= start:
-                    yield to_input(decode(data()), size)[None]
+                    yield to_input(_decoded(data(), name, position), size)[None]
                 position += 1
 
     origin = {"kind": "dataset", "name": name, "digest": digest}
     available = sum(counts[each] for each in names)
     return _ClassImages(_digest([digest, names, label, size]), label, available, produce, origin)
+
+
+def _decoded(data: bytes, name: str, position: int) -> Images:
+    try:
+        return read_training_image(data)
+    except ImageError as error:
+        raise DataError(f"{name}: image {position + 1} {error}; remove or replace it") from None
 
 
 _Read = Callable[[], Iterator[tuple[str, Callable[[], bytes]]]]

@@ -128,6 +128,11 @@ def test_bundle_keeps_attached_classifier_when_amended(tmp_path: Path) -> None:
     replaced = amend_bundle(again, parts={"classifier": tmp_path / "d"})
     assert replaced.classifier == other and replaced.model_card.count(NOTICE) == 1
     assert "3.25" in replaced.model_card and replaced.model_card.startswith("# New\n")
+    subject = {"members": 1, "non_members": 1, "generated": 1, "bundle_digest": ""}
+    audit = {"subject": subject, "verdict": {"status": "pass", "text": "."}, "outcomes": []}
+    assert amend_bundle(replaced, privacy_audit=audit).privacy_audit == audit
+    # Another classifier was not attacked by the audit.
+    assert amend_bundle(open_bundle(tmp_path / "b"), parts={"classifier": tmp_path / "c"}).privacy_audit is None
 
 
 def _listed_otherwise(bundle: Path) -> None:

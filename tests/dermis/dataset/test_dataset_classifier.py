@@ -269,6 +269,7 @@ def test_classifier_request_unsupported_by_bundle_is_refused(bundle: Bundle, tmp
             "classifier.threshold",
             "default, sensitivity_90",
         ),
+        (bundle, dataset_request(classifier={"threshold": "best"}), "classifier.threshold", "default, sensitivity_90"),
         (bundle, dataset_request(classifier=AGREEING | {"tries": 40}), "classifier.tries", "up to 1,320 images"),
         (other, dataset_request(classes={"nevus": 3}, classifier=AGREEING), "classifier.keep", "'nevus'"),
     ]

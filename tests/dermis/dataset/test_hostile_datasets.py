@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tarfile
+import tracemalloc
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from dermis.bundle import Bundle
 from dermis.dataset.reading import open_dataset, read_samples, samples_of
 from dermis.dataset.verify import verify
 from dermis.errors import DataError, DermisError, StorageError
+from dermis.provenance.check import images_at
 from painted_dataset import make
 
 
@@ -162,6 +164,26 @@ def test_verify_refuses_encrypted_compressed_or_ambiguous_zip(
         verify(path if alone else folder)
 
 
+@pytest.mark.parametrize("case", ["bzip2", "false size", "cut off"])
+def test_images_of_a_hostile_zip_are_not_unpacked(tmp_path: Path, case: str) -> None:
+    """`dermis verify --provenance` reads any zip."""
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x.png", bytes(64 << 20), zipfile.ZIP_BZIP2 if case == "bzip2" else zipfile.ZIP_DEFLATED)
+        archive.writestr("padding", bytes(1 << 20))
+    packed = bytearray(path.read_bytes())
+    entry = packed.index(b"PK\x01\x02")
+    if case == "cut off":
+        packed[100:200] = bytes(100)
+    packed[entry + 24 : entry + 28] = (10).to_bytes(4, "little")  # the size that the table of the zip states
+    path.write_bytes(packed)
+    tracemalloc.start()
+    with pytest.raises(StorageError, match="cannot be read as a zip file"):
+        list(images_at(str(path)))
+    assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    tracemalloc.stop()
+
+
 @pytest.mark.parametrize("format_name", ["imagefolder", "webdataset", "parquet"])
 def test_image_changed_after_verification_is_refused(dataset: Callable[[str], Path], format_name: str) -> None:
     folder = dataset(format_name)
@@ -263,6 +285,23 @@ def _dictionary(data: bytes) -> bytes:
     return out.getvalue()
 
 
+def _path_dictionary(data: bytes) -> bytes:
+    """A path of 1 MiB, stored once and compressed for all rows, beside a small image."""
+    images = pa.array([{"bytes": b"x", "path": "x" * (1 << 20)}]).take(pa.array([0] * 40))
+    out = io.BytesIO()
+    pq.write_table(pa.table({"image": images}), out, use_dictionary=["image.path"], compression={"image.path": "zstd"})
+    return out.getvalue()
+
+
+def _shared_prefix(data: bytes) -> bytes:
+    """An image of 1 MiB, whose whole content is the prefix of every further one."""
+    images = pa.array([{"bytes": bytes(1 << 20), "path": "x.png"}]).take(pa.array([0] * 40))
+    out = io.BytesIO()
+    encoding = {"image.bytes": "DELTA_BYTE_ARRAY", "image.path": "PLAIN"}
+    pq.write_table(pa.table({"image": images}), out, use_dictionary=False, compression="none", column_encoding=encoding)
+    return out.getvalue()
+
+
 ARCHIVES: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
     "a zip bomb": ("imagefolder", _zip(_bomb), "images.zip: cannot be read"),
     "compressed images": ("imagefolder", _zip(_compressed), "is compressed"),
@@ -273,6 +312,8 @@ ARCHIVES: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
     "a sparse member": ("webdataset", _sparse, "is not a regular file"),
     "another image": ("webdataset", _tar(lambda: tarfile.TarInfo("../x.png")), "../x.png, which metadata.csv does not"),
     "a dictionary of images": ("parquet", _dictionary, "its images are compressed"),
+    "a dictionary of paths": ("parquet", _path_dictionary, "its images are compressed"),
+    "images with a shared prefix": ("parquet", _shared_prefix, "its images are compressed"),
     "no Parquet": ("parquet", lambda data: b"PAR1" + bytes(100) + b"PAR1", "cannot be read"),
 }
 

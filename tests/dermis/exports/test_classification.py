@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -118,3 +119,11 @@ def test_export_commands(run: Run, painted: Path, tmp_path: Path) -> None:
     document = json.loads((tmp_path / "croissant.json").read_text())
     assert (document.pop("url"), document.pop("datePublished")) == ("https://example.org/set", "2026-12-01")
     assert document == json.loads((painted / "croissant.json").read_text())
+    status, _, err = run(*arguments[:-1], painted / "croissant.json", "--date", "2026-12-01")
+    assert status == 1 and "exists already" in err
+    status, _, err = run(*arguments[:-1], tmp_path / "new.json", "--date", "20261201")
+    assert status == 1 and "YYYY-MM-DD" in err
+    changed = shutil.copytree(painted, tmp_path / "changed")
+    (changed / "croissant.json").write_text(json.dumps(document | {"license": "mine"}))
+    status, _, err = run(*arguments[:2], changed, *arguments[3:-1], tmp_path / "new.json", "--date", "2026-12-01")
+    assert status == 1 and "differs from manifest.json" in err and not (tmp_path / "new.json").exists()

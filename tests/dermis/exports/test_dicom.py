@@ -252,6 +252,11 @@ def test_refusals_of_a_server_are_named(server: Any, status: int, document: dict
     assert "secret" not in str(caught.value) + repr(stow_target(url, "Bearer secret"))
 
 
+def test_objects_that_were_stored_with_warnings_are_stored(server: Any) -> None:
+    url, _ = server(202, {"00081199": {"vr": "SQ", "Value": [{}]}})
+    assert store_instances(stow_target(url, "Bearer secret"), [("a.dcm", b"x")]) == 1
+
+
 def test_credentials_for_this_machine_reach_no_proxy(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     url, seen = server()
     with socket.create_server(("127.0.0.1", 0)) as proxy:

@@ -33,12 +33,13 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 def test_a_dataset_arrives_as_it_is_and_nothing_else(hub: FakeHub, run: Run, painted: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(painted, tmp_path / "set")
     (folder / "notes.txt").write_text("private")
+    (folder / "dataset.sig").write_text("signature")
     status, out, err = run("push", "dataset", folder, "--to", "hub:clinic/lesions")
     assert (status, SECRET in out + err) == (0, False), err
     assert "/datasets/clinic/lesions/commit/" in out
     assert hub.created == [{"name": "lesions", "organization": "clinic", "visibility": "private", "type": "dataset"}]
     arrived = hub.files["datasets/clinic/lesions"]
-    assert arrived == {path.name: path.read_bytes() for path in painted.iterdir()}
+    assert arrived == {path.name: path.read_bytes() for path in painted.iterdir()} | {"dataset.sig": b"signature"}
     assert hub.objects and "notes.txt" not in arrived
     for name, data in arrived.items():
         (tmp_path / "downloaded" / name).parent.mkdir(exist_ok=True)

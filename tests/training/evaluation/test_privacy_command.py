@@ -182,7 +182,8 @@ def test_bundle_with_a_foreign_audit_opens_and_show_refuses_it(folders: tuple[Pa
         },
     )
     amended = open_bundle(folders[0])
-    assert amend_bundle(amended, name="other").privacy_audit is not None
+    amended = amend_bundle(amended, name="other")
+    assert amended.privacy_audit is not None
     result = CliRunner().invoke(app, ["privacy", "show", str(folders[0])])
     assert isinstance(result.exception, DataError) and "is not a privacy audit" in str(result.exception)
     file = folders[0] / "privacy_audit.json"
