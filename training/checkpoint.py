@@ -6,13 +6,13 @@ the scalars as JSON in its metadata.
 
 from __future__ import annotations
 
-import errno
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,11 +21,11 @@ from torch import Tensor
 
 from dermis.errors import TrainingError, escape
 from dermis.files import atomic_write, try_lock
+from training.locks import NO_LOCKS
 
 CHECKPOINT = "checkpoint.safetensors"  # name of the file in the folder of a run
 # Also used for encoders and classifiers; stored files contain it, so it cannot change.
 FORMAT = "dermis-gan-checkpoint-1"
-_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}  # some cluster file systems have none
 
 
 def save_checkpoint(
@@ -49,11 +49,25 @@ def save_checkpoint(
     """
     flat = flatten(modules, optimizers, tensors, path)
     try:
-        with atomic_write(path) as partial:
-            save_file(flat, partial, metadata={"format": FORMAT, "state": json.dumps(dict(state))})
+        write_tensors(path, flat, {"format": FORMAT, "state": json.dumps(dict(state))})
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise TrainingError(f"{path}: cannot save the checkpoint ({reason}); the previous one is kept") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file completely or not at all. It is on the disk when this returns.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    try:
+        with atomic_write(path) as partial:
+            save_file(dict(tensors), partial, metadata=dict(metadata))
+            with partial.open("r+b") as file:
+                os.fsync(file.fileno())  # so that a power failure cannot leave the name without the content
+    except SafetensorError as error:  # for instance if the disk is full
+        raise OSError(escape(error)) from error
 
 
 def flatten(
@@ -199,15 +213,18 @@ def checkpoint_path(out: Path, *, resume: bool) -> Path:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Prevent other trainings in a run folder. The kernel releases the lock when this process ends, however it ends.
+    """Make a run folder, and prevent other trainings in it.
+
+    The kernel releases the lock when this process ends, however it ends.
 
     Raises:
         TrainingError: Another training holds the lock, or the file cannot be locked.
     """
     try:
+        out.mkdir(parents=True, exist_ok=True)
         lock = try_lock(out / "lock")
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
+        if error.errno not in NO_LOCKS:
             raise TrainingError(f"{out / 'lock'}: cannot be locked ({error.strerror})") from None
         yield
         return
@@ -219,3 +236,28 @@ def locked(out: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def drop_after(log: Path, last: int, key: str = "nimg") -> None:
+    """Remove the lines of a log that a run wrote after its last checkpoint: those whose number `key` is above `last`."""
+    if not log.exists():
+        return
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if position(line, key) <= last]
+    if len(kept) < len(lines):
+        with atomic_write(log) as partial:
+            partial.write_text("".join(kept), encoding="utf-8")
+
+
+def position(line: str, key: str = "nimg") -> float:
+    """Number `key` of a line of a log; infinity if the line is incomplete."""
+    try:
+        return float(json.loads(line)[key])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def opened_log(log: Path, step: int) -> TextIO:
+    """Open the log of a run to append lines with a number `step`, without those of a run that crashed after this step."""
+    drop_after(log, step if step else -1, "step")
+    return log.open("a", encoding="utf-8")

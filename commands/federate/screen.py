@@ -90,7 +90,7 @@ def screen(out: Path) -> Iterator[Callable[[str], None]]:
         thread = threading.Thread(target=refresh, daemon=True)
         thread.start()
         try:
-            yield live.console.print
+            yield lambda text: live.console.print(text, markup=False)
         finally:
             stopped.set()
             thread.join()
@@ -128,6 +128,10 @@ def _cell(line: dict[str, Any], name: str) -> str:
     if name in line.get("silent", ()):
         return "no reply"
     numbers, measured = line.get("members", {}).get(name, {}), line.get("measured", {}).get(name, {})
-    losses = " / ".join(f"{numbers[key]:.2f}" for key in ("G", "D", "loss") if key in numbers)
-    distance = next((f"{measured[key]:.4g}" for key in ("fid", "auc") if key in measured), "")
+    losses = " / ".join(f"{numbers[key]:.2f}" for key in ("G", "D", "loss") if _is_number(numbers.get(key)))
+    distance = next((f"{measured[key]:.4g}" for key in ("fid", "auc") if _is_number(measured.get(key))), "")
     return "  ".join(part for part in (losses, distance) if part)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)  # records of earlier versions can hold lists that a client sent

@@ -44,33 +44,35 @@ def serve(
 ) -> None:
     """Run Flower's SuperLink behind a proxy that admits registered clients only. Ctrl-C ends both."""
     import subprocess
+    import sys
 
     import uvicorn
 
     from dermis.errors import TrainingError
     from training.federated.deployment.fleet_proxy import fleet_proxy
-    from training.federated.deployment.flower_programs import environment, superlink_command
+    from training.federated.deployment.flower_programs import environment, on_sigterm, superlink_command
     from training.federated.deployment.keys import CA, CERTIFICATE, KEY
     from training.federated.deployment.server_folder import open_server
 
     opened = open_server(server)
     certificates = opened.certificates
-    superlink = subprocess.Popen(superlink_command(opened), env=environment(opened.flower_home))
-    try:
-        app = fleet_proxy(f"https://127.0.0.1:{opened.loopback_port}", str(opened.loopback_certificates / CA))
-        uvicorn.run(
-            app,
-            host=host,
-            port=opened.port,
-            ssl_certfile=str(certificates / CERTIFICATE),
-            ssl_keyfile=str(certificates / KEY),
-            log_level="warning",
-        )
-        if (code := superlink.poll()) not in (None, 0, -2, -15):
-            raise TrainingError(f"{server}: Flower's server ended with status {code}; its messages are above")
-    finally:
-        superlink.terminate()
-        superlink.wait()
+    with on_sigterm(sys.exit):  # uvicorn sends SIGTERM to this process again after it has stopped
+        superlink = subprocess.Popen(superlink_command(opened), env=environment(opened.flower_home))
+        try:
+            app = fleet_proxy(f"https://127.0.0.1:{opened.loopback_port}", str(opened.loopback_certificates / CA))
+            uvicorn.run(
+                app,
+                host=host,
+                port=opened.port,
+                ssl_certfile=str(certificates / CERTIFICATE),
+                ssl_keyfile=str(certificates / KEY),
+                log_level="warning",
+            )
+            if (code := superlink.poll()) not in (None, 0, -2, -15):
+                raise TrainingError(f"{server}: Flower's server ended with status {code}; its messages are above")
+        finally:
+            superlink.terminate()
+            superlink.wait()
 
 
 def register(
@@ -163,6 +165,11 @@ def run_federation(
         licence=licence,
         attribution=attribution,
     )
+    if federation.task == "classifier" and federation.start not in ("", "imagenet", "none"):
+        raise TrainingError(
+            f"--from: {federation.start}: each client makes the frozen layers of a classifier itself, and has no such file; "
+            "give imagenet or none, or omit --from"
+        )
     out = opened.run_folder(federation.name)
     with tempfile.TemporaryDirectory() as folder:
         command = run_command(opened, federation, Path(folder) / "run.toml", loggers)

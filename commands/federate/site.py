@@ -94,12 +94,13 @@ def join(
     port: Annotated[int, typer.Option(help="Port of this client's own processes, on loopback.")] = 9094,
 ) -> None:
     """Run Flower's SuperNode with the images of this site, until Ctrl-C. It opens outgoing connections only, and reconnects."""
+    import signal
     import subprocess
     from dataclasses import replace
 
     from dermis.errors import TrainingError
     from dermis.files import write_file
-    from training.federated.deployment.flower_programs import environment, supernode_command
+    from training.federated.deployment.flower_programs import environment, on_sigterm, supernode_command
     from training.federated.deployment.invitation import read_invitation
 
     content = read_invitation(invitation)
@@ -113,12 +114,13 @@ def join(
     write_file(certificate, content.certificate.encode())
     command = supernode_command(content, certificate, key, site, port)
     node = subprocess.Popen(command, env=environment(state / "flower"))
-    try:
-        code = node.wait()
-    except KeyboardInterrupt:
-        node.wait()
-        return
-    if code:
+    with on_sigterm(node.terminate):
+        try:
+            code = node.wait()
+        except KeyboardInterrupt:
+            node.wait()
+            return
+    if code not in (0, -signal.SIGTERM):
         raise TrainingError(f"Flower's SuperNode ended with status {code}; its messages are above")
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from dermis.errors import TrainingError
 from training.checkpoint import (
@@ -17,6 +20,8 @@ from training.checkpoint import (
     read_state_of_kind,
     save_checkpoint,
 )
+from training.federated.config import FederationConfig
+from training.federated.server.global_state import GlobalState, save_global
 
 
 def saved(folder: Path, state: dict[str, object]) -> tuple[Path, torch.nn.Module, torch.optim.Optimizer]:
@@ -60,6 +65,36 @@ def test_value_that_is_not_finite_keeps_the_old_checkpoint(tmp_path: Path) -> No
     with pytest.raises(TrainingError, match="not saved, because network/bias has values that are not finite"):
         save_checkpoint(path, {"network": network}, {"optimizer": optimizer}, {}, {"step": 2})
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == [CHECKPOINT]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    ],
+)
+def test_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    path, network, _ = saved(tmp_path, {"step": 1})
+    before = path.read_bytes()
+
+    def full(tensors: object, file: Path, metadata: object) -> None:
+        file.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr("training.checkpoint.save_file", full)
+    with pytest.raises(TrainingError, match=r"cannot save the checkpoint \(.*No space left.*the previous one is kept"):
+        save_checkpoint(path, {"network": network}, {}, {}, {"step": 2})
+    with pytest.raises(TrainingError, match=r"cannot save the round \(.*No space left.*the one before is kept"):
+        save_global(tmp_path, GlobalState("run", 1, {}), FederationConfig())
+    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == [CHECKPOINT]
+
+
+def test_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named: list[bool] = []
+    monkeypatch.setattr("os.fsync", lambda handle: named.append((tmp_path / CHECKPOINT).exists()))
+    path, _, _ = saved(tmp_path, {"step": 1})
+    assert named == [False] and path.exists()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from dermis.errors import TrainingError
 from dermis.files import atomic_write, write_file
 from dermis.latents import mixed_seed
 from dermis.metrics.classification import auc
-from training.checkpoint import checkpoint_path
+from training.checkpoint import checkpoint_path, locked
 from training.classifier.batches import TrainingSet, epoch_order, read_ahead, rotated_and_flipped, to_float
 from training.classifier.config import ClassifierConfig
 from training.classifier.data import RealPart
@@ -33,6 +33,7 @@ from training.classifier.state import ClassifierProgress, ClassifierState, load_
 from training.distributed import Ranks
 from training.interrupt import stop_requested
 from training.loggers import open_loggers
+from training.precision import float32_convolutions
 
 EVALUATION_BATCH = 64
 
@@ -74,71 +75,74 @@ def train(
         The network of the best epoch, and the progress of the run.
 
     Raises:
-        TrainingError: The loss is not finite, or the checkpoint has other images or options.
+        TrainingError: Another training is running in `out`, the loss is not finite, or the checkpoint has other images or
+            options.
     """
     checkpoint = checkpoint_path(out, resume=resume)
-    network.to(ranks.device)
-    frozen = freeze(network, config)
-    state = new_state(network, config)
-    if checkpoint.exists():
-        load_state(checkpoint, state, config, data)
-    if ranks.first:
-        write_file(out / "config.json", (json.dumps(config.to_dict(), indent=2) + "\n").encode())
-    progress = state.progress
-    if config.cached_features and features is None:
-        measured = TrainingSet((validation.images,), validation.labels)
-        features = tuple(all_features(network, images, ranks, progress_bar) for images in (training, measured))  # type: ignore[assignment]
-    training_features, validation_features = (
-        features if config.cached_features and features is not None else (None, None)
-    )
-    quiet = not (progress_bar and ranks.first)
-    clock = time.monotonic()
-    with (
-        stop_requested(ignore_repeated=ranks.count > 1) as stop,
-        open_loggers(loggers, out, progress.epoch, config.to_dict(), enabled=ranks.first) as logged,
-    ):
-        while not _ended(progress, config):
-            order = epoch_order(training.labels, config, progress.epoch, ranks)
-            set_train_mode(network, frozen)
-            with (
-                closing(training_batches(training, training_features, order[progress.step :], ranks)) as steps,
-                tqdm(
-                    total=len(order),
-                    initial=progress.step,
-                    desc=f"epoch {progress.epoch + 1}",
-                    unit="step",
-                    disable=quiet,
-                ) as bar,
-            ):
-                for chosen, images in steps:
-                    training_step(state, images, training.labels[chosen], config, training, ranks)
-                    now = time.monotonic()
-                    progress.seconds, clock = progress.seconds + now - clock, now
-                    bar.set_postfix(loss=f"{progress.loss_sum / progress.step:.3f}", refresh=False)
-                    bar.update()
-                    if ranks.any(stop.is_set()):
-                        break
-            if not np.isfinite(progress.loss_sum):
-                raise TrainingError(
-                    f"the loss became {progress.loss_sum} in epoch {progress.epoch + 1}; lower --learning-rate"
-                )
-            if progress.step < len(order):
-                progress.stopped = True
-            else:
-                _end_epoch(state, validation, validation_features, config, ranks, len(order), clock)
-                clock = time.monotonic()
-                points = {name: value for name, value in progress.history[-1].items() if name != "epoch"}
-                logged.scalars(points, progress.epoch)
-                progress.stopped = ranks.any(stop.is_set()) and not _ended(progress, config)
-            if ranks.first:
-                save_state(checkpoint, state, config, data)
-                _write_log(out / "log.jsonl", progress)
-            if progress.stopped:
-                break
+    with locked(out) if ranks.first else nullcontext():
+        network.to(ranks.device)
+        frozen = freeze(network, config)
+        state = new_state(network, config)
+        if checkpoint.exists():
+            load_state(checkpoint, state, config, data)
+        if ranks.first:
+            write_file(out / "config.json", (json.dumps(config.to_dict(), indent=2) + "\n").encode())
+        progress = state.progress
+        if config.cached_features and features is None:
+            measured = TrainingSet((validation.images,), validation.labels)
+            features = tuple(all_features(network, images, ranks, progress_bar) for images in (training, measured))  # type: ignore[assignment]
+        training_features, validation_features = (
+            features if config.cached_features and features is not None else (None, None)
+        )
+        quiet = not (progress_bar and ranks.first)
+        clock = time.monotonic()
+        with (
+            stop_requested(ignore_repeated=ranks.count > 1) as stop,
+            open_loggers(loggers, out, progress.epoch, config.to_dict(), enabled=ranks.first) as logged,
+        ):
+            while not _ended(progress, config):
+                order = epoch_order(training.labels, config, progress.epoch, ranks)
+                set_train_mode(network, frozen)
+                with (
+                    closing(training_batches(training, training_features, order[progress.step :], ranks)) as steps,
+                    tqdm(
+                        total=len(order),
+                        initial=progress.step,
+                        desc=f"epoch {progress.epoch + 1}",
+                        unit="step",
+                        disable=quiet,
+                    ) as bar,
+                ):
+                    for chosen, images in steps:
+                        training_step(state, images, training.labels[chosen], config, training, ranks)
+                        now = time.monotonic()
+                        progress.seconds, clock = progress.seconds + now - clock, now
+                        bar.set_postfix(loss=f"{progress.loss_sum / progress.step:.3f}", refresh=False)
+                        bar.update()
+                        if ranks.any(stop.is_set()):
+                            break
+                if not np.isfinite(progress.loss_sum):
+                    raise TrainingError(
+                        f"the loss became {progress.loss_sum} in epoch {progress.epoch + 1}; lower --learning-rate"
+                    )
+                if progress.step < len(order):
+                    progress.stopped = True
+                else:
+                    _end_epoch(state, validation, validation_features, config, ranks, len(order), clock)
+                    clock = time.monotonic()
+                    points = {name: value for name, value in progress.history[-1].items() if name != "epoch"}
+                    logged.scalars(points, progress.epoch)
+                    progress.stopped = ranks.any(stop.is_set()) and not _ended(progress, config)
+                if ranks.first:
+                    save_state(checkpoint, state, config, data)
+                    _write_log(out / "log.jsonl", progress)
+                if progress.stopped:
+                    break
     return state.best.eval(), progress
 
 
 @torch.inference_mode()
+@float32_convolutions()
 def logits_of(network: TorchClassifier, images: NDArray[np.uint8], device: torch.device) -> NDArray[np.float64]:
     """Logits float64 [N] of images uint8 [N, S, S, 3], computed in eval mode and float32."""
     network.to(device).eval()
@@ -204,13 +208,15 @@ def training_step(
     torch.manual_seed(mixed_seed(config.seed, progress.epoch, progress.step * ranks.count + ranks.rank))
     y = torch.from_numpy(labels).to(images.device)
     weights = torch.tensor(class_weights(training.labels, config), device=images.device)[y]
+    x = images
+    if not config.cached_features:
+        # Outside of autocast, which would compute the coordinates of the rotation in bfloat16.
+        x = to_float(images)
+        if config.augmented:
+            x = rotated_and_flipped(x, config.rotation, config.flips)
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
-        if config.cached_features:
-            features = images
-        else:
-            x = to_float(images)
-            if config.augmented:
-                x = rotated_and_flipped(x, config.rotation, config.flips)
+        features = x
+        if not config.cached_features:
             with torch.set_grad_enabled(not config.head_only):
                 features = network.pooled(network.maps(x))
         logits = network.logit(F.dropout(features, config.dropout))
@@ -271,6 +277,7 @@ def _ended(progress: ClassifierProgress, config: ClassifierConfig) -> bool:
 
 
 @torch.no_grad()
+@float32_convolutions()
 def all_features(network: TorchClassifier, training: TrainingSet, ranks: Ranks, progress_bar: bool) -> Tensor:
     """Features [N, D] of all images, for runs in which they do not change."""
     network.to(ranks.device).eval()

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import json
+import sys
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -35,8 +36,10 @@ from dermis.image_reading import ImageError, read_training_image
 from dermis.imaging import Images, as_rgb
 from dermis.network_config import DEFAULT_NOISE_MODE
 from training.classifier.data import CLASS_NAMES
+from training.data.cache import reserve_space
 from training.data.diagnoses import is_melanoma
 from training.data.sources import read_source
+from training.locks import one_process
 
 if TYPE_CHECKING:
     from dermis.synthesizer import Synthesizer
@@ -325,29 +328,53 @@ def _digest(content: Sequence[Any]) -> str:
 
 
 def _cached(part: _ClassImages, count: int, size: int, cache: Path, progress: bool) -> NDArray[np.uint8]:
-    """The first `count` images, memory-mapped from the cache. They are generated or decoded if they are not cached."""
+    """The first `count` images, memory-mapped from the cache. They are generated or decoded if they are not cached.
+
+    If another training is making them, this one waits.
+    """
     file = cache / f"synthetic-{part.key[:16]}-{count}.npy"
+
+    def report() -> None:
+        tqdm.write(f"{file}: waiting for another training that is making these images", file=sys.stderr)
+
     if not file.exists():
-        partial, done = file.with_suffix(".partial"), file.with_suffix(".done")
-        start = int(done.read_text()) if done.exists() and partial.exists() else 0
-        images = open_memmap(partial, "r+" if start else "w+", dtype=np.uint8, shape=(count, size, size, 3))
-        with (
-            closing(part.produce(start)) as batches,
-            tqdm(total=count, initial=start, desc=CLASS_NAMES[part.label], unit="img", disable=not progress) as bar,
-        ):
-            saved = start
-            while start < count:
-                batch = next(batches)[: count - start]
-                images[start : start + len(batch)] = batch
-                start += len(batch)
-                bar.update(len(batch))
-                if start - saved >= _SAVE_EVERY:
-                    images.flush()
-                    write_file(done, str(start).encode())
-                    saved = start
-        images.flush()
-        del images
-        partial.replace(file)
-        done.unlink(missing_ok=True)
+        with one_process(file, report):
+            if not file.exists():
+                _fill(part, count, size, file, progress)
     cached: NDArray[np.uint8] = np.load(file, mmap_mode="r")
     return cached
+
+
+def _fill(part: _ClassImages, count: int, size: int, file: Path, progress: bool) -> None:
+    """Generate or decode the first `count` images into a .npy file, or continue where an interrupted run has stopped."""
+    partial, done = file.with_suffix(".partial"), file.with_suffix(".done")
+    start = int(done.read_text()) if done.exists() and partial.exists() else 0
+    try:
+        if not start:
+            done.unlink(missing_ok=True)  # that of an earlier partial file
+        images = open_memmap(partial, "r+" if start else "w+", dtype=np.uint8, shape=(count, size, size, 3))
+        reserve_space(partial)
+    except OSError as error:
+        if not start:
+            partial.unlink(missing_ok=True)
+        raise DataError(
+            f"--cache: {file.parent}: cannot be written ({error.strerror}); choose another folder"
+        ) from None
+    with (
+        closing(part.produce(start)) as batches,
+        tqdm(total=count, initial=start, desc=CLASS_NAMES[part.label], unit="img", disable=not progress) as bar,
+    ):
+        saved = start
+        while start < count:
+            batch = next(batches)[: count - start]
+            images[start : start + len(batch)] = batch
+            start += len(batch)
+            bar.update(len(batch))
+            if start - saved >= _SAVE_EVERY:
+                images.flush()
+                write_file(done, str(start).encode())
+                saved = start
+    images.flush()
+    del images
+    partial.replace(file)
+    done.unlink(missing_ok=True)

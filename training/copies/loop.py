@@ -28,7 +28,14 @@ from dermis.devices import to_float64
 from dermis.errors import TrainingError
 from dermis.features import bicubic, channels_last
 from dermis.imaging import Images
-from training.checkpoint import checkpoint_path, load_checkpoint, locked, read_state_of_kind, save_checkpoint
+from training.checkpoint import (
+    checkpoint_path,
+    load_checkpoint,
+    locked,
+    opened_log,
+    read_state_of_kind,
+    save_checkpoint,
+)
 from training.copies.config import CopiesConfig
 from training.copies.views import Views, view_of, views_of
 from training.interrupt import stop_requested
@@ -126,7 +133,7 @@ def train(
     with (
         locked(out),
         stop_requested(ignore_repeated=False) as stop,
-        (out / "log.jsonl").open("a" if progress.step else "w", encoding="utf-8") as log,
+        opened_log(out / "log.jsonl", progress.step) as log,
         open_loggers(loggers, out, progress.step, asdict(config)) as logged,
         tqdm(total=config.steps, initial=progress.step, desc=KIND, unit="step", disable=None if progress_bar else True) as bar,
     ):  # fmt: skip

@@ -45,7 +45,7 @@ def new_array(file: Path, shape: tuple[int, ...], dtype: DTypeLike) -> Iterator[
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             array = open_memmap(partial, "w+", dtype, shape)
-            _reserve_space(partial)
+            reserve_space(partial)
         except OSError as error:
             raise DataError(
                 f"--cache: {file.parent}: cannot be written ({error.strerror}); choose another folder"
@@ -54,7 +54,7 @@ def new_array(file: Path, shape: tuple[int, ...], dtype: DTypeLike) -> Iterator[
         array.flush()
 
 
-def _reserve_space(file: Path) -> None:
+def reserve_space(file: Path) -> None:
     """Allocate the file on the disk, except on macOS. Otherwise a full disk would end the program (SIGBUS) later."""
     if hasattr(os, "posix_fallocate"):
         with file.open("r+b") as whole:

@@ -27,7 +27,14 @@ from dermis.latents import z_for
 from dermis.networks import Generator, one_hot
 from dermis.projection.encoder import EncoderNetwork
 from dermis.projection.perceptual import Perceptual, perceptual
-from training.checkpoint import checkpoint_path, load_checkpoint, read_state_of_kind, save_checkpoint
+from training.checkpoint import (
+    checkpoint_path,
+    load_checkpoint,
+    locked,
+    opened_log,
+    read_state_of_kind,
+    save_checkpoint,
+)
 from training.encoder.config import EncoderConfig
 from training.interrupt import stop_requested
 from training.loggers import open_loggers
@@ -107,11 +114,11 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     if checkpoint.exists():
         _load(checkpoint, network, optimizer, progress, config, identity)
-    mode = "a" if progress.step else "w"
     saved = clock = time.monotonic()
     with (
+        locked(out),
         stop_requested(ignore_repeated=False) as stop,
-        (out / "log.jsonl").open(mode, encoding="utf-8") as log,
+        opened_log(out / "log.jsonl", progress.step) as log,
         open_loggers(loggers, out, progress.step, asdict(config)) as logged,
         tqdm(
             total=config.steps,

@@ -201,7 +201,7 @@ def run_tasks(
         progress_bar: Show progress bars.
 
     Returns:
-        False if the user stopped the training.
+        False, on all ranks, if the user stopped the training.
     """
     every = [(task, seed) for seed in seeds for task in tasks]
     for number, (task, seed) in enumerate(every, 1):
@@ -221,8 +221,10 @@ def run_tasks(
             resume=True,
             progress_bar=progress_bar,
         )
-        if trained is None:
+        if ranks.any(ranks.first and trained is None):
             return False
+        if trained is None:  # as on all ranks but the first
+            continue
         summary = {
             "seed": seed,
             "classifier": trained.description.digest,

@@ -20,11 +20,11 @@ from dermis.features import FeatureExtractor, feature_extractor
 from dermis.metrics import frechet_distance, kernel_distance
 from dermis.network_config import DEFAULT_NOISE_MODE
 from dermis.synthesizer import Synthesizer
+from training.checkpoint import drop_after, position
 from training.data.images import ImageDataset
 from training.evaluation.features import BATCH, labels_in_proportion
 from training.evaluation.sets import Generation, generated_batches
 from training.gan.state import GanProgress
-from training.gan.training_log import drop_after, position
 
 METRICS = ("fid", "kid")
 LOG = "metrics.jsonl"

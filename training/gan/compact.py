@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dermis.errors import TrainingError, escape
-from training.checkpoint import fill, flatten, read_flat, read_header
+from training.checkpoint import fill, flatten, read_flat, read_header, write_tensors
 from training.data.images import ImageDataset
 from training.gan.config import GanConfig
 from training.gan.state import GanState, changes_since, restore_scalars, scalars_of
@@ -126,10 +125,14 @@ def save_compact(
     header = {"format": FORMAT, "state": json.dumps(dict(state)), "moments": kept, "same": json.dumps(same)}
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     names = [f"state-{number}.safetensors" for number in range(len(packed))]
-    for number, (name, part) in enumerate(zip(names, packed, strict=True)):
-        save_file(part, partial / name, metadata=header | {"part": f"{number + 1}/{len(packed)}"})
+    try:
+        partial.mkdir(parents=True)
+        for number, (name, part) in enumerate(zip(names, packed, strict=True)):
+            write_tensors(partial / name, part, header | {"part": f"{number + 1}/{len(packed)}"})
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise TrainingError(f"{folder}: cannot be written ({error.strerror or error})") from error
     size = sum((partial / name).stat().st_size for name in names)
     _replace(partial, folder)
     return CompactSummary(tuple(names), size, kept, rounding)

@@ -84,6 +84,7 @@ class GanConfig:
 
     def __post_init__(self) -> None:
         self._check_privacy()
+        self._check_numbers()
         if self.augment not in AUGMENTATIONS:
             raise TrainingError(f"augment: {self.augment!r} is none of {', '.join(AUGMENTATIONS)}")
         group = min(self.mbstd_group_size, self.batch)
@@ -91,39 +92,55 @@ class GanConfig:
             raise TrainingError(f"batch: {self.batch} must be a multiple of mbstd_group_size {self.mbstd_group_size}")
         if not 0 <= self.seed < 2**31:
             raise TrainingError(f"seed: {self.seed} is not in [0, 2**31)")
-        if not 0 <= self.augment_p <= 1:
-            raise TrainingError(f"augment_p: {self.augment_p} is not in [0, 1]")
         if self.precision not in get_args(Precision):
             raise TrainingError(f"precision: {self.precision!r} is none of {', '.join(get_args(Precision))}")
-        if not 0 <= self.class_balance <= 1:
-            raise TrainingError(f"class_balance: {self.class_balance} is not in [0, 1]")
         if self.projected_levels not in LEVELS:
             raise TrainingError(f"projected_levels: {self.projected_levels} is none of {LEVELS}")
         if self.projected_input < 128 or self.projected_input % 32:
             raise TrainingError(f"projected_input: {self.projected_input} must be a multiple of 32, and at least 128")
         if self.relativistic and self.r1_gamma == 0:
             raise TrainingError("r1_gamma: the relativistic loss needs gradient penalties; give a value above 0")
-        for name in ("moments_weight", "class_moments_weight"):
-            if getattr(self, name) < 0:
-                raise TrainingError(f"{name}: {getattr(self, name)} must not be negative")
         if self.class_moments_weight and not (self.moments_weight and self.c_dim > 1):
             raise TrainingError("class_moments_weight: needs moments_weight above 0 and at least two classes")
         defaults = _later_defaults()
         for name in ("moments_weight", "projected_mbstd", "projected_levels", "projected_input", "projected_width"):
             if not self.projected and getattr(self, name) != defaults[name]:
                 raise TrainingError(f"{name}: needs the projected discriminator (--projected)")
-        if self.learning_rate <= 0:
-            raise TrainingError(f"learning_rate: {self.learning_rate} must be above 0")
-        if self.final_learning_rate is not None and self.final_learning_rate <= 0:
-            raise TrainingError(f"final_learning_rate: {self.final_learning_rate} must be above 0")
-        if (self.final_learning_rate is None) != (self.learning_rate_kimg == 0) or self.learning_rate_kimg < 0:
+        if self.projected_width < 8 or self.projected_width % 8:
+            raise TrainingError(f"projected_width: {self.projected_width} must be a multiple of 8, and at least 8")
+
+    def _check_numbers(self) -> None:
+        """Raise TrainingError with the first number that is out of its range. Options of what is turned off can be anything."""
+        at_least_one = ["mbstd_group_size"]
+        at_least_one += ["r1_interval"] if self.r1_gamma else []
+        at_least_one += ["pl_interval", "pl_batch_shrink"] if self.pl_weight else []
+        for name in at_least_one:
+            if getattr(self, name) < 1:
+                raise TrainingError(f"{name}: {getattr(self, name)} must be at least 1")
+        for name in ("r1_gamma", "pl_weight", "ema_kimg", "ema_rampup", "moments_weight", "class_moments_weight"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise TrainingError(f"{name}: {value} must be a finite number and must not be negative")
+        for name in ("pl_decay", "style_mixing_prob", "augment_p", "class_balance"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise TrainingError(f"{name}: {getattr(self, name)} is not in [0, 1]")
+        above_zero = ["learning_rate", "final_learning_rate", "conv_clamp", "total_kimg"]
+        if self.augment_target is not None and self.augment != "none":
+            above_zero.append("augment_kimg")
+            if not -1 <= self.augment_target <= 1:
+                raise TrainingError(
+                    f"augment_target: {self.augment_target} is not in [-1, 1], the range of E[sign(D(real))]"
+                )
+        for name in above_zero:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise TrainingError(f"{name.removeprefix('total_')}: {value} must be a finite number above 0")
+        if not 0 <= self.learning_rate_kimg < math.inf or (self.final_learning_rate is None) != (
+            self.learning_rate_kimg == 0
+        ):
             raise TrainingError(
                 "learning_rate_kimg: give both it (above 0) and final_learning_rate, or neither of them"
             )
-        if self.total_kimg <= 0:
-            raise TrainingError(f"kimg: {self.total_kimg} must be positive")
-        if self.projected_width < 8 or self.projected_width % 8:
-            raise TrainingError(f"projected_width: {self.projected_width} must be a multiple of 8, and at least 8")
 
     def _check_privacy(self) -> None:
         defaults = _later_defaults()

@@ -27,6 +27,7 @@ from training.gan.card import model_card
 from training.gan.config import GanConfig
 from training.gan.private.record import privacy_record
 from training.gan.state import GanProgress, GanState
+from training.precision import float32_convolutions
 
 GRID = 8  # images in a row; also the number of rows unless there are more classes
 
@@ -118,11 +119,18 @@ def sample_grid(G: Generator, device: torch.device) -> Images:
     classes = max(G.config.c_dim, 1)
     per_class = GRID * max(GRID // classes, 1)
     return np.concatenate(
-        [draw_samples(G, 0, range(per_class), [label] * per_class, device) for label in range(classes)]
+        [
+            draw_samples(
+                G, 0, range(start, start + GRID), [label] * GRID, device
+            )  # a row at a time, to limit the memory
+            for label in range(classes)
+            for start in range(0, per_class, GRID)
+        ]
     )
 
 
 @torch.no_grad()
+@float32_convolutions()
 def draw_samples(
     G: Generator, seed: int, indices: Sequence[int], labels: Sequence[int] | NDArray[np.int64], device: torch.device
 ) -> Images:

@@ -21,8 +21,10 @@ from training.gan.moments import INTERVAL as MOMENTS_INTERVAL
 from training.gan.private.gradients import discriminator_gradients
 from training.gan.private.sampling import PrivateBatch
 from training.gan.state import GanState, set_learning_rates
+from training.precision import float32_convolutions
 
 
+@float32_convolutions()
 def training_step(
     state: GanState,
     phases: Phases,

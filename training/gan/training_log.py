@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-from dermis.files import atomic_write
+from training.checkpoint import drop_after
 from training.gan.state import GanProgress
 from training.loggers import Loggers
 
@@ -64,22 +64,3 @@ class TrainingLog:
     ) -> None:
         if self.log is not None:
             self.log.close()
-
-
-def drop_after(log: Path, nimg: int) -> None:
-    """Remove the lines of more than `nimg` images, which a run wrote after its last checkpoint."""
-    if not log.exists():
-        return
-    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if position(line) <= nimg]
-    if len(kept) < len(lines):
-        with atomic_write(log) as partial:
-            partial.write_text("".join(kept), encoding="utf-8")
-
-
-def position(line: str) -> float:
-    """Number of images at a line of a log; infinity if the line is incomplete."""
-    try:
-        return float(json.loads(line)["nimg"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf

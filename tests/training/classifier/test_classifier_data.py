@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import shutil
 import zipfile
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from dermis.dataset.request import DatasetRequest
 from dermis.dataset.shards import write_shard
 from dermis.dataset.store import Store
 from dermis.errors import DataError
+from dermis.files import try_lock
 from dermis.imaging import Images
 from dermis.networks import Generator, GeneratorConfig
 from dermis.synthesizer import Synthesizer
@@ -196,6 +198,46 @@ def test_interrupted_drawing_of_images_resumes(
     assert (again == whole).all()
     assert painter.asked[2][0] == 2 * 16 + 1  # not from the start
     assert [path.suffix for path in (tmp_path / "b").iterdir()] == [".npy"]
+
+
+def test_training_waits_for_another_one_that_makes_its_images(
+    tiny_bundle: Bundle,
+    tmp_path: Path,
+    painter: type[Painter],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source, counts = [SyntheticSource(tiny_bundle.location)], {"malignant": 3}
+    (made,) = load_synthetic(source, counts, 8, cache=tmp_path, progress=False).images
+    (file,) = tmp_path.iterdir()
+    content = file.read_bytes()
+    assert len(made) == 3
+    file.unlink()
+    lock = try_lock(file.with_suffix(".lock"))
+    assert lock is not None
+    painter.asked = []
+
+    def finish(seconds: float) -> None:
+        assert not painter.asked, "it must not make the images too"
+        file.write_bytes(content)
+        lock.release()
+
+    monkeypatch.setattr("training.locks.time.sleep", finish)
+    (again,) = load_synthetic(source, counts, 8, cache=tmp_path, progress=False).images
+    assert (again == made).all() and not painter.asked
+    assert "waiting for another training that is making these images" in capsys.readouterr().err
+
+
+def test_full_disk_is_an_error_before_images_are_made(
+    tiny_bundle: Bundle, tmp_path: Path, painter: type[Painter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(DataError, match=r"--cache: .* cannot be written \(No space left on device\)"):
+        load_synthetic([SyntheticSource(tiny_bundle.location)], {"benign": 3}, 8, cache=tmp_path, progress=False)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"] and not painter.asked
 
 
 def test_images_come_from_separate_generator_for_each_class(tmp_path: Path, painter: type[Painter]) -> None:

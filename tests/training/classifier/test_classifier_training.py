@@ -27,7 +27,7 @@ from dermis.classifier.onnx_session import Classifier
 from dermis.classifier.torch_network import load_torch_classifier, read_weights
 from dermis.errors import BundleError, DermisError, TrainingError
 from tiny_skin import make_skin
-from training.checkpoint import CHECKPOINT
+from training.checkpoint import CHECKPOINT, locked
 from training.classifier import loop
 from training.classifier.batches import TrainingSet
 from training.classifier.config import ClassifierConfig
@@ -108,6 +108,37 @@ def test_resume_with_other_options_or_data_is_refused(real: RealData, tmp_path: 
     longer = run(real, tmp_path / "r", config(epochs=2), resume=True)
     assert longer.epoch == 2
     assert untimed(longer) == untimed(run(real, tmp_path / "s", config(epochs=2)))
+
+
+def test_second_training_in_a_folder_is_refused(real: RealData, tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(TrainingError, match="another training is running in this folder"):
+        run(real, tmp_path, config(epochs=1))
+    assert [file.name for file in tmp_path.iterdir()] == ["lock"]
+
+
+def test_logits_and_features_are_measured_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With cuDNN's TF32 they differ from the exported file on the CPU, whose check then fails after the training."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # other tests of the process may have changed it
+    network, seen = new_network(config(), "none"), list[bool]()
+    network.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    images = np.zeros((2, SIZE, SIZE, 3), np.uint8)
+    loop.logits_of(network, images, torch.device("cpu"))
+    loop.all_features(network, TrainingSet((images,), np.zeros(2, np.int64)), ALONE, progress_bar=False)
+    assert seen == [False, False] and torch.backends.cudnn.allow_tf32
+
+
+def test_images_are_rotated_in_float32_when_training_in_bfloat16(
+    real: RealData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rotate, autocast = loop.rotated_and_flipped, list[bool]()
+
+    def watched(*args: Any) -> torch.Tensor:
+        autocast.append(torch.is_autocast_enabled("cpu"))
+        return rotate(*args)
+
+    monkeypatch.setattr(loop, "rotated_and_flipped", watched)
+    run(real, tmp_path, config(epochs=1, epoch_images=8, precision="bf16"))
+    assert autocast == [False]
 
 
 def test_training_stops_early_and_lowers_rate_on_plateau(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,11 +19,13 @@ from dermis.errors import TrainingError
 from dermis.metrics.classification import auc
 from tiny import make_bundle
 from tiny_skin import make_skin
+from training.classifier.config import ClassifierConfig
 from training.classifier.data import RealPart
+from training.classifier.run import ClassifierData, ClassifierOrigin
 from training.experiments import table2
 from training.experiments.scenarios import TABLE2
 from training.experiments.synthetic_value import compare
-from training.experiments.table2 import ScenarioRun, read_generators
+from training.experiments.table2 import ScenarioRun, ScenarioTask, read_generators, run_tasks
 
 SETTINGS = ("architecture=test_efficientnet", "batch=8", "epochs=1", "head_only=true", "rotation=0", "flips=false")
 
@@ -95,6 +98,29 @@ def test_stopped_experiment_resumes_with_unfinished_runs(
     assert not (tmp_path / "t2" / "table.md").exists()
     done = _run(skin, tmp_path / "t2", "--seeds", "2")
     assert done.exit_code == 0 and calls == ["seed-0", "seed-1", "seed-1"]
+
+
+@pytest.mark.parametrize(("stopped", "trained"), [(False, ["seed-0", "seed-1"]), (True, ["seed-0"])])
+def test_other_ranks_stop_only_with_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool, trained: list[str]
+) -> None:
+    """On them `train_classifier` returns None in any case; if they stopped then, the first rank would wait for them."""
+    calls: list[str] = []
+    monkeypatch.setattr(table2, "train_classifier", lambda data, config, out, **_: calls.append(out.name))
+    ranks: Any = SimpleNamespace(first=False, any=lambda flag: flag or stopped)
+    task = ScenarioTask(TABLE2[0], cast(ClassifierData, SimpleNamespace(training=[])))
+    origin = ClassifierOrigin("", "", "", "")
+    done = run_tasks(
+        tmp_path,
+        [task],
+        ClassifierConfig(),
+        [0, 1],
+        weights="none",
+        origin=origin,
+        ranks=ranks,
+        report=lambda text: None,
+    )
+    assert done is not stopped and calls == trained and not list(tmp_path.iterdir())
 
 
 def test_invalid_table2_option_is_refused_by_name(skin: Path, tmp_path: Path, tiny_bundle: Bundle) -> None:

@@ -7,6 +7,7 @@ loopback, and this proxy listens on the public port.
 
 from __future__ import annotations
 
+import re
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,6 +21,7 @@ from starlette.routing import Route
 from dermis.addresses import is_loopback_url
 
 FLEET = "/v1/fleet"
+_METHOD = re.compile("[a-z-]{1,64}")  # such as pull-messages
 _MAX_BODY = 64 * 2**20  # Flower sends arrays in chunks of 5 MB
 _DROPPED = {"host", "connection", "content-length", "transfer-encoding", "keep-alive"}
 
@@ -43,6 +45,10 @@ def fleet_proxy(upstream: str, certificate: str) -> Starlette:
             yield
 
     async def forward(request: Request) -> Response:
+        # Not request.url.path, which can depend on the header Host.
+        method = request.path_params["method"]
+        if not _METHOD.fullmatch(method):
+            return PlainTextResponse("there is no such method", 404)
         body = bytearray()
         async for chunk in request.stream():
             body += chunk
@@ -50,7 +56,7 @@ def fleet_proxy(upstream: str, certificate: str) -> Starlette:
                 return PlainTextResponse("the body is larger than any message of a client", 413)
         headers = {name: value for name, value in request.headers.items() if name.lower() not in _DROPPED}
         try:
-            response = await request.app.state.client.post(request.url.path, content=bytes(body), headers=headers)
+            response = await request.app.state.client.post(f"{FLEET}/{method}", content=bytes(body), headers=headers)
         except httpx.TransportError:
             return PlainTextResponse("Flower's server does not respond", 502)
         kept = {name: value for name, value in response.headers.items() if name.lower() not in _DROPPED}

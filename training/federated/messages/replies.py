@@ -5,8 +5,10 @@ A reply that does not pass its check raises `RefusedError`; the server leaves th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, cast
 
 import flwr
@@ -20,6 +22,8 @@ from training.federated.messages.serialization import RefusedError, Tensors, che
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"  # names of records
 WEIGHT = "num-examples"  # in METRICS: the number of training images of a client
 FAILED = 1001  # code of the errors of dermis; Flower's codes end at 999
+MAX_IMAGES = 10**7  # of a client: its number of images is the weight of its update, so it must be plausible
+_MAX_NUMBERS, _MAX_NAME = 50, 64
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,19 @@ def read_update(reply: Message, client: str, images: int, expected: Tensors, *, 
     return CheckedUpdate(client, reply, tensors, images)
 
 
+def read_numbers(record: Mapping[str, object]) -> dict[str, float]:
+    """Return the finite numbers of a client's record: at most 50, with names of at most 64 printable characters.
+
+    Lists, which Flower's records can hold too, are left out.
+    """
+    numbers = {
+        name: value
+        for name, value in record.items()
+        if isinstance(value, int | float) and math.isfinite(value) and len(name) <= _MAX_NAME and name.isprintable()
+    }
+    return dict(islice(numbers.items(), _MAX_NUMBERS))
+
+
 def read_description(
     reply: Message, required_versions: Mapping[str, str], class_names: Sequence[str], *, secure_aggregation: bool
 ) -> dict[str, int]:
@@ -101,4 +118,11 @@ def read_description(
         raise RefusedError("the client did not report its numbers of images")
     if cast(int, counts["images"]) < 1:
         raise RefusedError("the client has no training images")
+    for name in ("images", "validation"):
+        if cast(int, counts[name]) > MAX_IMAGES:
+            raise RefusedError(f"the client reports {quote(counts[name])} {name}; at most {MAX_IMAGES:,} are accepted")
+    if sum(cast(int, counts[f"images-{name}"]) for name in class_names) != counts["images"]:
+        raise RefusedError(
+            "the client's numbers of images of each class do not add up to its number of training images"
+        )
     return cast(dict[str, int], counts)

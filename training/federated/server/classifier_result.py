@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from flwr.app import Message
 from numpy.typing import NDArray
 
 from dermis import __version__
@@ -26,7 +28,8 @@ from training.classifier.loop import logits_of, seen_share
 from training.classifier.network import finished_network, prior_shift
 from training.classifier.run import check_agreement
 from training.federated.config import FederationConfig, classifier_config
-from training.federated.messages.serialization import Tensors
+from training.federated.messages.replies import ARRAYS, MAX_IMAGES
+from training.federated.messages.serialization import RefusedError, Tensors, unpack
 from training.federated.server.global_state import GlobalState
 from training.federated.server.provenance import federation_provenance, federation_section
 from training.federated.tasks.classifier import BINS, EDGE, STEP, global_network
@@ -34,6 +37,7 @@ from training.federated.tasks.classifier import BINS, EDGE, STEP, global_network
 FOLDER = "classifier"
 _PARTS = ("validation", "test")
 _CHECKED_IMAGES = 4
+_MAX_BYTES = 2**20  # of the counts of a client; they have about 160 KB
 
 
 def write_result(federation: FederationConfig, state: GlobalState, out: Path, counts: Tensors) -> Path:
@@ -43,13 +47,13 @@ def write_result(federation: FederationConfig, state: GlobalState, out: Path, co
         federation: Options.
         state: The state after the last round.
         out: The federation's folder.
-        counts: The clients' counts (`tasks.classifier.count`), under "CLIENT/NAME".
+        counts: The clients' counts that passed `read_counts`, under "CLIENT/NAME".
 
     Returns:
         The classifier's folder.
 
     Raises:
-        TrainingError: The counts have another form, or lack a class.
+        TrainingError: The counts lack a class.
     """
     config = classifier_config(federation)
     parts, logits = dict[str, RealPart](), dict[str, NDArray[np.float64]]()
@@ -119,14 +123,45 @@ belong to the same patient; so they are a little too narrow.
 """
 
 
+def read_counts(reply: Message, validation: int) -> Tensors:
+    """Check a client's counts of images (`tasks.classifier.count`).
+
+    Args:
+        reply: The client's message, which is not an error.
+        validation: The number of validation images that the client announced.
+
+    Raises:
+        RefusedError: They must not be used; the text says why.
+    """
+    record = reply.content.array_records.get(ARRAYS)
+    if record is None:
+        raise RefusedError("the reply has no arrays")
+    counts = unpack(record, _MAX_BYTES)
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_PARTS, (2, BINS))
+    shapes |= {f"{part}-patients": (1,) for part in _PARTS}
+    if counts.keys() != shapes.keys():
+        raise RefusedError(f"the counts must be {', '.join(shapes)}")
+    for name, shape in shapes.items():
+        values = counts[name]
+        if values.dtype != torch.int64 or tuple(values.shape) != shape:
+            raise RefusedError(f"{name} is {values.dtype} {list(values.shape)} and must be torch.int64 {list(shape)}")
+        if int(values.min()) < 0 or int(values.max()) > MAX_IMAGES or int(values.sum()) > MAX_IMAGES:
+            raise RefusedError(f"{name} must hold counts from 0 to {MAX_IMAGES:,}")
+    for part in _PARTS:
+        images, patients = int(counts[part].sum()), int(counts[f"{part}-patients"])
+        if part == "validation" and images != validation:
+            raise RefusedError(f"counts {images} validation images, but announced {validation}")
+        if patients > images:
+            raise RefusedError(f"counts {patients} patients of {images} {part} images")
+    return counts
+
+
 def _from_counts(counts: Tensors, part: str) -> tuple[RealPart, NDArray[np.float64]]:
     """Return images with the labels and clients of these counts, without pixels, and their logits."""
     labels, logits, clients = [np.zeros(0, np.int64)], [np.zeros(0)], list[str]()
     centres = (np.arange(BINS) + 0.5) * STEP - EDGE
     for name in sorted(name for name in counts if name.endswith(f"/{part}")):
         table = counts[name].numpy()
-        if table.shape != (2, BINS) or table.dtype != np.int64 or table.min() < 0 or table.sum() > 10**8:
-            raise TrainingError(f"{name.partition('/')[0]}: sent counts of an unexpected shape, dtype or range")
         for label in (0, 1):
             values = np.repeat(centres, table[label])
             logits.append(values)

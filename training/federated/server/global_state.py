@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from dermis.errors import TrainingError, escape
-from dermis.files import atomic_write
+from training.checkpoint import write_tensors
 from training.federated.config import FederationConfig
 from training.federated.messages.serialization import Tensors
 
@@ -95,8 +94,7 @@ def save_global(out: Path, state: GlobalState, federation: FederationConfig) -> 
     try:
         out.mkdir(parents=True, exist_ok=True)
         contiguous = {name: value.contiguous().clone() for name, value in flat.items()}
-        with atomic_write(path) as partial:
-            save_file(contiguous, partial, metadata={"format": FORMAT, "state": json.dumps(scalars)})
+        write_tensors(path, contiguous, {"format": FORMAT, "state": json.dumps(scalars)})
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise TrainingError(f"{path}: cannot save the round ({reason}); the one before is kept") from error

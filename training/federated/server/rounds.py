@@ -10,16 +10,17 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from dermis.errors import TrainingError, escape
+from dermis.errors import DermisError, TrainingError, escape
 from training.checkpoint import locked
 from training.federated.config import FederationConfig, classifier_config, gan_config
 from training.federated.messages.replies import (
@@ -28,11 +29,12 @@ from training.federated.messages.replies import (
     WEIGHT,
     CheckedUpdate,
     read_description,
+    read_numbers,
     read_update,
     versions,
 )
 from training.federated.messages.secure_aggregation import secure_mean
-from training.federated.messages.serialization import RefusedError, Tensors, check_finite, encode, unpack
+from training.federated.messages.serialization import RefusedError, Tensors, check_finite, encode
 from training.federated.messages.traffic import CountingGrid
 from training.federated.server.curves import curves, logged_options
 from training.federated.server.global_state import FederatedClient, GlobalState, load_global, save_global
@@ -59,7 +61,6 @@ from training.loggers import Loggers, open_loggers
 
 _REFUSAL_SECONDS = 60.0  # until a refused node is requested to describe itself again
 _DESCRIBE_SECONDS = 900.0  # in which a client must have read and decoded its images
-_MAX_COUNT_BYTES = 64 * 2**20  # bytes
 OnRound = Callable[[GlobalState], Mapping[str, Any]]
 
 
@@ -156,8 +157,10 @@ def run_federation(
             drop_rounds_after(out, state.round)
             try:
                 _run_rounds(server, on_round)
-            except TrainingError as error:
-                server.status("stopped", error=str(error))
+            except BaseException as error:
+                text = str(error) if isinstance(error, DermisError) else escape(f"{type(error).__name__}: {error}")
+                with suppress(DermisError):  # the disk can be full; the first error is the one to report
+                    server.status("stopped", error=text)
                 raise
     return state
 
@@ -265,15 +268,15 @@ def _train(server: _Server, nodes: Sequence[int]) -> tuple[Tensors | None, dict[
     for reply in replies:
         name = server.name(reply.metadata.src_node_id)
         if reply.has_error():
-            refused[name] = str(reply.error.reason)
+            refused[name] = escape(reply.error.reason)
             continue
         images = state.clients[str(reply.metadata.src_node_id)].images
         try:
             update = read_update(reply, name, images, expected, sends_changes=federation.sends_changes)
         except RefusedError as error:
-            refused[name] = str(error)
+            refused[name] = escape(error)
             continue
-        metrics = next(iter(reply.content.metric_records.values()))
+        metrics = read_numbers(next(iter(reply.content.metric_records.values())))
         numbers[name] = {key: value for key, value in metrics.items() if key != WEIGHT}
         updates.append(update)
     no_reply = sorted(server.name(node) for node in requests.keys() - {reply.metadata.src_node_id for reply in replies})
@@ -298,7 +301,7 @@ def _train_secure(server: _Server, nodes: Sequence[int]) -> tuple[Tensors | None
     mean = secure_mean(cast(Grid, server.grid), federation, state.round + 1, nodes, records, expected, max_images)
     no_reply = sorted(server.name(node) for node in set(nodes) - mean.images.keys())
     clients: dict[str, Any] = {server.name(node): {} for node in mean.images}
-    failed = {"some client": "; ".join(sorted(set(mean.failures)))} if mean.failures else {}
+    failed = {"some client": escape("; ".join(sorted(set(mean.failures))))} if mean.failures else {}
     line = {"members": clients, "refused": failed, "silent": no_reply}
     if mean.changes is None:
         return None, line
@@ -378,11 +381,11 @@ def _measurements(server: _Server, nodes: Sequence[int]) -> dict[str, Any]:
     for reply in server.grid.send_and_receive(messages, timeout=federation.round_timeout):
         name = server.name(reply.metadata.src_node_id)
         if reply.has_error():
-            server.on_progress(f"{name} did not measure the model: {reply.error.reason}")
+            server.on_progress(f"{name} did not measure the model: {escape(reply.error.reason)}")
             continue
-        metrics = next(iter(reply.content.metric_records.values()), MetricRecord())
-        if metrics:
-            measured[name] = dict(metrics)
+        numbers = read_numbers(next(iter(reply.content.metric_records.values()), {}))
+        if numbers:
+            measured[name] = numbers
     return {"measured": dict(sorted(measured.items()))}
 
 
@@ -403,17 +406,20 @@ def _write_result(server: _Server, nodes: Sequence[int]) -> None:
 
 
 def _counts(server: _Server, nodes: Sequence[int]) -> Tensors:
-    """Return the clients' counts, under "CLIENT/NAME"."""
+    """Return the clients' counts that passed their check, under "CLIENT/NAME"."""
+    from training.federated.server.classifier_result import read_counts
+
     content = RecordDict({ARRAYS: encode(server.state.tensors)})
     messages = [Message(content, dst_node_id=node, message_type="query.count") for node in nodes]
     counts: Tensors = {}
     for reply in server.grid.send_and_receive(messages, timeout=server.federation.round_timeout):
-        name = server.name(reply.metadata.src_node_id)
+        node = reply.metadata.src_node_id
+        name = server.name(node)
         if reply.has_error():
-            server.on_progress(f"{name} did not send counts: {reply.error.reason}")
+            server.on_progress(f"{name} did not send counts: {escape(reply.error.reason)}")
             continue
         try:
-            received = unpack(cast(ArrayRecord, reply.content[ARRAYS]), _MAX_COUNT_BYTES)
+            received = read_counts(reply, server.state.clients[str(node)].validation)
         except RefusedError as error:
             server.on_progress(f"{name} did not send counts: {escape(error)}")
             continue
