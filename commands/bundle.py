@@ -167,7 +167,9 @@ def attach_classifier(
     _try_classifier(classifier)
     amended = amend_bundle(opened, parts={"classifier": classifier})
     if opened.privacy_audit is not None:
-        typer.echo("the privacy audit was removed: it did not attack this classifier; repeat it with --attach", err=True)
+        typer.echo(
+            "the privacy audit was removed: it did not attack this classifier; repeat it with --attach", err=True
+        )
     index = amended.authenticity
     if index is not None and index.extractor == "classifier" and opened.classifier != amended.classifier:
         typer.echo(

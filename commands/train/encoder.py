@@ -109,5 +109,7 @@ def train_encoder(
     if attach:
         amended = amend_bundle(opened, parts={"encoder": result.folder})
         if opened.privacy_audit is not None:
-            typer.echo("the privacy audit was removed: it did not attack this encoder; repeat it with --attach", err=True)
+            typer.echo(
+                "the privacy audit was removed: it did not attack this encoder; repeat it with --attach", err=True
+            )
         typer.echo(f"{bundle}: {amended.name}@{amended.digest}")

@@ -105,7 +105,9 @@ def test_processes_that_ignore_the_signal_are_killed_in_time(settings: Settings,
 
     seconds = run_until(settings, programs, ready)
     # Longer than proxies keep idle connections, for the gateway alone.
-    assert [each[each.index("--timeout-keep-alive") + 1] for each in options if "--timeout-keep-alive" in each] == ["120"]
+    assert [each[each.index("--timeout-keep-alive") + 1] for each in options if "--timeout-keep-alive" in each] == [
+        "120"
+    ]
     assert 2 < seconds < settings.shutdown_seconds + 30
     assert all(gone(pid) for pid in pids(programs))
     with socket.socket() as again:
