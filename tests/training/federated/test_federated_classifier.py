@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from flwr.app import RecordDict
 
 from dermis.bundle.classifier import read_classifier_files
 from dermis.classifier.torch_network import TorchClassifier
@@ -18,7 +20,9 @@ from tiny_skin import make_skin
 from training.classifier.data import load_real
 from training.classifier.loop import logits_of
 from training.federated.config import FederationConfig
-from training.federated.server.classifier_result import write_result
+from training.federated.messages.replies import ARRAYS
+from training.federated.messages.serialization import RefusedError, pack
+from training.federated.server.classifier_result import read_counts, write_result
 from training.federated.server.global_state import FederatedClient, GlobalState
 from training.federated.server.record import read_rounds
 from training.federated.simulation.simulate import simulate
@@ -118,14 +122,33 @@ def test_proximal_term_keeps_weights_nearer_to_start(skin: Path, tmp_path: Path)
     assert moved("fedprox", "proximal_mu=1000.0") < 0.9 * moved("fedavg", "")
 
 
+def _reply(counts: dict[str, torch.Tensor] | None) -> Any:
+    arrays = None if counts is None else pack({name: values.clone() for name, values in counts.items()})
+    return SimpleNamespace(content=RecordDict({} if arrays is None else {ARRAYS: arrays}))
+
+
 def test_malformed_counts_are_refused(tmp_path: Path) -> None:
+    table = torch.ones(2, BINS, dtype=torch.int64)
+    good = {
+        "validation": table,
+        "test": table,
+        **{f"{part}-patients": torch.tensor([7]) for part in ("validation", "test")},
+    }
+    images = 2 * BINS
+    assert read_counts(_reply(good), images).keys() == good.keys()
+    for bad in (
+        None,
+        {"test": table},
+        good | {"more/validation": table},
+        *(good | {"test": values} for values in (table[:, :-1], -table, table.float(), table * 10**6)),
+        good | {"test-patients": torch.tensor([images + 1])},
+    ):
+        with pytest.raises(RefusedError):
+            read_counts(_reply(bad), images)
+    with pytest.raises(RefusedError, match="announced 3"):
+        read_counts(_reply(good), 3)
     state = GlobalState(
         "run", 1, {}, clients={"1": FederatedClient("client-1", 3, 3, {"benign": 2, "malignant": 1}, rounds=1)}
     )
-    good = torch.ones(2, BINS, dtype=torch.int64)
-    for bad in (good[:, :-1], -good, good * 10**6):
-        counts = {"client-1/validation": good, "client-1/test": bad}
-        with pytest.raises(TrainingError, match="client-1: sent counts of an unexpected shape"):
-            write_result(_federation(), state, tmp_path, counts)
     with pytest.raises(TrainingError, match="validation images of all clients together lack a class"):
         write_result(_federation(), state, tmp_path, {})
