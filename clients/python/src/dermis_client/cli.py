@@ -526,10 +526,7 @@ def project(
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimisation steps; default: the schedule's.")] = None,
     class_name: Annotated[
-        str | None,
-        typer.Option(
-            "--class", help="Class of all images; default: of each image, the one whose mean image is nearest."
-        ),
+        str | None, typer.Option("--class", help="Class of all images; default: the one whose mean image is nearest.")
     ] = None,
     video: Annotated[bool, typer.Option("--video", help="Also make a GIF of each optimisation.")] = False,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the projection on the service, to edit it.")] = False,

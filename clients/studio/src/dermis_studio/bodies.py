@@ -35,7 +35,7 @@ class BodyLimiter:
     Args:
         limit: Bodies of all visitors.
         of_a_key: Bodies of one key. Without access control the visitors cannot be told apart, so they share `limit`.
-        refusals: What a visitor is told when `limit` is reached, and when `of_a_key` is.
+        refusals: Messages for when `limit` is reached, and for when `of_a_key` is.
     """
 
     def __init__(self, limit: int, of_a_key: int, refusals: tuple[str, str] | None = None) -> None:
