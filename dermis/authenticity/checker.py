@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from dermis.authenticity.copy_detector import CopyDetector
 from dermis.authenticity.index import Index, Nearest, find_index, open_index
 from dermis.authenticity.verdict import SAME_SHARE, Verdicts, verdicts_of
-from dermis.bundle import read_signature
+from dermis.bundle import has_part
 from dermis.bundle.copies import COPIES_PART
 from dermis.bundle.index import IndexDescription
 from dermis.classifier.preprocess import batch as squares
@@ -155,7 +155,7 @@ class Checker:
             )
         bundle = where.removesuffix("/authenticity")
         if isinstance(source, str | Path):
-            has_copies = bundle != where and f"{COPIES_PART.name}/{COPIES_PART.descriptor}" in read_signature(bundle)[1]
+            has_copies = bundle != where and has_part(bundle, COPIES_PART)
         else:
             has_copies = source.copies is not None
         if has_copies:

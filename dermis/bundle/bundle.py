@@ -27,6 +27,7 @@ from dermis.bundle.folder import (
     DescriptionT_co,
     DescriptorModel,
     FileRecord,
+    Folder,
     PartDescription,
     PartFormat,
     exists,
@@ -183,16 +184,31 @@ def read_signature(source: Bundle | str | Path) -> tuple[bytes | None, dict[str,
     Raises:
         BundleError: A file cannot be read, or bundle.json is malformed.
     """
-    location = resolve_bundle(source.location if isinstance(source, Bundle) else source)
-    folder = open_folder(location, "bundle", DESCRIPTOR)
     if isinstance(source, Bundle):
+        folder = open_folder(source.location, "bundle", DESCRIPTOR)
         files, digest = source.files, source.digest
     else:
-        text = folder.read_descriptor()
-        files = parse_descriptor(text, f"{folder.where}/{DESCRIPTOR}", BUNDLE_FORMAT, _BundleDescriptor).records
+        folder, text, files = _read_listing(source)
         digest = hashlib.sha256(text).hexdigest()
     records = {name: record.sha256 for name, record in files.items()} | {DESCRIPTOR: digest}
     return folder.read_unlisted(SIGNATURE, limit=_MAX_SMALL_BYTES), records
+
+
+def _read_listing(location: str | Path) -> tuple[Folder, bytes, dict[str, FileRecord]]:
+    """Return the folder of a bundle, the content of its bundle.json, and the files that it lists. They are not read."""
+    folder = open_folder(resolve_bundle(location), "bundle", DESCRIPTOR)
+    text = folder.read_descriptor()
+    descriptor = parse_descriptor(text, f"{folder.where}/{DESCRIPTOR}", BUNDLE_FORMAT, _BundleDescriptor)
+    return folder, text, descriptor.records
+
+
+def has_part(location: str | Path, part: PartFormat[PartDescription]) -> bool:
+    """Whether a place is a bundle that has a part.
+
+    Raises:
+        BundleError: bundle.json cannot be read, or is malformed.
+    """
+    return exists(location, DESCRIPTOR) and f"{part.name}/{part.descriptor}" in _read_listing(location)[2]
 
 
 def find_part(source: Bundle | str | Path, part: PartFormat[PartDescription], missing: str) -> str:
@@ -213,10 +229,7 @@ def find_part(source: Bundle | str | Path, part: PartFormat[PartDescription], mi
     where = str(resolve_bundle(source)).rstrip("/")
     if not exists(where, DESCRIPTOR):
         return where
-    folder = open_folder(where, "bundle", DESCRIPTOR)
-    records = parse_descriptor(
-        folder.read_descriptor(), f"{where}/{DESCRIPTOR}", BUNDLE_FORMAT, _BundleDescriptor
-    ).records
+    folder, _, records = _read_listing(where)
     descriptor = f"{part.name}/{part.descriptor}"
     if descriptor not in records:
         raise BundleError(f"{where}: {missing}")

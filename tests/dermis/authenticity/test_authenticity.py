@@ -361,6 +361,8 @@ def test_an_index_of_another_classifier_is_refused(bundle: Bundle, tmp_path: Pat
         tmp_path / "i",
         build_index(rows(30, 4), extractor="classifier", extractor_identity=embedder.identity, resolution=16),
     )
+    shutil.copytree(tmp_path / "i", tmp_path / "alone" / "authenticity")  # its folder is not that of a bundle
+    Checker(tmp_path / "alone" / "authenticity", classifier=bundle, device="cpu").close()
     shutil.copytree(bundle.location, tmp_path / "b")
     whole = amend_bundle(open_bundle(tmp_path / "b"), parts={"authenticity": tmp_path / "i"})
     Checker(whole, device="cpu").close()
