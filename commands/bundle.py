@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from commands.console import warn_of_removed_audit
 from commands.options import (
     CACHE,
     AttributionOption,
@@ -166,10 +167,7 @@ def attach_classifier(
     opened = open_bundle(bundle)
     _try_classifier(classifier)
     amended = amend_bundle(opened, parts={"classifier": classifier})
-    if opened.privacy_audit is not None:
-        typer.echo(
-            "the privacy audit was removed: it did not attack this classifier; repeat it with --attach", err=True
-        )
+    warn_of_removed_audit(opened, "classifier")
     index = amended.authenticity
     if index is not None and index.extractor == "classifier" and opened.classifier != amended.classifier:
         typer.echo(

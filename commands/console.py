@@ -6,11 +6,15 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
+import typer
+
 from dermis.errors import DermisError, RequestError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+    from dermis.bundle import Bundle
 
 _UNLIMITED = 10_000  # characters; rich assumes 80 without a terminal
 
@@ -67,6 +71,12 @@ def option_of(field: str) -> str:
     if field.split(".", maxsplit=1)[0] == "edits":
         return "--edit"
     return _OPTIONS.get(field, f"--{field.replace('_', '-')}")
+
+
+def warn_of_removed_audit(before: Bundle, part: str) -> None:
+    """Say that attaching a part has removed the privacy audit that a bundle had before (`dermis.bundle.amend_bundle`)."""
+    if before.privacy_audit is not None:
+        typer.echo(f"the privacy audit was removed: it did not attack this {part}; repeat it with --attach", err=True)
 
 
 def error_message(error: DermisError) -> str:

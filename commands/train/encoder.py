@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from commands.console import warn_of_removed_audit
 from commands.options import (
     CACHE,
     CacheOption,
@@ -108,8 +109,5 @@ def train_encoder(
     typer.echo(f"{result.folder}: {result.progress.step:,} steps in {result.progress.seconds / 60:.0f} min")
     if attach:
         amended = amend_bundle(opened, parts={"encoder": result.folder})
-        if opened.privacy_audit is not None:
-            typer.echo(
-                "the privacy audit was removed: it did not attack this encoder; repeat it with --attach", err=True
-            )
+        warn_of_removed_audit(opened, "encoder")
         typer.echo(f"{bundle}: {amended.name}@{amended.digest}")

@@ -230,7 +230,8 @@ def finalize(
         return done
     if plan.request.signed and store.size(PREVIEW) is not None:
         there = store.read(PREVIEW)
-        texts[PREVIEW] = there if canonical_sha256(there) == canonical_sha256(preview) else preview
+        if canonical_sha256(there) == canonical_sha256(preview):
+            texts[PREVIEW] = there
     for name in {PRIVACY_AUDIT, AUDIT_TEXT} - texts.keys():
         if store.size(name) is not None:  # of a run with an audit that was killed before the manifest
             store.remove(name)

@@ -31,8 +31,7 @@ ZIP_ERRORS = (
     EOFError,
     ValueError,
     RuntimeError,
-    NotImplementedError,
-)  # of damaged files
+)  # of damaged files, and of unknown versions
 
 
 @dataclass(frozen=True)

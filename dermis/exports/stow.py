@@ -17,11 +17,8 @@ _BATCH_FILES, _BATCH_BYTES = 50, 32 << 20
 _BOUNDARY = "dermis-dicom-part"
 _TIMEOUT = 120.0  # seconds
 _MAX_ANSWER_BYTES = 8 << 20
-_FAILED, _REASON, _STORED = (
-    "00081198",
-    "00081197",
-    "00081199",
-)  # Failed SOP Sequence, Failure Reason, Referenced SOP Sequence
+_FAILED, _REASON = "00081198", "00081197"  # Failed SOP Sequence, Failure Reason
+_STORED = "00081199"  # Referenced SOP Sequence
 
 
 @dataclass(frozen=True)

@@ -85,10 +85,10 @@ def _of_dataset(store: Store) -> Iterator[tuple[str, bytes]]:
         yield PREVIEW, store.read(PREVIEW, limit=_MAX_BYTES)
     if store.folder is not None:  # unpacked images, and any other image that the manifest does not list
         for name in sorted(names_below(store.folder)):
-            if name not in {*containers, PREVIEW} and name.lower().endswith(_SUFFIXES):
+            if name not in containers and name != PREVIEW and name.lower().endswith(_SUFFIXES):
                 yield name, _read(store.folder, name)
     for file in manifest.files:
-        if file.name in SINGLE_FILES:
+        if file.name not in containers:
             continue
         with store.open(file.name) as container:
             images = read_container(layout, container)

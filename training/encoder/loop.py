@@ -111,7 +111,6 @@ def train(
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=1e-4)
     progress = EncoderProgress()
     checkpoint = checkpoint_path(out, resume=resume)
-    out.mkdir(parents=True, exist_ok=True)
     if checkpoint.exists():
         _load(checkpoint, network, optimizer, progress, config, identity)
     saved = clock = time.monotonic()

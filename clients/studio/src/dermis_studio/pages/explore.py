@@ -225,10 +225,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             start = start_of(request, values[:6])
             async with studio.client(request) as client:
                 creation = asyncio.ensure_future(client.edits.create(**start.arguments))
-                async with aclosing(while_running(creation)) as waits:
+                async with aclosing(while_running(creation, is_newest)) as waits:
                     async for _ in waits:
-                        if not is_newest():
-                            break
                         yield "", markup.progress("Generating the image", None), waiting
                 if not is_newest():
                     yield unchanged
@@ -255,10 +253,8 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
                 chosen = await find_model(client, start.model)
                 edits = edits_of(chosen, values[6:])
                 creation = asyncio.ensure_future(client.edits.create(**start.arguments, edits=edits or None))
-                async with aclosing(while_running(creation)) as waits:
+                async with aclosing(while_running(creation, is_newest)) as waits:
                     async for _ in waits:
-                        if not is_newest():
-                            break
                         yield *[gr.skip()] * 3, markup.progress("Generating the edited image", None), waiting
                 if not is_newest():
                     yield unchanged
@@ -484,11 +480,14 @@ class LiveImages:
         self.events.append(event.success(*self._edited, **self._options))
 
 
-async def while_running(task: asyncio.Future[Any]) -> AsyncGenerator[None, None]:
-    """Yield after a moment and then once in a while until a task has ended. The task ends with the generator."""
+async def while_running(task: asyncio.Future[Any], is_wanted: Callable[[], bool]) -> AsyncGenerator[None, None]:
+    """Yield after a moment and then once in a while until a task has ended or is not wanted any more.
+
+    The task ends with the generator.
+    """
     seconds = QUICK_SECONDS
     try:
-        while not (await asyncio.wait({task}, timeout=seconds))[0]:
+        while not (await asyncio.wait({task}, timeout=seconds))[0] and is_wanted():
             yield
             seconds = REPEAT_SECONDS
     finally:
