@@ -7,12 +7,13 @@ import signal
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import psutil  # type: ignore[import-untyped]
@@ -128,6 +129,53 @@ class Replica:
     def log_end(self) -> str:
         """The end of its log."""
         return (self.folder / "log").read_text(errors="replace")[-1500:]
+
+
+class CoreShare(threading.Thread):
+    """Limits all processes of a replica together to a share of a core, with SIGSTOP and SIGCONT. Entered, it is started.
+
+    So a few cores take the place of as many small machines as fit in them. The limit holds on average over a second.
+    """
+
+    _PAUSE = 0.05
+    _SAVED = 0.5  # seconds of the share that may be used later, after idle times
+
+    def __init__(self, replica: Replica, share: float) -> None:
+        super().__init__(daemon=True)
+        self._replica, self._share = replica, share
+        self._ended = threading.Event()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self.join()
+
+    def run(self) -> None:
+        """Stop the processes while they have used more than their share."""
+        processes = self._replica.processes()
+        used: dict[int, float] = {}
+        saved, before, listed, stopped = 0.0, time.monotonic(), time.monotonic(), False
+        while not self._ended.wait(self._PAUSE):
+            now = time.monotonic()
+            if now - listed > 2:  # listing takes longer than reading times
+                processes, listed = self._replica.processes(), now
+            spent = 0.0
+            for process in processes:
+                with suppress(psutil.Error):
+                    times = process.cpu_times()
+                    spent += times.user + times.system - used.get(process.pid, times.user + times.system)
+                    used[process.pid] = times.user + times.system
+            saved = min(saved + self._share * (now - before), self._share * self._SAVED) - spent
+            before = now
+            if (saved < 0) != stopped:
+                stopped = not stopped
+                for process in processes:
+                    with suppress(psutil.Error):
+                        process.send_signal(signal.SIGSTOP if stopped else signal.SIGCONT)
+        self._replica.signal_all(signal.SIGCONT)
 
 
 def stop_everything_on_sigterm() -> None:

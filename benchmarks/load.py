@@ -23,14 +23,14 @@ from typing import Any
 
 import gevent
 from gevent.event import Event
-from locust import constant, constant_pacing, events, task
+from locust import constant_pacing, events, task
 from locust.contrib.fasthttp import FastHttpUser
 from locust.env import Environment
 from locust.exception import StopUser
 from PIL import Image
 
 CALL_PERIOD, DATASET_PERIOD = 2.0, 60.0
-"""Seconds from one operation of a caller to its next one, if the rate is given."""
+"""Seconds from one operation of a caller to its next one."""
 PROJECTION_PERIOD = 60.0
 """Seconds from one projection to the next one, at any load: a projection takes as long as hundreds of other operations, so with
 a weight of its own the load of a minute would depend on chance."""
@@ -314,18 +314,6 @@ class ProjectionCaller(Caller):
         self.run_one("projection", projection)
 
 
-class BusyCaller(Caller):
-    """Begins each operation as soon as the last one has ended."""
-
-    wait_time = constant(0)
-
-    @task
-    def work(self) -> None:
-        """Do one operation."""
-        name = inputs.following(tuple(OPERATIONS))
-        self.run_one(name, OPERATIONS[name][1])
-
-
 class PreparingCaller(Caller):
     """Reads what the others need."""
 
@@ -345,18 +333,17 @@ class PreparingCaller(Caller):
             inputs.photographs.append(out.getvalue())
 
 
-def run(rate: float | None, callers: int, seconds: float) -> None:
+def run(rate: float, seconds: float) -> None:
     """Make calls for a time, and let the operations end that were begun."""
     Caller.host = inputs.url
     environment = Environment(user_classes=[], host=inputs.url, stop_timeout=_STOP_SECONDS, events=events)
     PreparingCaller(environment).prepare()
-    counts: dict[type[Caller], int] = {ProjectionCaller: 1}
-    if rate is None:
-        counts[BusyCaller] = callers
-    else:
-        share = dataset_share()
-        counts[CallingCaller] = math.ceil(rate * (1 - share) * CALL_PERIOD)
-        counts[DatasetCaller] = math.ceil(rate * share * DATASET_PERIOD)
+    share = dataset_share()
+    counts: dict[type[Caller], int] = {
+        ProjectionCaller: 1,
+        CallingCaller: math.ceil(rate * (1 - share) * CALL_PERIOD),
+        DatasetCaller: math.ceil(rate * share * DATASET_PERIOD),
+    }
     for user_class, count in counts.items():
         user_class.fixed_count = count
     environment.user_classes = list(counts)
@@ -376,8 +363,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", required=True)
     parser.add_argument("--keys", required=True, type=Path, help="file with an API key of each tenant, one a line")
-    parser.add_argument("--rate", type=float, help="operations begun in a second")
-    parser.add_argument("--callers", type=int, default=8, help="callers without a pause, if there is no rate")
+    parser.add_argument("--rate", type=float, required=True, help="operations begun in a second")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", required=True, type=Path)
@@ -385,7 +371,7 @@ def main() -> None:
     inputs = Inputs(options.url, options.keys.read_text().split(), options.seed)
     recorder = Recorder(options.out)
     try:
-        run(options.rate, options.callers, options.seconds)
+        run(options.rate, options.seconds)
     finally:
         recorder.close()
 

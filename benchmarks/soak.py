@@ -1,15 +1,15 @@
 """Mixed load for a long time, then too much load: `python -m benchmarks.soak [--minutes 60] [--json FILE] [--markdown FILE]`.
 
-One real service (all processes, access control, SQLite, or PostgreSQL with `--postgresql`) serves the demo bundle. The load is
-that of `benchmarks.load`: single images, four images, classifications, comparisons of generated images, edits, lists, small
-datasets that are followed, downloaded and deleted, and a few projections, of three tenants. After a warm-up, the capacity is
-measured: the most completed operations/s of 8, 16, 32 and 64 callers that never pause. Then follow 80 % of it for the given
-time, and 200 %.
+One real service (all processes, access control, SQLite and a folder, or PostgreSQL with `--postgresql` and S3 with `--s3`)
+serves the demo bundle. The load is that of `benchmarks.load`: single images, four images, classifications, comparisons of
+generated images, edits, lists, small datasets that are followed, downloaded and deleted, and a few projections, of three
+tenants. After a warm-up, the capacity is measured: the rate rises until the service no longer completes 95 % of each operation.
+Then follow 80 % of the largest rate that it kept up with, for the given time, and 200 %.
 
 Required: no error; no process that was restarted; no growth of memory after the first fifth of the time at 80 %, in any
 process; every call that is refused is answered 429 or 503 with Retry-After, and accepted calls take at 200 % at most half as
-long again as at 80 %. The load runs on the same machine, in a process of its own, so the capacity is that of the processors
-that are left, and at 200 % the load itself takes more of them.
+long again as at 80 %. The load runs on the same machine, in a process of its own. With `--separate-cores` it has the last core
+for itself and the service has the others; otherwise at 200 % the load takes more of the processors from the service.
 
 Needs Linux and locust (the extra `soak`).
 """
@@ -40,15 +40,20 @@ from benchmarks import DEMO
 from benchmarks.cluster import Replica, ServiceNotReadyError, stop_everything_on_sigterm
 from benchmarks.components import MissingComponentError, free_port
 from benchmarks.components.postgres import running_postgres
+from benchmarks.components.s3 import running_s3
 
 ROOT = Path(__file__).resolve().parents[1]
 REFUSALS = (429, 503)
 SOAK_SHARE, OVERLOAD_SHARE = 0.8, 2.0
-CALLERS = (8, 16, 32, 64)
+FIRST_RATE, RATE_STEP = 6.0, 1.2
+"""Operations/s with which the measurement of the capacity begins, and the ratio of each rate to the one before."""
+KEPT_UP = 0.95
+"""The part of each operation that a service which keeps up completes."""
 MAX_GROWTH = 0.02
 """Growth of memory in an hour, as a part of it, that counts as none; more counts if the interval excludes 0."""
 MAX_SLOWER = 1.5
 """Time of accepted calls at 200 %, in times that at 80 %, for the median and for p95."""
+_MAX_STEPS = 20
 _COMPARED_CALLS = 100  # of a route in each phase; fewer say little about p95
 _TENANTS = ("radiology", "derma", "research")
 _SAMPLES = 360  # of memory, at most one a second
@@ -79,12 +84,18 @@ class Route:
 
 @dataclass
 class Phase:
-    """What one run of the load gave: `completed` and `begun` are operations/s."""
+    """What one run of the load gave.
+
+    `rate` is the rate in operations/s that was asked for, `begun` and `completed` are what became of it. `kept_up` is the least
+    of all operations' completed part, in the second half.
+    """
 
     name: str
+    rate: float
     seconds: float
     completed: float
     begun: float
+    kept_up: float
     routes: dict[str, Route]
     statuses: dict[str, int]
 
@@ -104,7 +115,23 @@ class Phase:
         return sum(route.calls for route in self.routes.values())
 
 
-def phase_of(name: str, path: Path) -> Phase:
+def kept_up(operations: Sequence[Sequence[Any]], middle: float, end: float) -> float:
+    """The least of all operations' completed part in a period: those that were completed, of those that began.
+
+    One that was begun before the period may be completed in it: as many as are still running at its end, if the service keeps
+    up. One more or less is chance, so one is added to those completed.
+
+    Args:
+        operations: Lines of `benchmarks.load`: "operation", name, begin, end, whether it was completed.
+        middle: The beginning of the period.
+        end: Its end.
+    """
+    begun = Counter(row[1] for row in operations if middle <= row[2] < end)
+    completed = Counter(row[1] for row in operations if middle <= row[3] < end and row[4])
+    return min(((completed[name] + 1) / count for name, count in begun.items()), default=0.0)
+
+
+def phase_of(name: str, rate: float, path: Path) -> Phase:
     """Read what `benchmarks.load` has written."""
     rows: dict[str, list[list[Any]]] = defaultdict(list)
     marks: dict[str, float] = {}
@@ -124,7 +151,8 @@ def phase_of(name: str, path: Path) -> Phase:
     completed = [row for row in operations if row[3] <= marks["ended"] and row[4]]
     begun = [row for row in operations if row[2] <= marks["ended"]]
     routes = {route: Route.of(rows[route]) for route in sorted(rows)}
-    return Phase(name, seconds, len(completed) / seconds, len(begun) / seconds, routes, dict(statuses))
+    part = kept_up(operations, marks["began"] + seconds / 2, marks["ended"])
+    return Phase(name, rate, seconds, len(completed) / seconds, len(begun) / seconds, part, routes, dict(statuses))
 
 
 @dataclass
@@ -220,24 +248,31 @@ def name_of(process: psutil.Process) -> str:
 
 @dataclass
 class Service:
-    """The running service, and the file with the keys of its tenants."""
+    """The running service, the file with the keys of its tenants, and the program that pins the load to its core."""
 
     replica: Replica
     keys: Path
+    pin_load: Sequence[str]
 
 
 @contextmanager
-def running_service(bundle: Path, settings: Mapping[str, str], postgresql: bool) -> Iterator[Service]:
+def running_service(
+    bundle: Path, settings: Mapping[str, str], *, postgresql: bool, s3: bool, separate_cores: bool
+) -> Iterator[Service]:
     """A real service with the bundle and a key for each tenant.
 
     Args:
         bundle: The bundle to serve.
         settings: Further settings, without the prefix `DERMIS_`.
         postgresql: Whether jobs are in a real PostgreSQL instead of SQLite.
+        s3: Whether files are in a real S3 server instead of a folder.
+        separate_cores: Whether the load has the last core for itself and the service has the others. PostgreSQL and the S3
+            server may use all.
 
     Raises:
-        MissingComponentError: PostgreSQL or locust is not installed.
+        MissingComponentError: PostgreSQL, the S3 server or locust is not installed.
         ServiceNotReadyError: The service did not start.
+        ValueError: There is only one core.
     """
     if find_spec("locust") is None:
         raise MissingComponentError("locust (the extra `soak`) is not installed")
@@ -253,14 +288,27 @@ def running_service(bundle: Path, settings: Mapping[str, str], postgresql: bool)
         }
         if postgresql:
             values["DATABASE_URL"] = stack.enter_context(running_postgres()).url
-        replica = Replica("soak", folder / "data", free_port(), values, {})
+        environment: Mapping[str, str] = {}
+        if s3:
+            bucket = stack.enter_context(running_s3())
+            values["STORAGE_URL"], environment = bucket.url("datasets"), bucket.environment
+        pin_service, pin_load = _separate_cores() if separate_cores else ((), ())
+        replica = Replica("soak", folder / "data", free_port(), values, environment, prefix=pin_service)
         stack.callback(replica.stop)
         replica.start()
         replica.wait_until_ready()
         keys = folder / "keys"
         url = values.get("DATABASE_URL") or f"sqlite:///{replica.folder}/jobs.sqlite"
         keys.write_text("\n".join(_new_keys(url)))
-        yield Service(replica, keys)
+        yield Service(replica, keys, pin_load)
+
+
+def _separate_cores() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The programs that run the service on all cores but the last, and the load on that one."""
+    *first, last = [str(core) for core in sorted(os.sched_getaffinity(0))]
+    if not first:
+        raise ValueError("--separate-cores needs two cores")
+    return ("taskset", "-c", ",".join(first)), ("taskset", "-c", last)
 
 
 def _new_keys(url: str) -> list[str]:
@@ -273,21 +321,39 @@ def _new_keys(url: str) -> list[str]:
         ]
 
 
-def make_load(service: Service, name: str, seconds: float, *, rate: float = 0.0, callers: int = 0) -> Phase:
-    """Run `benchmarks.load` against a service: at a rate, or with callers that never pause.
+def make_load(service: Service, name: str, seconds: float, rate: float) -> Phase:
+    """Run `benchmarks.load` against a service.
 
     Raises:
         RuntimeError: The load has ended with an error of its own.
     """
     out = service.keys.with_name(f"{name.replace(' ', '-')}.jsonl")
     options = ["--url", service.replica.url, "--keys", str(service.keys), "--seconds", str(seconds), "--out", str(out)]
-    options += ["--callers", str(callers)] if callers else ["--rate", str(rate)]
-    command = [sys.executable, "-m", "benchmarks.load", *options]
+    options += ["--rate", str(rate)]
+    command = [*service.pin_load, sys.executable, "-m", "benchmarks.load", *options]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"benchmarks.load failed: {done.stderr[-3000:]}")
-    return phase_of(name, out)
+    return phase_of(name, rate, out)
+
+
+def measure_capacity(service: Service, first_rate: float, seconds: float) -> list[Phase]:
+    """Raise the rate step by step, until the service does not keep up.
+
+    Raises:
+        RuntimeError: It does not keep up with the first rate.
+    """
+    steps: list[Phase] = []
+    while len(steps) < _MAX_STEPS and (not steps or steps[-1].kept_up >= KEPT_UP):
+        rate = first_rate * RATE_STEP ** len(steps)
+        steps.append(make_load(service, f"{rate:.1f} operations a second", seconds, rate))
+        print(
+            f"{steps[-1].name}: {steps[-1].completed:.1f} completed, {steps[-1].kept_up:.0%} kept up", file=sys.stderr
+        )
+    if len(steps) == 1:
+        raise RuntimeError(f"the service does not keep up with {first_rate} operations/s; choose a lower --first-rate")
+    return steps
 
 
 @dataclass
@@ -296,6 +362,7 @@ class Result:
 
     warm_up: Phase
     steps: list[Phase]
+    capacity: float
     soak: Phase
     overload: Phase
     overload_share: float
@@ -303,11 +370,6 @@ class Result:
     memory: list[Process]
     restarted: list[str]
     log: list[str]
-
-    @property
-    def capacity(self) -> Phase:
-        """The step with the most completed operations/s."""
-        return max(self.steps, key=lambda step: step.completed)
 
     def failures(self, max_growth: float = MAX_GROWTH) -> list[str]:
         """What was required and is not met, apart from times.
@@ -340,7 +402,6 @@ class Result:
     def document(self) -> dict[str, Any]:
         """All numbers, for JSON."""
         return asdict(self) | {
-            "capacity_operations_per_second": self.capacity.completed,
             "cpus": os.cpu_count(),
             "failures": [*self.failures(), *self.slower()],
         }
@@ -352,53 +413,65 @@ def run(
     minutes: float,
     step_seconds: float,
     overload_seconds: float,
-    callers: Sequence[int] = CALLERS,
+    first_rate: float = FIRST_RATE,
+    capacity: float | None = None,
     overload_share: float = OVERLOAD_SHARE,
     settings: Mapping[str, str] | None = None,
     postgresql: bool = False,
+    s3: bool = False,
+    separate_cores: bool = False,
 ) -> Result:
     """Run all phases.
 
     Args:
         bundle: The bundle to serve, which needs a classifier, an index, an encoder and directions.
         minutes: Time at 80 % of the capacity.
-        step_seconds: Time of each number of callers with which the capacity is measured.
+        step_seconds: Time of each rate with which the capacity is measured.
         overload_seconds: Time of too much load.
-        callers: Numbers of callers.
+        first_rate: The lowest rate in operations/s, also that of the warm-up.
+        capacity: Operations/s that the service can do, if they need not be measured.
         overload_share: Load of the last phase, in times the capacity.
         settings: Further settings of the service, without the prefix `DERMIS_`.
         postgresql: Whether jobs are in a real PostgreSQL instead of SQLite.
+        s3: Whether files are in a real S3 server instead of a folder.
+        separate_cores: Whether the load has the last core for itself and the service has the others.
 
     Raises:
-        MissingComponentError: PostgreSQL or locust is not installed.
+        MissingComponentError: PostgreSQL, the S3 server or locust is not installed.
         ServiceNotReadyError: The service did not start.
-        RuntimeError: The load has ended with an error of its own.
+        ValueError: There is only one core, and `separate_cores` needs two.
+        RuntimeError: The load has ended with an error of its own, or the service does not keep up with the first rate.
     """
-    with running_service(bundle, settings or {}, postgresql) as service:
+    with running_service(
+        bundle, settings or {}, postgresql=postgresql, s3=s3, separate_cores=separate_cores
+    ) as service:
         replica = service.replica
         before = {process.pid: name_of(process) for process in replica.processes()}
         sampler = MemorySampler(replica, max(1.0, 60 * minutes / _SAMPLES))
         sampler.start()
-        warm_up = make_load(service, "warm-up", step_seconds, callers=min(callers))
-        steps = [make_load(service, f"{count} callers", step_seconds, callers=count) for count in callers]
-        capacity = max(step.completed for step in steps)
+        warm_up = make_load(service, "warm-up", step_seconds, first_rate)
+        steps = [] if capacity else measure_capacity(service, first_rate, step_seconds)
+        capacity = capacity or max(step.rate for step in steps if step.kept_up >= KEPT_UP)
         began = time.time()
-        soak = make_load(service, "80 %", 60 * minutes, rate=SOAK_SHARE * capacity)
+        soak = make_load(service, "80 %", 60 * minutes, SOAK_SHARE * capacity)
         ended = began + 60 * minutes
-        overload = make_load(service, f"{100 * overload_share:.0f} %", overload_seconds, rate=overload_share * capacity)
+        overload = make_load(service, f"{100 * overload_share:.0f} %", overload_seconds, overload_share * capacity)
         processes = sampler.stop()
         present = {process.pid for process in replica.processes()}
         log = [line for line in (replica.folder / "log").read_text(errors="replace").splitlines() if line.strip()]
     warm = began + 0.2 * 60 * minutes
     growth = [each for process in processes if (each := process.growth(warm, ended)) is not None]
     restarted = [name for pid, name in before.items() if pid not in present]
-    return Result(warm_up, steps, soak, overload, overload_share, growth, processes, restarted, log)
+    return Result(warm_up, steps, capacity, soak, overload, overload_share, growth, processes, restarted, log)
 
 
 def report(result: Result) -> str:
     """The results as Markdown, for docs/benchmarks-service.md."""
-    steps = ", ".join(f"{step.completed:.1f} with {step.name}" for step in result.steps)
-    lines = [f"Completed operations/s without pauses: {steps}.", ""]
+    steps = ", ".join(f"{step.rate:.1f} ({step.kept_up:.0%})" for step in result.steps)
+    measured = (
+        f"Operations/s, and the completed part of the operation that fell behind most: {steps}. " if steps else ""
+    )
+    lines = [f"{measured}Capacity: {result.capacity:.1f} operations/s.", ""]
     for phase in (result.soak, result.overload):
         lines += [
             f"{phase.name} of the capacity, {phase.seconds / 60:.0f} min: {phase.begun:.1f} operations/s begun, "
@@ -428,8 +501,9 @@ def main() -> int:
     """Run the program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60.0, help="at 80 %% of the capacity")
-    parser.add_argument("--step-seconds", type=float, default=60.0, help="of each number of callers")
-    parser.add_argument("--callers", type=int, nargs="+", default=list(CALLERS), help="to measure the capacity")
+    parser.add_argument("--step-seconds", type=float, default=90.0, help="of each rate to measure the capacity")
+    parser.add_argument("--first-rate", type=float, default=FIRST_RATE, help="operations/s of the first step")
+    parser.add_argument("--capacity", type=float, help="operations/s from an earlier run, which are then not measured")
     parser.add_argument("--overload-seconds", type=float, default=300.0)
     parser.add_argument("--bundle", type=Path, default=DEMO)
     parser.add_argument(
@@ -440,6 +514,10 @@ def main() -> int:
         help="settings of the service, such as max_waiting_image_calls=8",
     )
     parser.add_argument("--postgresql", action="store_true", help="a real PostgreSQL instead of SQLite")
+    parser.add_argument("--s3", action="store_true", help="a real S3 server instead of a folder")
+    parser.add_argument(
+        "--separate-cores", action="store_true", help="the last core for the load, the others for the service"
+    )
     parser.add_argument("--json", type=Path, help="file for all numbers")
     parser.add_argument("--markdown", type=Path, help="file for the tables")
     options = parser.parse_args()
@@ -453,11 +531,14 @@ def main() -> int:
             minutes=options.minutes,
             step_seconds=options.step_seconds,
             overload_seconds=options.overload_seconds,
-            callers=options.callers,
+            first_rate=options.first_rate,
+            capacity=options.capacity,
             settings={name.upper(): value for name, _, value in pairs},
             postgresql=options.postgresql,
+            s3=options.s3,
+            separate_cores=options.separate_cores,
         )
-    except (MissingComponentError, ServiceNotReadyError) as error:
+    except (MissingComponentError, ServiceNotReadyError, ValueError) as error:
         raise SystemExit(str(error)) from None
     document: Mapping[str, Any] = result.document()
     if options.json:

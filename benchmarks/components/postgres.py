@@ -57,6 +57,10 @@ class Postgres:
         """SQLAlchemy URL of one of its databases."""
         return f"postgresql+psycopg://dermis@127.0.0.1:{self.port}/{database}"
 
+    def main_process(self) -> psutil.Process:
+        """The process whose children are all others."""
+        return psutil.Process(int((self.folder / "data" / "postmaster.pid").read_text().splitlines()[0]))
+
     def start(self) -> None:
         """Start it and wait until it answers."""
         log = self.folder / "log"
@@ -68,7 +72,7 @@ class Postgres:
 
     def kill(self) -> None:
         """End all of its processes at once, as a crash of the machine does."""
-        main = psutil.Process(int((self.folder / "data" / "postmaster.pid").read_text().splitlines()[0]))
+        main = self.main_process()
         processes = [main, *main.children(recursive=True)]
         for process in processes:
             with suppress(psutil.NoSuchProcess):

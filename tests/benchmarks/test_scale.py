@@ -10,12 +10,18 @@ from benchmarks.scale import report, simulate, verdict
 
 @pytest.mark.parametrize(
     "efficiency, cores_in_use, expected",
-    [(0.9, 2.0, "met"), (0.89, 1.9, "all cores in use"), (0.89, 1.7, "NOT MET"), (1.1, 0.5, "met")],
+    [
+        (0.9, 2.0, "met"),
+        (0.89, 1.9, "all cores in use"),
+        (0.89, 1.7, "NOT MET (bucket: 0.40 cores)"),
+        (1.1, 0.5, "met"),
+    ],
 )
 def test_requirement_of_scale_out_is_only_waived_where_all_cores_are_in_use(
     efficiency: float, cores_in_use: float, expected: str
 ) -> None:
-    assert verdict(efficiency, cores_in_use, cores=2) == expected
+    parts = {"workers": 0.9, "gateway": 0.3, "PostgreSQL": 0.1, "bucket": 0.4, "all": cores_in_use}
+    assert verdict(efficiency, parts, cores=2) == expected
 
 
 @pytest.mark.full
