@@ -151,6 +151,7 @@ def finalize(
     audit: Audit | None = None,
     sign: Sign | None = None,
     on_batch: Callable[[], None] | None = None,
+    while_archiving: Callable[[], None] | None = None,
     measure_images: MeasureImages = appearances,
 ) -> Manifest:
     """Write all files of a dataset that are not written yet, and then manifest.json.
@@ -167,6 +168,7 @@ def finalize(
         audit: Audits the images; the report then has this result in place of the bundle's audit.
         sign: Signs the preview; required if the images are signed.
         on_batch: Called between shards and between the images that are measured for the report. An exception ends the work.
+        while_archiving: Called in place of `on_batch` while images.zip is written, which is as large as all images.
         measure_images: Measures artefacts and skin tone of images for the report.
 
     Returns:
@@ -195,7 +197,8 @@ def finalize(
         metadata = stack.enter_context(_metadata(plan, records))
         files = [record.file for record in records]
         if plan.request.format == "imagefolder":
-            files = [_write_archive(plan, store, records, {METADATA: metadata, CARD: io.BytesIO(card)}, on_batch)]
+            members = {METADATA: metadata, CARD: io.BytesIO(card)}
+            files = [_write_archive(plan, store, records, members, while_archiving)]
         files.append(_write_copy(store, METADATA, metadata))
         preview = encode(contact_sheet(_preview(plan, store, records), PREVIEW_COLUMNS), origin=plan.origin())
         preview = signed_image(plan, preview, "png", plan.origin(), sign)
@@ -546,14 +549,14 @@ def _write_archive(
     store: Store,
     records: Sequence[PackedShard],
     texts: Mapping[str, IO[bytes]],
-    on_batch: Callable[[], None] | None,
+    while_archiving: Callable[[], None] | None,
 ) -> FileEntry:
     """Write images.zip from the parts, and the texts at its end."""
     with store.writing(ARCHIVE) as path:
         with storage_errors(store.where(ARCHIVE)), zip_of_many(path) as archive:
             for record in records:
-                if on_batch is not None:
-                    on_batch()
+                if while_archiving is not None:
+                    while_archiving()
                 for name, data in _images(plan, store, record):
                     add_to_zip(archive, name, data)
             for name, file in texts.items():

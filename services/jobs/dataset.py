@@ -131,6 +131,7 @@ def _assemble(ctx: JobContext, job: Job) -> None:
             examine=None if bundle.authenticity is None else _Examine(ctx, job, bundle, compare),
             sign=ctx.sign,
             on_batch=end_batch,
+            while_archiving=check,  # keeps the place, so that the disk has at most as many unfinished archives as places
             measure_images=ctx.measure_images,
         )
 

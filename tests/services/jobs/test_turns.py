@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dermis.bundle import Bundle
-from service_kit import service, wait_for
+from dermis.dataset.manifest import ARCHIVE
+from dermis.dataset.store import Store
+from service_kit import PATIENCE_SECONDS, service, wait_for
 from services.gateway.auth.keys import KeyTable
 from services.jobs.turns import Turns, _Share, _Waiting
 
@@ -132,3 +136,30 @@ def test_queued_jobs_of_one_tenant_do_not_delay_another(tiny_bundle: Bundle, tmp
         jobs = [running.ctx.table.get(each["id"]) for each in (asked, *queued)]
         small, *others = [(job and job.finished_at) or float("inf") for job in jobs]
         assert sum(ended < small for ended in others) < 8
+
+
+def test_datasets_write_no_more_archives_at_once_than_there_are_places(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, open_archives, counts = Store.writing, set[str](), list[int]()
+    others_wait = threading.Event()
+
+    @contextmanager
+    def writing(store: Store, name: str) -> Iterator[Path]:
+        with original(store, name) as path:
+            if name == ARCHIVE:
+                open_archives.add(store.location)
+                counts.append(len(open_archives))
+                assert others_wait.wait(PATIENCE_SECONDS)
+            yield path
+        open_archives.discard(store.location)
+
+    monkeypatch.setattr(Store, "writing", writing)
+    with service(tiny_bundle.location, tmp_path / "data", shard_concurrency=1) as running:
+        large = running.ask({"classes": {"benign": 24}, "shard_size": 2})
+        wait_for(lambda: open_archives)
+        small = [running.ask({"classes": {"benign": 2}, "seed": seed}) for seed in range(3)]
+        wait_for(lambda: len(running.ctx.finish_turns._waiting) == len(small))
+        others_wait.set()
+        assert {running.wait(each)["state"] for each in (large, *small)} == {"succeeded"}
+    assert counts == [1, 1, 1, 1]
