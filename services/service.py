@@ -66,7 +66,7 @@ async def _running() -> AsyncIterator[Context]:
         return getattr(service, name).to_async if _settings.inference else None
 
     inference = InferenceClients.connect(client_of, models)
-    measure_images = AppearanceProcesses()
+    measure_images = AppearanceProcesses(log=(_settings.log_level, _settings.log_format))
     composition = compose(_settings, models, inference, measure_images)
     try:
         with _delayed_shutdown(composition.context.stopping, stop_pause(_settings)):
