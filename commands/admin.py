@@ -27,10 +27,10 @@ def _group() -> None:
 
 @admin_app.command()
 def status(data_dir: DataDir = None, as_json: Json = False) -> None:
-    """Show the workers and their leases, the queue, the storage, the schema, and the versions of software and bundles.
+    """Show the workers with versions and leases, the queue, the storage, the schema, and the versions of software and bundles.
 
     It reads the jobs database and the storage with the settings of the service (`DERMIS_*` and a file `.env`), and changes
-    nothing. The versions are those of the environment in which the command runs.
+    nothing. The versions of the software are those of the environment in which the command runs.
     """
     from services.data_folder import restrict_new_files
     from services.settings import read_settings
@@ -60,6 +60,7 @@ def _document(state: Status) -> dict[str, Any]:
             {
                 "name": worker.name,
                 "role": _role(worker),
+                "version": worker.version,
                 "state": _worker_state(worker, now),
                 "lease_seconds_left": round(worker.seconds_left(now), 1) if worker.lease_until > 0 else None,
                 "active_jobs": worker.jobs,
@@ -116,12 +117,13 @@ def _print(state: Status) -> None:
 
 
 def _workers(statistics: Statistics) -> Table:
-    table = folding_table("process", "role", "state", "lease ends in", "active jobs")
+    table = folding_table("process", "role", "version", "state", "lease ends in", "active jobs")
     for worker in statistics.workers:
         left = f"{worker.seconds_left(statistics.time):.0f} s" if worker.lease_until > 0 else "-"
-        table.add_row(worker.name, _role(worker), _worker_state(worker, statistics.time), left, str(worker.jobs))
+        version, state = worker.version or "-", _worker_state(worker, statistics.time)
+        table.add_row(worker.name, _role(worker), version, state, left, str(worker.jobs))
     if not statistics.workers:
-        table.add_row("none", "-", "-", "-", "-")
+        table.add_row("none", *["-"] * 5)
     return table
 
 

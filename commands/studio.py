@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -36,6 +36,10 @@ def studio(
             show_default=False,
         ),
     ] = None,
+    log_format: Annotated[
+        Literal["text", "json"],
+        typer.Option(help="Format of the log: text, or json for objects, one a line.", envvar="DERMIS_LOG_FORMAT"),
+    ] = "text",
 ) -> None:
     """Show the studio, web pages for a service, on this machine. Ctrl-C stops it.
 
@@ -63,4 +67,5 @@ def studio(
         hosts=frozenset(trusted_host or ()),
         allow_plain_http=allow_plain_http,
         public_url=public_url,
+        json_log=log_format == "json",
     )

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from dermis.cpus import available_cpus
 from dermis.report.appearance import MAX_THREADS, Appearance, appearance, appearances, lower_priority
+from services import logs
 from services.parent_watchdog import exit_with_parent
 
 logger = logging.getLogger("dermis.jobs")
@@ -30,9 +31,11 @@ class AppearanceProcesses:
 
     Args:
         count: Number of processes; default: one for each processor, at most `MAX_THREADS`.
+        log: Least severe level and format of the log of these processes; default: they do not configure it.
     """
 
-    def __init__(self, count: int | None = None) -> None:
+    def __init__(self, count: int | None = None, log: tuple[str, logs.Format] | None = None) -> None:
+        self._log = log
         self._count = count or min(MAX_THREADS, available_cpus())
         self._lock = threading.Lock()
         self._pool: ProcessPoolExecutor | None = None
@@ -44,7 +47,9 @@ class AppearanceProcesses:
             with self._lock:
                 if self._pool is None:
                     # A copy of this process (fork) would contain its threads' locks.
-                    self._pool = ProcessPoolExecutor(self._count, get_context("spawn"), initializer=_start)
+                    self._pool = ProcessPoolExecutor(
+                        self._count, get_context("spawn"), initializer=_start, initargs=(self._log,)
+                    )
                 pool = self._pool
             parts = [part for part in np.array_split(images, self._count) if len(part)]
             return [each for measured in pool.map(_measure, parts) for each in measured]
@@ -63,7 +68,9 @@ class AppearanceProcesses:
             pool.shutdown(cancel_futures=True)
 
 
-def _start() -> None:
+def _start(log: tuple[str, logs.Format] | None) -> None:
+    if log is not None:
+        logs.configure(*log)
     exit_with_parent()
     lower_priority()
 

@@ -66,7 +66,7 @@ async def _running() -> AsyncIterator[Context]:
         return getattr(service, name).to_async if _settings.inference else None
 
     inference = InferenceClients.connect(client_of, models)
-    measure_images = AppearanceProcesses()
+    measure_images = AppearanceProcesses(log=(_settings.log_level, _settings.log_format))
     composition = compose(_settings, models, inference, measure_images)
     try:
         with _delayed_shutdown(composition.context.stopping, stop_pause(_settings)):
@@ -163,11 +163,12 @@ class Gateway:
     The names of the attributes are the fields of `services.inference.client.InferenceClients`.
     """
 
-    generator = bentoml.depends(GeneratorService)
-    classifier = bentoml.depends(ClassifierService)
-    authenticity = bentoml.depends(AuthenticityService)
-    explainer = bentoml.depends(ExplainerService)
-    projector = bentoml.depends(ProjectorService)
+    if _settings.inference:  # BentoML would load a service that has no process of its own in the gateway
+        generator = bentoml.depends(GeneratorService)
+        classifier = bentoml.depends(ClassifierService)
+        authenticity = bentoml.depends(AuthenticityService)
+        explainer = bentoml.depends(ExplainerService)
+        projector = bentoml.depends(ProjectorService)
 
 
 # BentoML uses these after it has imported this module. Without them `bentoml serve` would listen on further TCP ports.

@@ -117,7 +117,7 @@ def _read_database(url: str, shown: str) -> tuple[str | None, Statistics]:
     try:
         with engine.connect() as connection:
             revision = schema.current_revision(connection)
-            return revision, read_statistics(connection, roles_known=(revision or "") >= "0009")
+            return revision, read_statistics(connection, revision or "")
     except sa.exc.SQLAlchemyError as error:
         cause = str(error).splitlines()[0]
         # PostgreSQL has a class for missing tables and columns, SQLite only a text.

@@ -414,6 +414,35 @@ def test_component_for_the_studio_adds_one_pod_that_reaches_the_gateways_alone(o
     assert not allows(documents, studio, DATABASE, 5432) and not allows(documents, studio, INTERNET, 443)
 
 
+@pytest.mark.parametrize("overlay", SCALED)
+def test_component_without_inference_changes_the_gateways_alone(
+    overlay: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents, before = rendered_with("gateway-without-inference", tmp_path / "site", overlay), rendered(overlay)
+    (changed,) = [each for each in documents if each not in before]
+    validate(changed)
+    (earlier,) = [each for each in before if each not in documents]
+    (container,), (container_before,) = (containers(each["spec"]["template"]) for each in (changed, earlier))
+    assert_restricted(changed["spec"]["template"])
+    added = [each for each in container["env"] if each not in container_before["env"]]
+    assert added == [{"name": "DERMIS_INFERENCE", "value": "false"}]
+    for name, value in environment(container).items():
+        monkeypatch.setenv(name, value)
+    settings = Settings(_env_file=None)  # type: ignore[call-arg]
+    assert (settings.role, settings.inference, settings.studio) == ("gateway", False, False)
+    # Uploads in all calls at one time, parsed, and the decoders of the largest images (docs/settings.md).
+    most = 2 * settings.max_upload_calls * settings.max_upload_bytes
+    most += settings.upload_decoders * settings.max_upload_pixels * 12
+    limits, requests = container["resources"].pop("limits"), container["resources"].pop("requests")
+    assert quantity(requests["memory"]) + most < quantity(limits["memory"])
+    limits_before, requests_before = (container_before["resources"].pop(each) for each in ("limits", "requests"))
+    for smaller, larger in ((limits, limits_before), (requests, requests_before)):
+        assert set(smaller) == set(larger)
+        assert all(quantity(smaller[name]) < quantity(larger[name]) for name in ("cpu", "memory"))
+    container["env"] = container_before["env"]
+    assert changed == earlier
+
+
 def test_network_policies_cover_the_pods_that_scripts_do_not_know() -> None:
     """A pod without labels of dermis is denied everything, in every overlay."""
     for overlay in OVERLAYS:
@@ -533,7 +562,7 @@ def test_checkov_finds_nothing_but_what_is_accepted(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
     for overlay in OVERLAYS:
         (tmp_path / "overlays" / f"{overlay}.yaml").write_text(render(f"k8s/overlays/{overlay}"))
-    for component in ("traces", "studio", "prometheus-scaler"):
+    for component in ("traces", "studio", "prometheus-scaler", "gateway-without-inference"):
         text = render_with(component, tmp_path / f"site-{component}", "scaled")
         (tmp_path / "overlays" / f"{component}.yaml").write_text(text)
     shutil.copy(ROOT / "k8s/batch/lesions.yaml", tmp_path / "batch")

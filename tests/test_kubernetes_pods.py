@@ -65,7 +65,7 @@ def gpu_jobs(run: Run) -> list[Document]:
     return list(yaml.safe_load_all(text))
 
 
-@pytest.mark.parametrize("component", ["studio", "traces"])
+@pytest.mark.parametrize("component", ["studio", "traces", "gateway-without-inference"])
 @pytest.mark.parametrize("overlay", SCALED)
 def test_service_and_batch_jobs_fit_into_their_quotas(
     overlay: str, component: str, tmp_path: Path, gpu_jobs: list[Document]

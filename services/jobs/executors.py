@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
+from dermis import __version__
+
 # Time for which a process that has stopped is still known, so that its work is not taken for that of one that was lost.
 _STOPPED_SECONDS = 3600.0
 
@@ -23,6 +25,7 @@ _workers = sa.Table(
     # lease that has run out; 0: stopped under an earlier version.
     sa.Column("lease_until", sa.Float, nullable=False),
     sa.Column("works", sa.Boolean),  # false for a gateway, which runs no jobs; null: written by an earlier version
+    sa.Column("version", sa.String(64)),  # of dermis; null: written by an earlier version
 )
 
 
@@ -48,7 +51,7 @@ def renew(connection: sa.Connection, executor_id: str, seconds: float, *, works:
         seconds: The length of the lease.
         works: Whether the process runs jobs; a gateway does not.
     """
-    values = {"lease_until": time.time() + seconds, "works": works}
+    values = {"lease_until": time.time() + seconds, "works": works, "version": __version__}
     of_it = _workers.c.executor_id == executor_id
     if not connection.execute(sa.update(_workers).where(of_it).values(values)).rowcount:
         connection.execute(sa.insert(_workers).values(executor_id=executor_id, **values))

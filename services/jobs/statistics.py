@@ -23,7 +23,7 @@ _jobs = sa.table(
     *map(sa.column, ("kind", "state", "created_at", "owner", "shards_total", "shards_done", "stored_bytes")),
 )
 _shards = sa.table("dermis_shards", sa.column("finished"))
-_workers = sa.table("dermis_workers", sa.column("executor_id"), sa.column("lease_until"), sa.column("works"))
+_workers = sa.table("dermis_workers", *map(sa.column, ("executor_id", "lease_until", "works", "version")))
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,14 @@ class Worker:
         name: Its name.
         lease_until: End of its lease, seconds since 1970; 0 or negative after it has stopped.
         works: Whether it runs jobs.
+        version: Its version of dermis; None for a version that does not record it.
         jobs: The number of active jobs whose workflow it runs, or that it has submitted and no worker has begun.
     """
 
     name: str
     lease_until: float
     works: bool
+    version: str | None
     jobs: int
 
     def seconds_left(self, now: float) -> float:
@@ -79,12 +81,13 @@ class Statistics:
         return max(0.0, self.time - self.oldest[kind]) if kind in self.oldest else 0.0
 
 
-def read_statistics(connection: sa.Connection, *, roles_known: bool = True) -> Statistics:
+def read_statistics(connection: sa.Connection, revision: str | None = None) -> Statistics:
     """Read the numbers of all tenants in four queries.
 
     Args:
         connection: A connection to the jobs database.
-        roles_known: Whether the tables say which processes run jobs, as they do from schema 0009 on.
+        revision: The schema of the tables, if it is an earlier one: those before 0009 do not say which processes run jobs,
+            and those before 0012 have no versions. Default: the newest one.
     """
     left = sa.case((_jobs.c.state.in_(("queued", "running")), _jobs.c.shards_total - _jobs.c.shards_done), else_=0)
     by_state = sa.select(
@@ -96,14 +99,16 @@ def read_statistics(connection: sa.Connection, *, roles_known: bool = True) -> S
         sa.func.sum(_jobs.c.stored_bytes),
     ).group_by(_jobs.c.kind, _jobs.c.state)
     owned = sa.select(_jobs.c.owner, sa.func.count()).where(_jobs.c.state.in_(ACTIVE)).group_by(_jobs.c.owner)
-    works = sa.func.coalesce(_workers.c.works, sa.true()) if roles_known else sa.true()
-    leases = sa.select(_workers.c.executor_id, _workers.c.lease_until, works).order_by(_workers.c.executor_id)
+    works = sa.func.coalesce(_workers.c.works, sa.true()) if revision is None or revision >= "0009" else sa.true()
+    version = _workers.c.version if revision is None or revision >= "0012" else sa.null()
+    leases = sa.select(_workers.c.executor_id, _workers.c.lease_until, works, version).order_by(_workers.c.executor_id)
     begun = sa.select(sa.func.count()).where(_shards.c.finished == sa.false())
     now = time.time()
     rows = connection.execute(by_state).all()
     jobs = {row[0]: row[1] for row in connection.execute(owned)}
     workers = [
-        Worker(name, until, bool(runs_jobs), jobs.get(name, 0)) for name, until, runs_jobs in connection.execute(leases)
+        Worker(name, until, bool(runs_jobs), of_dermis, jobs.get(name, 0))
+        for name, until, runs_jobs, of_dermis in connection.execute(leases)
     ]
     counts: dict[Kind, dict[str, int]] = {kind: dict.fromkeys(STATES, 0) for kind in KINDS}
     oldest: dict[Kind, float] = {}

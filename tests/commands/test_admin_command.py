@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from typer.testing import CliRunner
 
+import dermis
 from commands.main import app
 from dermis.errors import DermisError
 from service_kit import service
@@ -47,6 +49,8 @@ def test_status_of_a_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     table = JobTable(f"sqlite:///{data / 'jobs.sqlite'}")  # a service that runs would remove the lease
     table.open()
     table.renew_lease("dead", -5.0)
+    with table._engine.begin() as connection:  # as a process of an earlier version, beside one of this version
+        connection.execute(sa.text("UPDATE dermis_workers SET version = NULL WHERE executor_id = 'dead'"))
     table.close()
     assert during["workers"][0]["state"] == "alive" and during["workers"][0]["active_jobs"] == 1
     assert during["workers"][0]["lease_seconds_left"] > 0
@@ -58,6 +62,7 @@ def test_status_of_a_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "dead": "lease expired",
         "here": "stopped",
     }
+    assert [worker["version"] for worker in after["workers"]] == [None, dermis.__version__]
     assert after["jobs"]["dataset"]["succeeded"] == 1 and after["running_shards"] == 0
     assert after["storage"]["stored_bytes"] > 0 and after["storage"]["free_bytes"] > 0
     assert after["database"]["schema"] == after["database"]["newest_known_schema"]
@@ -65,6 +70,8 @@ def test_status_of_a_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert after["bundles"][0]["digest"] == bundle.digest and "bundle.json" in after["bundles"][1]["problem"]
     assert {path: path.stat().st_mtime_ns for path in data.glob("jobs.sqlite")} == before
     text = admin_status(option)
+    rows = [line.split()[:3] for line in text.splitlines()]
+    assert ["dead", "worker", "-"] in rows and ["here", "worker", dermis.__version__] in rows
     for part in ("lease expired", "tiny (16 px", "cannot be opened", "dataset", "schema 0"):
         assert part in text
 
@@ -93,11 +100,15 @@ def test_what_prevents_the_reading(tmp_path: Path) -> None:
 def test_status_of_an_earlier_schema(tmp_path: Path) -> None:
     table = JobTable(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
     table.open()
+    table.renew_lease("here", 30.0)
     table.close()
     with sqlite3.connect(tmp_path / "jobs.sqlite") as connection:
         connection.execute("ALTER TABLE dermis_jobs DROP COLUMN trace_parent")
+        for column in ("works", "version"):
+            connection.execute(f"ALTER TABLE dermis_workers DROP COLUMN {column}")
         connection.execute("UPDATE dermis_schema_version SET version_num = '0007'")
     status = read_status(Settings(_env_file=None, bundles=(str(tmp_path),), data_dir=tmp_path))
     assert status.schema == "0007" and status.known_schema > "0007"
+    assert [(worker.works, worker.version) for worker in status.statistics.workers] == [(True, None)]
     with sqlite3.connect(tmp_path / "jobs.sqlite") as connection:
         assert connection.execute("SELECT version_num FROM dermis_schema_version").fetchone() == ("0007",)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -64,3 +66,34 @@ def test_process_ends_with_its_parent() -> None:
         parent.wait(30)
         _, alive = psutil.wait_procs(children, timeout=30)
         assert not alive
+
+
+@pytest.mark.parametrize(
+    ("fault", "place", "expected"),
+    [
+        ("warnings.warn('odd image')", "appearance", {("WARNING", "py.warnings"), ("WARNING", "dermis.jobs")}),
+        ("1 / 0", "lower_priority", {("CRITICAL", "concurrent.futures"), ("WARNING", "dermis.jobs")}),
+    ],
+)
+def test_lines_of_the_processes_have_the_format_of_the_service(
+    tmp_path: Path, fault: str, place: str, expected: set[tuple[str, str]]
+) -> None:
+    """The program is imported by the processes, too: in them `place` has the fault, which a warning of the gateway follows."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import logging, warnings\n"
+        "import numpy as np\n"
+        "from services import image_measuring, logs\n"
+        "if __name__ == '__main__':\n"
+        "    logs.configure('INFO', 'json')\n"
+        "    measure = image_measuring.AppearanceProcesses(1, ('INFO', 'json'))\n"
+        "    measure(np.zeros((1, 64, 64, 3), np.uint8))\n"
+        "    logging.getLogger('dermis.jobs').warning('measured')\n"
+        "    measure.close()\n"
+        "else:\n"
+        f"    original = image_measuring.{place}\n"
+        f"    image_measuring.{place} = lambda *image: ({fault}, original(*image))[1]\n"
+    )
+    log = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True, timeout=120).stderr
+    lines = [json.loads(line) for line in log.splitlines()]
+    assert {(line["level"], line["logger"]) for line in lines} == expected

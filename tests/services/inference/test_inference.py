@@ -199,3 +199,23 @@ def test_every_inference_client_has_a_service_with_process_count(tmp_path: Path)
     assert services == counted
     assert all("describe" in methods for methods in apis)
     assert not torch
+
+
+def test_gateway_without_inference_depends_on_no_service(tmp_path: Path) -> None:
+    """BentoML would otherwise load the models in the process of the gateway."""
+    settings = {
+        "DERMIS_ROLE": "gateway",
+        "DERMIS_INFERENCE": "false",
+        "DERMIS_DATABASE_URL": "postgresql://localhost/dermis",
+        "DERMIS_STORAGE_URL": str(tmp_path / "storage"),
+        "DERMIS_DATA_DIR": str(tmp_path),
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", "import services.service as service; print(list(service.Gateway.all_services()))"],
+        cwd=Path(__file__).parents[3],
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.splitlines()[-1] == "['gateway']"

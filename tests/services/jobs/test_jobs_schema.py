@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
+import dermis
 from benchmarks.components.postgres import Postgres
 from dermis.errors import DermisError
 from services import compared_answers
@@ -232,10 +234,19 @@ def test_stored_bytes_of_a_tenant_are_those_of_its_jobs(url: str) -> None:
 
 
 def test_worker_of_version_0_1_0_runs_during_and_after_upgrade(url: str) -> None:
-    """Its connections were opened before the upgrade, and it inserts jobs without a kind."""
+    """Its connections were opened before the upgrade, and it inserts jobs without a kind and leases without a version."""
     older = create_0_1_0(url)
     table = JobTable(url)
     table.open()
+    begin = sa.text("INSERT INTO dermis_workers (executor_id, lease_until) VALUES (:name, :until)")
+    with older.begin() as connection:
+        connection.execute(begin, [{"name": name, "until": time.time() + 30} for name in ("old", "replaced")])
+    table.renew_lease("replaced", 30.0)
+    assert [(each.name, each.version) for each in table.statistics().workers] == [
+        ("old", None),
+        ("replaced", dermis.__version__),
+    ]
+    assert table.live_executors() == {"old", "replaced"}
     later = {f"ds_{'2' * 32}": "dataset", f"pr_{'3' * 32}": "projection"}
     for job_id in later:
         insert_0_1_0(older, job_id)
