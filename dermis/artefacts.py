@@ -140,10 +140,10 @@ def _ruler(lines: Pixels) -> float:
     marks[[0, -1]] = marks[:, [0, -1]] = 0
     if marks.sum() <= _SHORT_ROW * _ROW_HEIGHT * _FAINT:  # too few for a single window of a row
         return 0.0
-    found = [_averaged_rows(turned) for rotated in _rotations(marks) for turned in (rotated, np.rot90(rotated))]
-    rows = np.full((sum(map(len, found)), max(each.shape[1] for each in found)), -np.inf, np.float32)
+    averaged = [_averaged_rows(turned) for rotated in _rotations(marks) for turned in (rotated, np.rot90(rotated))]
+    rows = np.full((sum(map(len, averaged)), max(each.shape[1] for each in averaged)), -np.inf, np.float32)
     first = 0
-    for each in found:  # no window that leaves its row has a mean above `_FAINT`
+    for each in averaged:  # no window that leaves its row has a mean above `_FAINT`
         rows[first : first + len(each), : each.shape[1]] = each
         first += len(each)
     return max(_regularity(rows, _SHORT_ROW, np.arange(3, 10)), _regularity(rows, _LONG_ROW, np.arange(8, 22)))
