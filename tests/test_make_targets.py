@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import cluster_tests
 from programs import CLUSTER_PROGRAMS, OTHER_PROGRAMS, Program, all_are_there
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +28,13 @@ def test_full_targets_install_the_extras_of_their_programs(target: str, tmp_path
     tests = next(number for number, line in enumerate(lines) if "tests/support/" in line)
     assert all("pip install" not in line for line in lines[tests:])
     assert all(f"CHECKOV={tmp_path}/checkov" in line for line in lines[tests:])
+
+
+def test_cluster_tests_include_those_that_get_a_server_from_a_conftest_or_a_benchmark() -> None:
+    files = {path.relative_to(ROOT / "tests").as_posix() for path in cluster_tests.test_files()}
+    jobs = {f"services/jobs/test_{name}.py" for name in ("job_interruptions", "jobs_schema", "upgrade")}
+    assert {"services/test_backup.py", "benchmarks/test_scale.py", *jobs} <= files
+    assert "services/jobs/test_turns.py" not in files
 
 
 def test_programs_that_tests_look_for_are_listed() -> None:

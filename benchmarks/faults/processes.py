@@ -27,15 +27,18 @@ def kills(cluster: Cluster, undisturbed: Undisturbed, extent: Extent) -> Iterato
         "whole replica": lambda: cluster.random.choice(cluster.replicas).kill(),
     }
 
-    def kill() -> Mapping[str, int]:
-        while True:
-            name = cluster.random.choice(list(targets))
-            if targets[name]():
-                return {name: 1}
-            time.sleep(0.2)  # it is being restarted
-
     for file_format in extent.formats:
-        result = Result("kill -9", file_format)
+        result = Result("kill -9", file_format, tuple(targets))
+
+        def kill(result: Result = result) -> Mapping[str, int]:
+            while True:
+                # Each kind comes once before any comes twice: as many kills as there are kinds make all of them.
+                name = cluster.random.choice(result.missing() or list(targets))
+                if targets[name]():
+                    return {name: 1}
+                time.sleep(0.2)  # it is being restarted
+                cluster.restart_ended()
+
         run_jobs(cluster, undisturbed, result, kill, extent.kills)
         yield result
 

@@ -33,7 +33,7 @@ def test_nothing_is_lost_or_made_twice(name: str, cluster: tuple[Cluster, Undist
     from benchmarks.faults.jobs import Extent
 
     assert list(SCENARIOS) == NAMES
-    extent = Extent(kills=3, rounds=1, strikes=1, images=IMAGES, formats=("webdataset",))
+    extent = Extent(kills=4, rounds=1, strikes=1, images=IMAGES, formats=("webdataset",))
     results = list(SCENARIOS[name](*cluster, extent))
     for result in results:
         assert result.not_run or result.failures() == [], result

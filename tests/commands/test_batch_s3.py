@@ -1,4 +1,4 @@
-"""Tests of datasets in a real S3 bucket: parts by several processes, one of them killed, have the bytes of one process."""
+"""Tests of datasets in a real S3 bucket: parts have the bytes of one local process, also if one or the server is killed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,12 @@ from benchmarks.components.s3 import S3Server
 from dermis.bundle import Bundle
 from dermis.dataset.store import Store
 from dermis.dataset.verify import verify
+from painter import Painter
 from real_servers import running_moto, running_s3
 
-pytestmark = pytest.mark.full
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 300
+FORMATS = ("imagefolder", "webdataset", "parquet")
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +37,9 @@ def moto() -> Iterator[MotoServer]:
         yield server
 
 
-@pytest.fixture(params=["s3", "moto"])
+@pytest.fixture(params=[pytest.param("s3", marks=pytest.mark.full), "moto"])
 def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S3Server | MotoServer:
-    """A server that the processes of the test use: SeaweedFS or moto."""
+    """A server that the processes of the test use: SeaweedFS or moto, which starts faster."""
     server: S3Server | MotoServer = request.getfixturevalue(request.param)
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
@@ -72,37 +74,63 @@ def contents(location: str | Path) -> dict[str, bytes]:
     return {name: store.read(name) for name in store.entries()}
 
 
-@pytest.mark.parametrize("file_format", ["imagefolder", "webdataset", "parquet"])
-def test_parts_in_a_bucket_survive_a_kill(
-    bucket: S3Server | MotoServer, tiny_bundle: Bundle, tmp_path: Path, file_format: str
+def asked_of(bundle: Bundle, file_format: str) -> tuple[object, ...]:
+    """Arguments of a dataset of 24 shards, up to its location."""
+    asked = ("generate", "--bundle", bundle.location, "--classes", "malignant=300,benign=300", "--shard-size", 25)
+    return (*asked, "--device", "cpu", "--format", file_format, "--out")
+
+
+@pytest.fixture(scope="module")
+def local(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, bytes]]:
+    """The files of the same dataset in a folder, made by one process; a format is made once."""
+
+    @cache
+    def files(file_format: str) -> dict[str, bytes]:
+        out = tmp_path_factory.mktemp("local") / file_format
+        assert done(start(*asked_of(tiny_bundle, file_format), out)) == 0
+        return contents(out)
+
+    return files
+
+
+def test_parts_in_a_bucket_have_the_bytes_of_a_folder(
+    run: Callable[..., tuple[int, str, str]],
+    painter: type[Painter],
+    bucket: S3Server | MotoServer,
+    tiny_bundle: Bundle,
+    tmp_path: Path,
 ) -> None:
-    asked = [
-        "generate",
-        "--bundle",
-        tiny_bundle.location,
-        "--classes",
-        "malignant=300,benign=300",
-        "--format",
-        file_format,
-    ]
-    asked += ["--shard-size", "25", "--device", "cpu", "--out"]
+    asked = ("generate", "--bundle", tiny_bundle.location, "--classes", "malignant=8,benign=6", "--shard-size", 4)
+    url = bucket.url("short")
+    for option in (("--shards", "1/2"), ("--shards", "0/2"), ("--finalize",)):
+        assert run(*asked, "--out", url, *option)[0] == 0
+    assert run(*asked, "--out", tmp_path / "one")[0] == 0
+    assert contents(url) == contents(tmp_path / "one")
+    assert verify(url).ok
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_parts_in_a_bucket_survive_a_kill(
+    bucket: S3Server | MotoServer, tiny_bundle: Bundle, local: Callable[[str], dict[str, bytes]], file_format: str
+) -> None:
     url = bucket.url(f"kills/{file_format}")
+    asked = (*asked_of(tiny_bundle, file_format), url)
     store = Store(url)
-    parts = [start(*asked, url, "--shards", f"{index}/3") for index in range(3)]
+    parts = [start(*asked, "--shards", f"{index}/3") for index in range(3)]
     deadline = time.monotonic() + SECONDS
     while not any(f"shard-{shard:05d}.json" in name for name in store.entries() for shard in range(1, 24, 3)):
         assert parts[1].poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     parts[1].kill()
     assert [done(part) for part in parts] == [0, -9, 0]
-    assert done(start(*asked, url, "--finalize")) == 2, "the killed part was complete"
-    assert done(start(*asked, url, "--seed", "5", "--shards", "1/3")) == 2
-    assert done(start(*asked, url, "--shards", "1/3")) == 0
+    assert done(start(*asked, "--finalize")) == 2, "the killed part was complete"
+    assert done(start(*asked, "--seed", "5", "--shards", "1/3")) == 2
+    assert done(start(*asked, "--shards", "1/3")) == 0
     for _ in range(2):
-        assert done(start(*asked, url, "--finalize")) == 0
+        assert done(start(*asked, "--finalize")) == 0
     assert verify(url).ok
-    assert done(start(*asked, tmp_path / "one")) == 0
-    assert contents(url) == contents(tmp_path / "one")
+    assert contents(url) == local(file_format)
 
 
 def test_files_of_another_process_are_seen(bucket: S3Server | MotoServer) -> None:
@@ -122,12 +150,15 @@ def test_files_of_another_process_are_seen(bucket: S3Server | MotoServer) -> Non
     assert here.size("two") is None
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("file_format", FORMATS)
 @pytest.mark.parametrize("bucket", ["s3"], indirect=True)
-def test_dataset_is_finished_after_the_server_was_killed(bucket: S3Server, tiny_bundle: Bundle) -> None:
+def test_dataset_is_finished_after_the_server_was_killed(
+    bucket: S3Server, tiny_bundle: Bundle, local: Callable[[str], dict[str, bytes]], file_format: str
+) -> None:
     """The parts end with status 1, which a Job repeats, or wait for the server; then the same command continues."""
-    url = bucket.url("server")
-    asked = ("generate", "--bundle", tiny_bundle.location, "--classes", "malignant=300,benign=300", "--shard-size", 25)
-    asked += ("--device", "cpu", "--format", "parquet", "--out", url)
+    url = bucket.url(f"server/{file_format}")
+    asked = (*asked_of(tiny_bundle, file_format), url)
     part = start(*asked, "--shards", "0/1")
     deadline = time.monotonic() + SECONDS
     while sum(name.endswith(".json") for name in Store(url).entries()) < 4:
@@ -139,3 +170,4 @@ def test_dataset_is_finished_after_the_server_was_killed(bucket: S3Server, tiny_
     assert done(start(*asked, "--shards", "0/1")) == 0
     assert done(start(*asked, "--finalize")) == 0
     assert verify(url).ok
+    assert contents(url) == local(file_format)

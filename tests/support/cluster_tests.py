@@ -13,14 +13,23 @@ from pathlib import Path
 
 from programs import CLUSTER_PROGRAMS, ROOT, all_are_there
 
-# Files of tests that use one of the programs, directly or through modules of tests/support.
-_USES = re.compile(r"real_servers|kubernetes_manifests|\bkubectl\b|\bpromtool\b|\blocust\b")
+# Files that use one of the programs: directly, through modules of tests/support, or through benchmarks that may lack one.
+_USES = re.compile(r"real_servers|kubernetes_manifests|MissingComponentError|\bkubectl\b|\bpromtool\b|\blocust\b")
+_FIXTURE = re.compile(r"^@pytest\.fixture.*\n(?:async )?def (\w+)", re.MULTILINE)
 
 
 def test_files() -> list[Path]:
-    """The files with tests that use one of the programs."""
-    files = sorted((ROOT / "tests").rglob("test_*.py"))
-    return [path for path in files if _USES.search(path.read_text(encoding="utf-8"))]
+    """The files with tests that use one of the programs, themselves or through a fixture of a conftest.py."""
+    tests = ROOT / "tests"
+    chosen = {path for path in tests.rglob("test_*.py") if _USES.search(path.read_text(encoding="utf-8"))}
+    for conftest in tests.rglob("conftest.py"):
+        text = conftest.read_text(encoding="utf-8")
+        names = _FIXTURE.findall(text)
+        if names and _USES.search(text):
+            fixture = re.compile(rf"\b({'|'.join(names)}): ")  # a parameter of a test
+            below = conftest.parent.rglob("test_*.py")
+            chosen.update(path for path in below if fixture.search(path.read_text(encoding="utf-8")))
+    return sorted(chosen)
 
 
 def main() -> int:
