@@ -8,11 +8,12 @@ and white balance change the angle, so it compares collections and does not meas
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dermis.artefacts import SIDE, Floats, Mask, frame_mask, working_size
+from dermis.artefacts import SIDE, Floats, Mask, Pixels, frame_mask, working_size
 
 CLASSES = ("very light", "light", "intermediate", "tan", "brown", "dark")
 _LEAST = (55.0, 41.0, 28.0, 10.0, -30.0)  # an angle above the first one is very light, and so on
@@ -41,18 +42,19 @@ def skin_tone(image: NDArray[np.uint8]) -> float | None:
     return skin_tone_of(rgb, frame_mask(rgb))
 
 
-def skin_tone_of(rgb: Floats, frame: Mask) -> float | None:
+def skin_tone_of(rgb: Pixels, frame: Mask) -> float | None:
     """Compute the ITA of an image of the `working_size` whose `frame_mask` is known."""
     height, width = rgb.shape[:2]
-    y, x = np.mgrid[:height, :width]
-    outside = np.hypot(y - (height - 1) / 2, x - (width - 1) / 2) > _BAND * SIDE
-    band = rgb[outside & ~frame]
+    y, x = np.ogrid[:height, :width]
+    outside = (y - (height - 1) / 2) ** 2 + (x - (width - 1) / 2) ** 2 > (_BAND * SIDE) ** 2
+    band = rgb.reshape(-1, 3).compress((outside & ~frame).ravel(), axis=0)
     if len(band) < _MIN_SHARE * height * width:
         return None
-    lab = to_lab(band)
-    low, high = np.percentile(lab[:, 0], [50, 95])
-    lightness, _, yellow = np.median(lab[(lab[:, 0] >= low) & (lab[:, 0] <= high)], axis=0)
-    return typology_angle(float(lightness), float(yellow))
+    relative = _LINEAR[band] @ (_TO_XYZ[1:] / _WHITE[1:, None]).T
+    low, high = np.percentile(relative[:, 0], [50, 95])  # of Y, with which L* grows
+    chosen = relative[(relative[:, 0] >= low) & (relative[:, 0] <= high)]
+    y, z = _root(chosen.T)
+    return typology_angle(float(np.median(116 * y - 16)), float(np.median(200 * (y - z))))
 
 
 def typology_angle(lightness: float, yellow: float) -> float:
@@ -73,10 +75,16 @@ def tone_counts(angles: Sequence[float]) -> dict[str, int]:
 
 def to_lab(rgb: Floats) -> NDArray[np.float64]:
     """Convert sRGB colours [N, 3] from 0 to 255 to CIELAB with the white point D65 (IEC 61966-2-1; CIE 15:2004)."""
-    values = rgb.astype(np.float64) / 255
-    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055).clip(0) ** 2.4)
-    x, y, z = _root(linear @ _TO_XYZ.T / _WHITE).T
+    x, y, z = _root(_linear(rgb) @ _TO_XYZ.T / _WHITE).T
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
+
+
+def _linear(values: NDArray[Any]) -> NDArray[np.float64]:
+    values = values.astype(np.float64) / 255
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055).clip(0) ** 2.4)
+
+
+_LINEAR = _linear(np.arange(256))
 
 
 def _root(ratio: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -44,7 +44,7 @@ def appearance(image: NDArray[np.uint8]) -> Appearance:
 def appearances(images: Iterable[NDArray[np.uint8]]) -> list[Appearance]:
     """Measure RGB images in threads of low priority; the results are in the order of the images.
 
-    An image takes about as much processor time as generating ten of 64 px, and in a service others wait for images meanwhile.
+    An image takes about as much processor time as generating two of 128 px, and in a service others wait for images meanwhile.
     """
     threads = min(MAX_THREADS, available_cpus())
     with ThreadPoolExecutor(threads, thread_name_prefix="dermis-report", initializer=lower_priority) as pool:

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as Pillow
+from scipy import ndimage
 from scipy.stats import binomtest, chi2_contingency
 
+from dermis import artefacts as detectors
 from dermis.artefacts import NAMES, THRESHOLDS, Artefacts, detect_artefacts, wilson_interval
 from lesions import Image, barred, framed, hairy, inked, lesion, ruled
 from training.data.artefacts import artefact_sheet, summarise
@@ -66,6 +68,17 @@ def test_uniform_image_has_no_ruler_hair_or_ink(value: int) -> None:
     scores = detect_artefacts(np.full((50, 70, 3), value, np.uint8))
     assert (scores.ruler, scores.hair, scores.ink) == (0, 0, 0)
     assert 0 <= scores.frame <= 1
+
+
+@pytest.mark.parametrize("width", [224, 231])  # a square is rotated by a matrix, others by Pillow
+def test_fast_filters_and_rotations_equal_those_of_scipy(width: int) -> None:
+    picture = np.zeros((224, width), np.uint8)
+    picture[1:-1, 1:-1] = np.random.default_rng(0).integers(0, 51, (222, width - 2))
+    for size in (7, 9):
+        assert (detectors._maximum(picture, size) == ndimage.maximum_filter(picture, size)).all()
+    for number, rotated in enumerate(detectors._rotations(picture.astype(np.float32))):
+        expected = ndimage.rotate(picture.astype(np.float64), 7.5 * number, order=1)
+        assert rotated == pytest.approx(expected, abs=1e-4)
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(8, 60), st.integers(8, 60))
