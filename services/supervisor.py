@@ -265,13 +265,14 @@ class _Supervisor:
             environment = _GATEWAY_ENVIRONMENT | environment  # the operator's value is kept
         else:
             options = ["--timeout-graceful-shutdown", "1"]
-        # A group of its own: a Ctrl-C in the terminal reaches the supervisor only, which stops the gateway first.
+        # A group of its own: a Ctrl-C in the terminal reaches the supervisor only, which stops the gateway first. No session
+        # of its own: Linux gives sessions equal shares of the processors (autogroups, sched(7)), whatever their priorities.
         return subprocess.Popen(
             _command(worker.service, worker.number, listener, options),
             env=environment,
             stdin=subprocess.DEVNULL,
             pass_fds=[listener],
-            start_new_session=True,
+            process_group=0,
         )
 
     def _stop(self) -> None:
