@@ -122,6 +122,21 @@ def test_a_second_signal_ends_the_waiting(settings: Settings, programs: Path) ->
     assert all(gone(pid) for pid in pids(programs))
 
 
+def test_a_key_in_the_terminal_reaches_the_supervisor_only_and_priorities_apply(
+    settings: Settings, programs: Path
+) -> None:
+    programs.write_text("import time; note(); time.sleep(600)")
+    places: list[tuple[bool, bool]] = []
+
+    def ready() -> bool:
+        # Linux gives sessions equal shares of the processors, whatever the priorities in them.
+        places[:] = [(os.getpgid(pid) == pid, os.getsid(pid) == os.getsid(0)) for pid in pids(programs)]
+        return len(places) == 3
+
+    run_until(settings, programs, ready)
+    assert places == [(True, True)] * 3
+
+
 def test_a_process_that_dies_is_started_again(settings: Settings, programs: Path) -> None:
     programs.write_text("import time; note(); time.sleep(600)")
     killed: list[int] = []
