@@ -33,10 +33,12 @@ RUN set -eu; \
     /opt/venv/bin/pip uninstall --yes wheel; \
     /opt/venv/bin/pip check
 # The list of all Python packages in the image, with versions and licences (CycloneDX).
+# pyproject.toml gets the version, because cyclonedx-py does not read one that the build computes.
 RUN set -eu; \
     python3 -m venv /opt/sbom; \
     /opt/sbom/bin/pip install cyclonedx-bom==7.5.0; \
-    /opt/sbom/bin/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml -o /src/sbom.cdx.json /opt/venv/bin/python
+    sed "s/^dynamic = .*/version = \"$(/opt/venv/bin/dermis --version)\"/" pyproject.toml > /opt/sbom/pyproject.toml; \
+    /opt/sbom/bin/cyclonedx-py environment --output-reproducible --pyproject /opt/sbom/pyproject.toml -o /src/sbom.cdx.json /opt/venv/bin/python
 
 FROM ${PYTHON_IMAGE} AS system
 ARG VARIANT=cpu

@@ -77,11 +77,12 @@ wheels: setup
 	ls dist
 
 # The packages of the environment with versions and licences (CycloneDX), into dist/. The tool has an environment of its own; the
-# Dockerfile uses the same version.
+# Dockerfile uses the same version. It reads the version of dermis from pyproject.toml alone, which does not state it.
 sbom: setup
 	test -x build/sbom/bin/cyclonedx-py || { $(PYTHON) -m venv build/sbom && build/sbom/bin/pip install -q cyclonedx-bom==7.5.0; }
 	mkdir -p dist
-	build/sbom/bin/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml -o dist/sbom.cdx.json $(BIN)/python
+	sed "s/^dynamic = .*/version = \"$$($(BIN)/dermis --version)\"/" pyproject.toml > build/sbom/pyproject.toml
+	build/sbom/bin/cyclonedx-py environment --output-reproducible --pyproject build/sbom/pyproject.toml -o dist/sbom.cdx.json $(BIN)/python
 
 docs: $(DOCS_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
