@@ -338,7 +338,7 @@ def make_load(service: Service, name: str, seconds: float, rate: float) -> Phase
     return phase_of(name, rate, out)
 
 
-def measure_capacity(service: Service, first_rate: float, seconds: float) -> list[Phase]:
+def measure_capacity(service: Service, first_rate: float, rate_step: float, seconds: float) -> list[Phase]:
     """Raise the rate step by step, until the service does not keep up.
 
     Raises:
@@ -346,7 +346,7 @@ def measure_capacity(service: Service, first_rate: float, seconds: float) -> lis
     """
     steps: list[Phase] = []
     while len(steps) < _MAX_STEPS and (not steps or steps[-1].kept_up >= KEPT_UP):
-        rate = first_rate * RATE_STEP ** len(steps)
+        rate = first_rate * rate_step ** len(steps)
         steps.append(make_load(service, f"{rate:.1f} operations a second", seconds, rate))
         print(
             f"{steps[-1].name}: {steps[-1].completed:.1f} completed, {steps[-1].kept_up:.0%} kept up", file=sys.stderr
@@ -414,6 +414,7 @@ def run(
     step_seconds: float,
     overload_seconds: float,
     first_rate: float = FIRST_RATE,
+    rate_step: float = RATE_STEP,
     capacity: float | None = None,
     overload_share: float = OVERLOAD_SHARE,
     settings: Mapping[str, str] | None = None,
@@ -429,6 +430,7 @@ def run(
         step_seconds: Time of each rate with which the capacity is measured.
         overload_seconds: Time of too much load.
         first_rate: The lowest rate in operations/s, also that of the warm-up.
+        rate_step: The ratio of each rate to the one before.
         capacity: Operations/s that the service can do, if they need not be measured.
         overload_share: Load of the last phase, in times the capacity.
         settings: Further settings of the service, without the prefix `DERMIS_`.
@@ -450,7 +452,7 @@ def run(
         sampler = MemorySampler(replica, max(1.0, 60 * minutes / _SAMPLES))
         sampler.start()
         warm_up = make_load(service, "warm-up", step_seconds, first_rate)
-        steps = [] if capacity else measure_capacity(service, first_rate, step_seconds)
+        steps = [] if capacity else measure_capacity(service, first_rate, rate_step, step_seconds)
         capacity = capacity or max(step.rate for step in steps if step.kept_up >= KEPT_UP)
         began = time.time()
         soak = make_load(service, "80 %", 60 * minutes, SOAK_SHARE * capacity)

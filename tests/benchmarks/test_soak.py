@@ -48,6 +48,7 @@ def test_mixed_load_has_no_errors_and_too_much_load_is_refused_with_a_time() -> 
         step_seconds=15.0,
         overload_seconds=15.0,
         first_rate=1.0,
+        rate_step=2.0,
         overload_share=8.0,
         settings={"MAX_WAITING_IMAGE_CALLS": "4", "MAX_ACTIVE_DATASETS": "2", "MAX_ACTIVE_PROJECTIONS": "1"},
     )
