@@ -15,6 +15,7 @@ from dermis.cpus import available_cpus
 from services import metrics
 from services.inference import samples
 from services.inference.base import InferenceService, batch_api, inference_service, opened
+from services.inference.dispatching import BatchDispatcher
 from services.settings import settings_of_process
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class GeneratorService(InferenceService["Synthesizer"]):
             cache=_settings.data_dir / "cache" / "generators",
         )
         synthesizer.images([0], [0], [0])
+        BatchDispatcher.busy_rows = max(BatchDispatcher.busy_rows or 1, synthesizer.preferred_batch)
         fields = {"model": bundle.name, "digest": bundle.digest[:12], "seconds": time.perf_counter() - started}
         self.logger.info("model loaded", extra=fields | dict(synthesizer.identity))
         return bundle.digest, synthesizer

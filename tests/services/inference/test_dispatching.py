@@ -9,9 +9,11 @@ from typing import Any
 import _bentoml_impl.server.app  # type: ignore[import-untyped]
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import services.service  # noqa: F401  it makes BentoML use the dispatcher
-from services.inference.dispatching import BatchDispatcher
+from services.inference.dispatching import BatchDispatcher, shares
 
 
 class OverloadedError(Exception):
@@ -64,6 +66,56 @@ def test_calls_that_arrive_while_a_batch_runs_are_the_next_one() -> None:
         assert model.batches == [[1], [2, 3, 4, 5], [6, 7]]  # a call that has no space is divided
 
     run(scenario())
+
+
+def test_small_call_is_in_the_next_batch_beside_large_ones() -> None:
+    async def scenario() -> None:
+        model = Model(max_rows=8)
+        first = model.call(0)
+        await started(model, 1)
+        large = [model.call(*range(begin, begin + 20)) for begin in (100, 200)]
+        await asyncio.sleep(0)
+        small = model.call(1)
+        await asyncio.sleep(0)
+        model.ready.set()
+        assert (await small).tolist() == [2] and (await first).tolist() == [0]
+        assert not any(task.done() for task in large)
+        for task, begin in zip(large, (100, 200), strict=True):
+            assert (await task).tolist() == [2 * row for row in range(begin, begin + 20)]
+        assert model.batches[1] == [100, 101, 102, 103, 200, 201, 202, 1]
+        assert [len(batch) for batch in model.batches] == [1, 8, 8, 8, 8, 8, 1]
+
+    run(scenario())
+
+
+def test_batches_are_kept_short_but_not_shorter_than_keeps_the_device_busy() -> None:
+    async def scenario() -> None:
+        model = Model(max_rows=32)
+        model.ready.set()
+        model.dispatcher.busy_rows = 3
+        for rate, size in ((None, 20), (1e9, 20), (30.0, 6), (1.0, 3)):  # rows of a quarter of a second, in threes
+            model.batches.clear()
+            model.dispatcher._rows_per_second = rate
+            model.dispatcher._measure = lambda rows, seconds: None  # type: ignore[method-assign]
+            await model.call(*range(20))
+            assert max(map(len, model.batches)) == size
+        del model.dispatcher._measure  # type: ignore[method-assign]
+        model.dispatcher._rows_per_second = None
+        for rows, seconds in ((3, 1.0), (2, 1e-9), (30, 1.0)):  # the second one does not keep the device busy
+            model.dispatcher._measure(rows, seconds)
+        assert model.dispatcher._rows_per_second == pytest.approx(3 + 0.3 * 27)
+
+    run(scenario())
+
+
+@given(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 64))
+def test_rows_of_a_batch_are_shared(sizes: list[int], most: int) -> None:
+    taken = shares(sizes, most)
+    assert sum(taken) == min(most, sum(sizes))
+    assert all(0 <= rows <= size for rows, size in zip(taken, sizes, strict=True))
+    limited = [rows for rows, size in zip(taken, sizes, strict=True) if rows < size]
+    assert not limited or min(limited) >= max(taken) - 1, "a call that could take more has less than another one"
+    assert limited == sorted(limited, reverse=True), "the oldest have the rest"
 
 
 def test_failure_reaches_the_calls_of_its_batch_alone() -> None:
