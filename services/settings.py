@@ -101,7 +101,8 @@ class Settings(AccessSettings, StudySettings):
         64,
         ge=2,
         le=256,
-        description="Maximum number of images of several requests in one batch of the generator or classifier.",
+        description="Maximum number of images of several requests in one batch of the generator or classifier. On a processor, "
+        "batches of the generator are kept to a quarter of a second.",
     )
 
     # Storage
