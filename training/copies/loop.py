@@ -99,74 +99,79 @@ def train(
         TrainingError: The loss is not finite, or the checkpoint has other images or options.
     """
     checkpoint = checkpoint_path(out, resume=resume)
-    out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(config.seed)
-    resuming = checkpoint.exists()
-    network = channels_last(CopyNetwork(config.dim, pretrained=config.pretrained and not resuming).to(device))
-    vectors = torch.zeros(len(images), config.dim, device=device)
-    if not resuming:
-        vectors = initialise(network, images, config, device)
-    proxies = Proxies(vectors).to(device)
-    optimizer = torch.optim.AdamW(
-        [{"params": list(network.parameters())}, {"params": list(proxies.parameters())}],
-        lr=config.learning_rate,
-        betas=(0.9, 0.99),
-        weight_decay=1e-4,
-    )
-    progress = CopiesProgress()
-    modules = {"network": network, "proxies": proxies}
-    scalars = {"kind": KIND, "config": config.identity, "identity": identity}
-    if resuming:
-        state = read_state_of_kind(checkpoint, KIND, config.identity)
-        if state["identity"] != identity:
-            raise TrainingError(f"{checkpoint}: was trained on other images; choose another --out")
-        load_checkpoint(checkpoint, modules, {"optimizer": optimizer}, {})
-        vars(progress).update(state["progress"])
-        progress.stopped = False
-    if not progress.lengths or progress.lengths[-1][1] != config.steps:
-        progress.lengths.append((progress.step, config.steps))
+    with locked(out):  # also while it is read, and for the last save
+        torch.manual_seed(config.seed)
+        resuming = checkpoint.exists()
+        network = channels_last(CopyNetwork(config.dim, pretrained=config.pretrained and not resuming).to(device))
+        vectors = torch.zeros(len(images), config.dim, device=device)
+        if not resuming:
+            vectors = initialise(network, images, config, device)
+        proxies = Proxies(vectors).to(device)
+        optimizer = torch.optim.AdamW(
+            [{"params": list(network.parameters())}, {"params": list(proxies.parameters())}],
+            lr=config.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=1e-4,
+        )
+        progress = CopiesProgress()
+        modules = {"network": network, "proxies": proxies}
+        scalars = {"kind": KIND, "config": config.identity, "identity": identity}
+        if resuming:
+            state = read_state_of_kind(checkpoint, KIND, config.identity)
+            if state["identity"] != identity:
+                raise TrainingError(f"{checkpoint}: was trained on other images; choose another --out")
+            load_checkpoint(checkpoint, modules, {"optimizer": optimizer}, {})
+            vars(progress).update(state["progress"])
+            progress.stopped = False
+        if not progress.lengths or progress.lengths[-1][1] != config.steps:
+            progress.lengths.append((progress.step, config.steps))
 
-    def save() -> None:
-        save_checkpoint(checkpoint, modules, {"optimizer": optimizer}, {}, {**scalars, "progress": vars(progress)})
+        def save() -> None:
+            save_checkpoint(checkpoint, modules, {"optimizer": optimizer}, {}, {**scalars, "progress": vars(progress)})
 
-    saved = clock = time.monotonic()
-    with (
-        locked(out),
-        stop_requested(ignore_repeated=False) as stop,
-        opened_log(out / "log.jsonl", progress.step) as log,
-        open_loggers(loggers, out, progress.step, asdict(config)) as logged,
-        tqdm(total=config.steps, initial=progress.step, desc=KIND, unit="step", disable=None if progress_bar else True) as bar,
-    ):  # fmt: skip
-        network.train()
-        while progress.step < config.steps and not stop.is_set():
-            rate = learning_rate(config, progress.step)
-            for group, factor in zip(optimizer.param_groups, (1.0, _PROXY_RATE), strict=True):
-                group["lr"] = rate * factor
-            rng = np.random.default_rng([config.seed, progress.step])
-            views = views_of(images, numbers_of(len(images), config, progress.step), rng)
-            whole, halves = losses(network, proxies, views, config, device)
-            loss = whole + 0.5 * halves
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(network.parameters(), _MAX_GRADIENT_NORM)
-            optimizer.step()
-            if not math.isfinite(loss.item()):
-                raise TrainingError(f"the loss is not finite at step {progress.step}; use a lower --learning-rate")
-            progress.step += 1
-            bar.update()
-            if progress.step % 10 == 0:
-                row = {"step": progress.step, "whole": round(whole.item(), 5), "halves": round(halves.item(), 5)}
-                log.write(json.dumps(row) + "\n")
-                curves = {"loss/whole": row["whole"], "loss/halves": row["halves"], "learning_rate": rate}
-                logged.scalars(curves, progress.step)
-            now = time.monotonic()
-            if now - saved > _SAVE_SECONDS:
-                progress.seconds, clock, saved = progress.seconds + now - clock, now, now
-                log.flush()
-                save()
-    progress.seconds += time.monotonic() - clock
-    progress.stopped = progress.step < config.steps
-    save()
+        saved = clock = time.monotonic()
+        with (
+            stop_requested(ignore_repeated=False) as stop,
+            opened_log(out / "log.jsonl", progress.step) as log,
+            open_loggers(loggers, out, progress.step, asdict(config)) as logged,
+            tqdm(
+                total=config.steps,
+                initial=progress.step,
+                desc=KIND,
+                unit="step",
+                disable=None if progress_bar else True,
+            ) as bar,
+        ):
+            network.train()
+            while progress.step < config.steps and not stop.is_set():
+                rate = learning_rate(config, progress.step)
+                for group, factor in zip(optimizer.param_groups, (1.0, _PROXY_RATE), strict=True):
+                    group["lr"] = rate * factor
+                rng = np.random.default_rng([config.seed, progress.step])
+                views = views_of(images, numbers_of(len(images), config, progress.step), rng)
+                whole, halves = losses(network, proxies, views, config, device)
+                loss = whole + 0.5 * halves
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                torch.nn.utils.clip_grad_norm_(network.parameters(), _MAX_GRADIENT_NORM)
+                optimizer.step()
+                if not math.isfinite(loss.item()):
+                    raise TrainingError(f"the loss is not finite at step {progress.step}; use a lower --learning-rate")
+                progress.step += 1
+                bar.update()
+                if progress.step % 10 == 0:
+                    row = {"step": progress.step, "whole": round(whole.item(), 5), "halves": round(halves.item(), 5)}
+                    log.write(json.dumps(row) + "\n")
+                    curves = {"loss/whole": row["whole"], "loss/halves": row["halves"], "learning_rate": rate}
+                    logged.scalars(curves, progress.step)
+                now = time.monotonic()
+                if now - saved > _SAVE_SECONDS:
+                    progress.seconds, clock, saved = progress.seconds + now - clock, now, now
+                    log.flush()
+                    save()
+        progress.seconds += time.monotonic() - clock
+        progress.stopped = progress.step < config.steps
+        save()
     return network.eval(), progress
 
 

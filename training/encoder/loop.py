@@ -111,48 +111,48 @@ def train(
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=1e-4)
     progress = EncoderProgress()
     checkpoint = checkpoint_path(out, resume=resume)
-    if checkpoint.exists():
-        _load(checkpoint, network, optimizer, progress, config, identity)
-    saved = clock = time.monotonic()
-    with (
-        locked(out),
-        stop_requested(ignore_repeated=False) as stop,
-        opened_log(out / "log.jsonl", progress.step) as log,
-        open_loggers(loggers, out, progress.step, asdict(config)) as logged,
-        tqdm(
-            total=config.steps,
-            initial=progress.step,
-            desc="encoder",
-            unit="step",
-            disable=None if progress_bar else True,
-        ) as bar,
-    ):
-        network.train()
-        while progress.step < config.steps and not stop.is_set():
-            for group in optimizer.param_groups:
-                group["lr"] = _rate(config, progress.step)
-            terms = _losses(generator, network, real, config, progress.step, distance, dtype)
-            loss = torch.stack(list(terms.values())).sum()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            if not math.isfinite(loss.item()):
-                raise TrainingError(f"the loss is not finite at step {progress.step}; use a lower --learning-rate")
-            progress.step += 1
-            bar.update()
-            if progress.step % 10 == 0:
-                values = {name: round(term.item(), 5) for name, term in terms.items()}
-                log.write(json.dumps({"step": progress.step, **values}) + "\n")
-                logged.scalars(_curves(values, optimizer), progress.step)
-            now = time.monotonic()
-            if now - saved > _SAVE_SECONDS:
-                progress.seconds, clock, saved = progress.seconds + now - clock, now, now
-                log.flush()
-                _save(checkpoint, network, optimizer, progress, config, identity)
-    progress.seconds += time.monotonic() - clock
-    progress.stopped = progress.step < config.steps
-    _save(checkpoint, network, optimizer, progress, config, identity)
+    with locked(out):  # also while it is read, and for the last save
+        if checkpoint.exists():
+            _load(checkpoint, network, optimizer, progress, config, identity)
+        saved = clock = time.monotonic()
+        with (
+            stop_requested(ignore_repeated=False) as stop,
+            opened_log(out / "log.jsonl", progress.step) as log,
+            open_loggers(loggers, out, progress.step, asdict(config)) as logged,
+            tqdm(
+                total=config.steps,
+                initial=progress.step,
+                desc="encoder",
+                unit="step",
+                disable=None if progress_bar else True,
+            ) as bar,
+        ):
+            network.train()
+            while progress.step < config.steps and not stop.is_set():
+                for group in optimizer.param_groups:
+                    group["lr"] = _rate(config, progress.step)
+                terms = _losses(generator, network, real, config, progress.step, distance, dtype)
+                loss = torch.stack(list(terms.values())).sum()
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+                optimizer.step()
+                if not math.isfinite(loss.item()):
+                    raise TrainingError(f"the loss is not finite at step {progress.step}; use a lower --learning-rate")
+                progress.step += 1
+                bar.update()
+                if progress.step % 10 == 0:
+                    values = {name: round(term.item(), 5) for name, term in terms.items()}
+                    log.write(json.dumps({"step": progress.step, **values}) + "\n")
+                    logged.scalars(_curves(values, optimizer), progress.step)
+                now = time.monotonic()
+                if now - saved > _SAVE_SECONDS:
+                    progress.seconds, clock, saved = progress.seconds + now - clock, now, now
+                    log.flush()
+                    _save(checkpoint, network, optimizer, progress, config, identity)
+        progress.seconds += time.monotonic() - clock
+        progress.stopped = progress.step < config.steps
+        _save(checkpoint, network, optimizer, progress, config, identity)
     network.eval()
     return progress
 
