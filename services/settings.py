@@ -101,8 +101,8 @@ class Settings(AccessSettings, StudySettings):
         64,
         ge=2,
         le=256,
-        description="Maximum number of images of several requests in one batch of the generator or classifier. On a processor, "
-        "batches of the generator are kept to a quarter of a second.",
+        description="Maximum number of images of several requests in one batch of the generator or classifier. On a CPU, "
+        "batches of the generator are limited to about a quarter of a second.",
     )
 
     # Storage
@@ -129,7 +129,7 @@ class Settings(AccessSettings, StudySettings):
         3,
         ge=1,
         le=64,
-        description="Number of shards that one gateway process generates at the same time; 3 keep the generator busy.",
+        description="Number of shards that one worker generates at the same time; 3 keep the generator busy.",
     )
     queue_poll_seconds: float = Field(
         0.5,
@@ -291,8 +291,8 @@ class Settings(AccessSettings, StudySettings):
         120,
         ge=1,
         le=3600,
-        description="Time after which a connection without a request is closed. Longer than that of the proxies in front: one "
-        "that is closed while a request arrives loses it.",
+        description="Time after which a connection without a request is closed. Choose it longer than that of proxies in "
+        "front: a request that arrives while its connection is being closed is lost.",
     )
     body_timeout_seconds: float = Field(
         15.0,
