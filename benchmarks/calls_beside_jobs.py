@@ -58,6 +58,7 @@ def measure(bundle: Path, seconds: float) -> dict[str, Any]:
 
     Raises:
         ServiceNotReadyError: The service did not start.
+        RuntimeError: The dataset was not generated while the calls were made.
     """
     labels = classes_of(open_bundle(str(bundle)))
     with tempfile.TemporaryDirectory() as folder:
@@ -78,12 +79,15 @@ def measure(bundle: Path, seconds: float) -> dict[str, Any]:
 
             image_calls(service.url, labels[0], 10, 0)  # the first ones are slower
             alone = image_calls(service.url, labels[0], seconds, 1000)
-            body = {"classes": {label: 20_000 // len(labels) for label in labels}, "seed": 1}
+            body = {"classes": {label: 100_000 // len(labels) for label in labels}, "seed": 1}
             dataset = caller.request("POST", "/v1/datasets", json=body).json()
-            wait_for(lambda: done() >= _FIRST_IMAGES, 120)
+            if not wait_for(lambda: done() >= _FIRST_IMAGES, 120):
+                raise RuntimeError(f"{_FIRST_IMAGES} images were not generated in 120 s")
             dataset_alone = rate_during(lambda: time.sleep(seconds))
             beside: list[Calls] = []
             dataset_beside = rate_during(lambda: beside.append(image_calls(service.url, labels[0], seconds, 1_000_000)))
+            if caller.job(dataset)["state"] != "running":
+                raise RuntimeError("the dataset ended during the measurement; choose fewer --seconds")
             caller.request("DELETE", dataset["links"]["self"])
         finally:
             service.stop()

@@ -1,9 +1,8 @@
 """The calls of many clients on one service, made with locust. `benchmarks.soak` runs it as a process of its own.
 
-`python -m benchmarks.load --url URL --keys FILE --rate N --seconds N --out FILE`; with `--callers N` instead of `--rate`, that
-many callers begin each operation as soon as the last one has ended. Each call is a line of JSON in the output: time, route,
-status, milliseconds, and what was wrong. Importing locust replaces parts of Python by those of gevent, so nothing else may
-import this module.
+`python -m benchmarks.load --url URL --keys FILE --rate N --seconds N --out FILE`. Each call is a line of JSON in the output:
+time, route, status, milliseconds, and what was wrong. Importing locust replaces parts of Python by those of gevent, so nothing
+else may import this module.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import math
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -67,7 +67,13 @@ class Inputs:
         self.directions: list[str] = []
         self.photographs: list[bytes] = []
         self.known: dict[str, str] = {}
+        self._callers: Counter[str] = Counter()
         self._following: dict[tuple[str, ...], list[str]] = {}
+
+    def part_of_period(self, kind: str) -> float:
+        """A number from 0 to 1 for each caller of a kind. However many there are, they are spread evenly (golden ratio)."""
+        self._callers[kind] += 1
+        return self._callers[kind] * 0.618034 % 1
 
     def following(self, names: tuple[str, ...]) -> str:
         """The next of some operations. Soon each has had exactly its share, so that minutes can be compared."""
@@ -97,10 +103,10 @@ class Caller(FastHttpUser):
     period = 0.0
 
     def on_start(self) -> None:
-        """Choose a tenant, and begin at a random moment, unless the time has ended before."""
+        """Choose a tenant, and begin at a moment apart from those of the others, unless the time has ended before."""
         self.key = inputs.random.choice(inputs.keys)
         self.completed = True
-        if ended.wait(inputs.random.uniform(0, self.period)):
+        if ended.wait(self.period * inputs.part_of_period(type(self).__name__)):
             raise StopUser
 
     def ask(

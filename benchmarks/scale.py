@@ -59,7 +59,7 @@ _PARTS = ("workers", "gateway", "PostgreSQL", "bucket")
 
 @dataclass(frozen=True)
 class Rate:
-    """A dataset between its first and its last images, and the processor seconds that each part used for them."""
+    """The generation of a dataset, and the processor seconds that each part used for it."""
 
     images: int
     seconds: float
@@ -187,7 +187,13 @@ def _machine_cpu_seconds() -> float:
 
 
 def _measure(cluster: Cluster, bundle: Bundle, images: int, seed: int) -> Rate:
-    """Make one dataset. Measured is the time from its first images to its last ones, without its end."""
+    """Make one dataset. Measured is the time from the request until all images are generated, without the end of the dataset.
+
+    Workers report many images at a time, so the time of the first ones says little.
+
+    Raises:
+        RuntimeError: The images were not generated in 15 minutes.
+    """
     caller, classes = Caller(cluster.gateway.url), classes_of(bundle)
     body: dict[str, Any] = {
         "classes": {name: images // len(classes) for name in classes},
@@ -196,23 +202,20 @@ def _measure(cluster: Cluster, bundle: Bundle, images: int, seed: int) -> Rate:
     }
     if bundle.classifier:
         body["classifier"] = {"score": False}
-    dataset = caller.request("POST", "/v1/datasets", json=body).json()
     meters = {**cluster.meters, "all": _machine_cpu_seconds}
-    moments: list[tuple[float, int, dict[str, float]]] = []
+    started, before = time.monotonic(), {name: read() for name, read in meters.items()}
+    dataset = caller.request("POST", "/v1/datasets", json=body).json()
 
     def is_generated() -> bool:
         progress = caller.job(dataset)["progress"]
-        is_last = progress["samples_done"] == progress["samples_total"]
-        if is_last or (progress["samples_done"] and not moments):
-            used = {name: read() for name, read in meters.items()}
-            moments.append((time.monotonic(), progress["samples_done"], used))
-        return bool(is_last)
+        return bool(progress["samples_done"] == progress["samples_total"])
 
-    wait_for(is_generated, 600, pause=0.2)
+    if not wait_for(is_generated, 900, pause=0.2):
+        raise RuntimeError(f"{images} images were not generated in 900 s")
+    seconds, after = time.monotonic() - started, {name: read() for name, read in meters.items()}
     wait_for(lambda: caller.job(dataset)["state"] == "succeeded", 600)
     caller.request("DELETE", dataset["links"]["self"])
-    (start, first, before), (end, last, after) = moments[0], moments[-1]
-    return Rate(last - first, end - start, {name: after[name] - before[name] for name in meters})
+    return Rate(images, seconds, {name: after[name] - before[name] for name in meters})
 
 
 # Simulated workers

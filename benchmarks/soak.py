@@ -100,6 +100,11 @@ class Phase:
     statuses: dict[str, int]
 
     @property
+    def is_kept_up(self) -> bool:
+        """Whether the service keeps up. One that is too slow keeps callers waiting, so that they begin fewer operations."""
+        return self.kept_up >= KEPT_UP and self.begun >= KEPT_UP * self.rate
+
+    @property
     def wrong(self) -> list[str]:
         """All errors."""
         return [f"{name}: {text}" for name, route in self.routes.items() for text in route.wrong]
@@ -345,13 +350,15 @@ def measure_capacity(service: Service, first_rate: float, rate_step: float, seco
         RuntimeError: It does not keep up with the first rate.
     """
     steps: list[Phase] = []
-    while len(steps) < _MAX_STEPS and (not steps or steps[-1].kept_up >= KEPT_UP):
+    while len(steps) < _MAX_STEPS and (not steps or steps[-1].is_kept_up):
         rate = first_rate * rate_step ** len(steps)
         steps.append(make_load(service, f"{rate:.1f} operations a second", seconds, rate))
         print(
-            f"{steps[-1].name}: {steps[-1].completed:.1f} completed, {steps[-1].kept_up:.0%} kept up", file=sys.stderr
+            f"{steps[-1].name}: {steps[-1].begun:.1f} begun, {steps[-1].kept_up:.0%} of the slowest kind completed",
+            file=sys.stderr,
+            flush=True,
         )
-    if len(steps) == 1:
+    if not steps[0].is_kept_up:
         raise RuntimeError(f"the service does not keep up with {first_rate} operations/s; choose a lower --first-rate")
     return steps
 
@@ -453,7 +460,7 @@ def run(
         sampler.start()
         warm_up = make_load(service, "warm-up", step_seconds, first_rate)
         steps = [] if capacity else measure_capacity(service, first_rate, rate_step, step_seconds)
-        capacity = capacity or max(step.rate for step in steps if step.kept_up >= KEPT_UP)
+        capacity = capacity or max(step.rate for step in steps if step.is_kept_up)
         began = time.time()
         soak = make_load(service, "80 %", 60 * minutes, SOAK_SHARE * capacity)
         ended = began + 60 * minutes

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import _bentoml_impl.server.app  # type: ignore[import-untyped]
 from bentoml._internal.marshal.dispatcher import CorkDispatcher
@@ -13,7 +15,7 @@ from bentoml._internal.marshal.dispatcher import CorkDispatcher
 logger = logging.getLogger("dermis.dispatching")
 
 _BATCH_SECONDS = 0.25
-_NEW_RATE = 0.3  # the weight of the last batch in the rate
+_NEW_WEIGHT = 0.3  # of the last batch, in the mean time of a row
 
 
 class BatchDispatcher(CorkDispatcher[Any, Any]):
@@ -24,15 +26,24 @@ class BatchDispatcher(CorkDispatcher[Any, Any]):
     small batches first to measure them, and looks every millisecond whether it may begin, which takes some percent of a
     processor while a batch runs.
 
-    Calls that do not fit in one batch share it: each has the same number of rows, as long as it has so many. So a call for one
-    image is in the next batch, although shards of datasets with many images came before. Where `busy_rows` is known, batches
-    are kept short, so that the next one is not far: on a processor a batch of 64 images takes seconds.
+    Calls that do not fit in one batch share it: each has the same number of rows, as long as it has so many, and those that had
+    some wait behind the others. So a call for one image does not wait for all images of shards that came before. Where
+    `busy_rows` is known, batches are kept short: on a processor a batch of 64 images takes seconds.
     """
 
-    busy_rows: int | None = None
+    row_unit: ClassVar[int] = 1
+    """Rows that the model computes at once, in whose multiples calls are divided: fewer take it as long."""
+    busy_rows: ClassVar[int | None] = None
     """Rows that keep the whole device busy: no batch is kept shorter than that. None: batches may have the maximum size."""
+    _seconds_per_row: ClassVar[float | None] = None
 
-    _rows_per_second: float | None = None
+    @classmethod
+    def measure(cls, rows: int, seconds: float) -> None:
+        """Learn how long a batch takes in the model, without the time in which other methods use the device."""
+        if cls.busy_rows is None or rows < cls.busy_rows:
+            return  # a part of the device was idle
+        known, new = cls._seconds_per_row, seconds / rows
+        cls._seconds_per_row = new if known is None else known + _NEW_WEIGHT * (new - known)
 
     async def controller(self) -> None:
         """Run batches until the task is cancelled."""
@@ -43,62 +54,62 @@ class BatchDispatcher(CorkDispatcher[Any, Any]):
                 self._refuse_old_calls()
                 batch = self._next_batch()
                 if batch:
-                    began = time.perf_counter()
                     self._sema.acquire()  # type: ignore[no-untyped-call]
                     await self.outbound_call(batch)
-                    self._measure(sum(self.get_batch_size(job.data) for job in batch), time.perf_counter() - began)
+                    for _ in range(2):  # the rest of a call is cancelled in the second round after a part has failed
+                        await asyncio.sleep(0)
             except Exception:
                 logger.exception("batch failed")
 
     def _next_batch(self) -> tuple[Any, ...]:
-        """Take rows of the waiting calls, which stay in the queue with the others."""
-        calls = list(self._queue)
+        """Take rows of the waiting calls. Those that have rows left go to the end of the queue."""
+        calls = [job for job in self._queue if not job.future.done()]
         sizes = [self.get_batch_size(job.data) for job in calls]
-        batch, remaining = [], []
-        for job, size, taken in zip(calls, sizes, shares(sizes, self._most_rows()), strict=True):
+        batch, waiting, begun = [], [], []
+        for job, size, taken in zip(calls, sizes, shares(sizes, self._most_rows(), self.row_unit), strict=True):
             if taken == size:
                 batch.append(job)
             elif taken:
                 first, second = self.split_job(job, [0, taken, size])
+                job.future.add_done_callback(partial(_cancel, second.future))  # if the first part fails
                 batch.append(first)
-                remaining.append(second)
+                begun.append(second)
             else:
-                remaining.append(job)
+                waiting.append(job)
         self._queue.clear()
-        self._queue.extend(remaining)
+        self._queue.extend([*waiting, *begun])
         return tuple(batch)
 
     def _most_rows(self) -> int:
-        if self.busy_rows is None or self._rows_per_second is None:
+        if self.busy_rows is None or not self._seconds_per_row:
             return self.max_batch_size
-        rows = int(self._rows_per_second * _BATCH_SECONDS)
+        rows = int(_BATCH_SECONDS / self._seconds_per_row)
         return min(self.max_batch_size, max(1, rows // self.busy_rows) * self.busy_rows)
-
-    def _measure(self, rows: int, seconds: float) -> None:
-        if self.busy_rows is None or rows < self.busy_rows or seconds <= 0:
-            return  # a part of the device was idle
-        rate = rows / seconds
-        known = self._rows_per_second
-        self._rows_per_second = rate if known is None else known + _NEW_RATE * (rate - known)
 
     def _refuse_old_calls(self) -> None:
         oldest = time.time() - self.max_latency
-        while self._queue and self._queue[0].enqueue_time <= oldest:
-            self._queue.popleft().future.cancel()
+        for job in self._queue:
+            if job.enqueue_time <= oldest:
+                job.future.cancel()
 
 
-def shares(sizes: Sequence[int], most: int) -> list[int]:
-    """Divide the rows of a batch among calls: the same number for each, as far as it has so many; the oldest have the rest.
+def _cancel(rest: asyncio.Future[Any], _whole: asyncio.Future[Any]) -> None:
+    rest.cancel()
+
+
+def shares(sizes: Sequence[int], most: int, unit: int = 1) -> list[int]:
+    """Divide the rows of a batch among calls: the same number for each, as far as it has so many; the first have the rest.
 
     Args:
-        sizes: Rows of each call, the oldest first.
+        sizes: Rows of each call.
         most: Rows of the batch.
+        unit: Calls are divided in multiples of this number, unless less is free.
     """
     taken = [0] * len(sizes)
     while (free := most - sum(taken)) > 0 and (open_calls := [n for n, size in enumerate(sizes) if taken[n] < size]):
-        share = max(1, free // len(open_calls))
-        for number in open_calls[:free]:
-            taken[number] += min(share, sizes[number] - taken[number])
+        share = max(unit, free // len(open_calls) // unit * unit)
+        for number in open_calls[: max(1, free // unit)]:
+            taken[number] += min(share, sizes[number] - taken[number], most - sum(taken))
     return taken
 
 

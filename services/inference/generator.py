@@ -45,6 +45,7 @@ class GeneratorService(InferenceService["Synthesizer"]):
             cache=_settings.data_dir / "cache" / "generators",
         )
         synthesizer.images([0], [0], [0])
+        BatchDispatcher.row_unit = max(BatchDispatcher.row_unit, synthesizer.micro_batch)
         BatchDispatcher.busy_rows = max(BatchDispatcher.busy_rows or 1, synthesizer.preferred_batch)
         fields = {"model": bundle.name, "digest": bundle.digest[:12], "seconds": time.perf_counter() - started}
         self.logger.info("model loaded", extra=fields | dict(synthesizer.identity))
@@ -65,7 +66,10 @@ class GeneratorService(InferenceService["Synthesizer"]):
             An image uint8 [H, W, 3] per row, or a text with the reason why there is none.
         """
         metrics.observe_batch("generator", len(rows))
-        return list(samples.generate_rows(self._models, samples.from_bytes(rows)))
+        began = time.perf_counter()
+        images = list(samples.generate_rows(self._models, samples.from_bytes(rows)))
+        BatchDispatcher.measure(len(rows), time.perf_counter() - began)
+        return images
 
     @bentoml.api
     def draw(self, digest: str, ws: np.ndarray, noise_mode: str, seed: int = 0, index: int = 0) -> Any:

@@ -99,7 +99,7 @@ def train(
         TrainingError: The loss is not finite, or the checkpoint has other images or options.
     """
     checkpoint = checkpoint_path(out, resume=resume)
-    with locked(out):  # also while it is read, and for the last save
+    with locked(out):  # also while the checkpoint is read, and for the last save
         torch.manual_seed(config.seed)
         resuming = checkpoint.exists()
         network = channels_last(CopyNetwork(config.dim, pretrained=config.pretrained and not resuming).to(device))

@@ -111,7 +111,7 @@ def train(
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=1e-4)
     progress = EncoderProgress()
     checkpoint = checkpoint_path(out, resume=resume)
-    with locked(out):  # also while it is read, and for the last save
+    with locked(out):  # also while the checkpoint is read, and for the last save
         if checkpoint.exists():
             _load(checkpoint, network, optimizer, progress, config, identity)
         saved = clock = time.monotonic()

@@ -29,7 +29,11 @@ class Model:
 
         self.batches: list[list[int]] = []
         self.ready = asyncio.Event()
-        self.dispatcher = BatchDispatcher(10_000, max_rows, fallback=refuse, get_batch_size=len)
+
+        class Dispatcher(BatchDispatcher):
+            """Learns apart from those of other tests."""
+
+        self.dispatcher = Dispatcher(10_000, max_rows, fallback=refuse, get_batch_size=len)
         self._call: Callable[[Any], Awaitable[Any]] = self.dispatcher(self._run)
 
     async def _run(self, batch: Any) -> list[Any]:
@@ -88,34 +92,64 @@ def test_small_call_is_in_the_next_batch_beside_large_ones() -> None:
     run(scenario())
 
 
-def test_batches_are_kept_short_but_not_shorter_than_keeps_the_device_busy() -> None:
+def test_calls_take_turns_if_there_are_more_than_rows_in_a_batch() -> None:
     async def scenario() -> None:
-        model = Model(max_rows=32)
+        model = Model(max_rows=2)
+        first = model.call(0)
+        await started(model, 1)
+        calls = [model.call(begin, begin + 1, begin + 2) for begin in (10, 20, 30)]
+        await asyncio.sleep(0)
         model.ready.set()
-        model.dispatcher.busy_rows = 3
-        for rate, size in ((None, 20), (1e9, 20), (30.0, 6), (1.0, 3)):  # rows of a quarter of a second, in threes
-            model.batches.clear()
-            model.dispatcher._rows_per_second = rate
-            model.dispatcher._measure = lambda rows, seconds: None  # type: ignore[method-assign]
-            await model.call(*range(20))
-            assert max(map(len, model.batches)) == size
-        del model.dispatcher._measure  # type: ignore[method-assign]
-        model.dispatcher._rows_per_second = None
-        for rows, seconds in ((3, 1.0), (2, 1e-9), (30, 1.0)):  # the second one does not keep the device busy
-            model.dispatcher._measure(rows, seconds)
-        assert model.dispatcher._rows_per_second == pytest.approx(3 + 0.3 * 27)
+        for task, begin in zip(calls, (10, 20, 30), strict=True):
+            assert (await task).tolist() == [2 * begin, 2 * begin + 2, 2 * begin + 4]
+        await first
+        assert model.batches == [[0], [10, 20], [30, 11], [21, 31], [12, 22], [32]]
 
     run(scenario())
 
 
-@given(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 64))
-def test_rows_of_a_batch_are_shared(sizes: list[int], most: int) -> None:
-    taken = shares(sizes, most)
+def test_batches_are_kept_short_but_keep_the_device_busy() -> None:
+    async def scenario() -> None:
+        for seconds, size in (
+            (None, 20),
+            (1e-9, 20),
+            (1 / 30, 6),
+            (1.0, 3),
+        ):  # rows of a quarter of a second, in threes
+            model = Model(max_rows=32)
+            model.ready.set()
+            dispatcher = type(model.dispatcher)
+            dispatcher.busy_rows = 3
+            if seconds is not None:
+                dispatcher.measure(2, 2e-9)  # does not keep the device busy
+                dispatcher.measure(10, 10 * seconds)
+            await model.call(*range(20))
+            assert max(map(len, model.batches)) == size
+
+    run(scenario())
+
+
+@given(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 64), st.sampled_from([1, 4, 16]))
+def test_rows_of_a_batch_are_shared(sizes: list[int], most: int, unit: int) -> None:
+    taken = shares(sizes, most, unit)
     assert sum(taken) == min(most, sum(sizes))
     assert all(0 <= rows <= size for rows, size in zip(taken, sizes, strict=True))
-    limited = [rows for rows, size in zip(taken, sizes, strict=True) if rows < size]
-    assert not limited or min(limited) >= max(taken) - 1, "a call that could take more has less than another one"
-    assert limited == sorted(limited, reverse=True), "the oldest have the rest"
+    divided = [rows for rows, size in zip(taken, sizes, strict=True) if rows < size]
+    if divided and unit == 1:
+        assert min(divided) >= max(taken) - 1, "a call that could take more has less than another one"
+    assert sum(rows % unit != 0 for rows in divided) <= 1, "a padded part of a call for each batch"
+
+
+def test_rest_of_a_failed_call_is_not_computed() -> None:
+    async def scenario() -> None:
+        model = Model(max_rows=2)
+        model.ready.set()
+        with pytest.raises(ValueError, match="no such row"):
+            await model.call(-1, 1, 2, 3, 4)
+        assert (await model.call(5)).tolist() == [10]
+        assert model.batches == [[-1, 1], [5]]
+
+    run(scenario())
 
 
 def test_failure_reaches_the_calls_of_its_batch_alone() -> None:
