@@ -382,6 +382,8 @@ _SPEEDS = ("images_per_second", "eta_seconds")
 def _same(value: Any, route: str = "", field: str = "") -> Any:
     """A JSON value with placeholders for what differs from run to run or from processor to processor."""
     if isinstance(value, dict):
+        if value.get("name") == "stored_bytes":
+            value = value | {"used": "<number>"}  # of files
         return {key: "<speed>" if key in _SPEEDS else _same(each, route, key) for key, each in value.items()}
     if isinstance(value, list):
         return [_same(each, route, field) for each in value]
