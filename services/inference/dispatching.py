@@ -15,6 +15,7 @@ from bentoml._internal.marshal.dispatcher import CorkDispatcher
 logger = logging.getLogger("dermis.dispatching")
 
 _BATCH_SECONDS = 0.25
+_LEAST_ROUNDS = 4  # in which the device is busy, for each batch: shorter ones lose more time than they save
 _NEW_WEIGHT = 0.3  # of the last batch, in the mean time of a row
 
 
@@ -83,8 +84,8 @@ class BatchDispatcher(CorkDispatcher[Any, Any]):
     def _most_rows(self) -> int:
         if self.busy_rows is None or not self._seconds_per_row:
             return self.max_batch_size
-        rows = int(_BATCH_SECONDS / self._seconds_per_row)
-        return min(self.max_batch_size, max(1, rows // self.busy_rows) * self.busy_rows)
+        rounds = int(_BATCH_SECONDS / self._seconds_per_row / self.busy_rows)
+        return min(self.max_batch_size, max(_LEAST_ROUNDS, rounds) * self.busy_rows)
 
     def _refuse_old_calls(self) -> None:
         oldest = time.time() - self.max_latency

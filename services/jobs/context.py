@@ -133,9 +133,9 @@ def retry_transient(ctx: JobContext, call: Callable[[], T], job_id: str | None =
 
 
 def must_stop(ctx: JobContext, job_id: str) -> bool:
-    """Whether the job was cancelled or deleted, or has failed. False while the database cannot be reached."""
+    """Whether the job was cancelled or deleted, or has failed, up to a moment ago. False without the database."""
     try:
-        return ctx.table.must_stop(job_id)
+        return ctx.table.recent_states.of(job_id).must_stop
     except DatabaseUnavailableError:
         return False
 

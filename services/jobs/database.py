@@ -115,12 +115,15 @@ def _postgresql_engine(url: sa.URL) -> sa.Engine:
     @sa.event.listens_for(engine, "connect")
     def _on_connect(connection: Any, _record: Any) -> None:
         # A machine that is lost cannot close its connections: the server would keep their locks for hours.
+        values = {
+            "idle_in_transaction_session_timeout": f"'{IDLE_TRANSACTION_SECONDS}s'",
+            "lock_timeout": f"'{_LOCK_SECONDS}s'",
+            "tcp_keepalives_idle": _KEEPALIVE_SECONDS,
+            "tcp_keepalives_interval": _KEEPALIVE_SECONDS,
+            "tcp_keepalives_count": 3,
+        }
         with connection.cursor() as cursor:
-            cursor.execute(f"SET idle_in_transaction_session_timeout = '{IDLE_TRANSACTION_SECONDS}s'")
-            cursor.execute(f"SET lock_timeout = '{_LOCK_SECONDS}s'")
-            cursor.execute(f"SET tcp_keepalives_idle = {_KEEPALIVE_SECONDS}")
-            cursor.execute(f"SET tcp_keepalives_interval = {_KEEPALIVE_SECONDS}")
-            cursor.execute("SET tcp_keepalives_count = 3")
+            cursor.execute("; ".join(f"SET {name} = {value}" for name, value in values.items()))
         connection.commit()
 
     return engine

@@ -14,7 +14,7 @@ from dermis.errors import StorageError
 from services import metrics, tracing
 from services.errors import InferenceUnavailableError, is_transient
 from services.jobs import dataset, projection
-from services.jobs.context import JobContext, StoppedError, must_stop, retry_transient
+from services.jobs.context import JobContext, StoppedError, retry_transient
 from services.jobs.statistics import Kind
 from services.jobs.table import Job
 from services.observed_store import ObservedStore
@@ -75,7 +75,7 @@ def run_shard(ctx: JobContext, job_id: str, shard: int) -> str:
         if is_transient(error):
             raise
         # Otherwise another shard has failed, and the files of this one were removed while it ran.
-        if not must_stop(ctx, job_id):
+        if not retry_transient(ctx, lambda: ctx.table.must_stop(job_id)):
             _fail(ctx, job, error)
         return "stopped"
     return "finished"

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
@@ -25,6 +26,7 @@ from services.jobs import counters, executors, schema
 from services.jobs.database import close_engine, open_engine, reading, schema_lock, time_of, writing
 from services.jobs.executors import Executors
 from services.jobs.statistics import ACTIVE, Kind, Statistics, read_statistics
+from services.jobs.waiting import RecentStates, read_states
 from services.quotas import QUOTAS, Quota, QuotaExceededError, QuotaUse
 from services.studies.tables import stored_by_studies
 from services.tenants import DEFAULT_TENANT
@@ -144,6 +146,7 @@ class JobTable:
 
     def __init__(self, url: str) -> None:
         self._engine = open_engine(url)
+        self.recent_states = RecentStates(partial(read_states, self._engine))
 
     def open(self) -> None:
         """Create the tables, or upgrade those of an earlier version.
@@ -424,10 +427,7 @@ class JobTable:
 
     def must_stop(self, job_id: str) -> bool:
         """Whether work on the job should stop: it is being cancelled, has failed, has ended or does not exist."""
-        query = sa.select(_jobs.c.state, _jobs.c.error.is_not(None)).where(_jobs.c.id == job_id)
-        with reading(self._engine) as connection:
-            row = connection.execute(query).one_or_none()
-        return row is None or row[0] not in ("queued", "running") or bool(row[1])
+        return read_states(self._engine, [job_id])[job_id].must_stop
 
     def record_error(self, job_id: str, error: Mapping[str, Any]) -> None:
         """Record why an active job will fail. The first reason is kept."""

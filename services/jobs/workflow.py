@@ -342,6 +342,9 @@ def _are_shards_over(ctx: JobContext, job_id: str, check_workflows: bool) -> boo
         check_workflows: Check the states of the shards' workflows too.
     """
     with _database():
+        state = ctx.table.recent_states.of(job_id)
+        if not (check_workflows or state.must_stop or state.is_whole):
+            return False
         job = ctx.table.get(job_id)
         if job is None:
             return True

@@ -1,0 +1,99 @@
+"""States of jobs for the threads that wait for them or look regularly whether they must stop.
+
+Each active dataset has several such threads. If each asked the database several times a second, a worker with two dozen
+datasets would need half a processor for it. So one query reads the states of all jobs that were asked for lately.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from services.jobs.database import reading
+
+_FRESH_SECONDS = 0.2
+_ASKED_SECONDS = 5.0
+
+_jobs = sa.table("dermis_jobs", *map(sa.column, ("id", "state", "error", "shards_done", "shards_total")))
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What a thread that waits needs to know of a job.
+
+    Attributes:
+        must_stop: Work on it should stop: it is being cancelled, has failed, has ended or does not exist.
+        is_whole: All of its shards are finished.
+    """
+
+    must_stop: bool
+    is_whole: bool
+
+
+_GONE = JobState(must_stop=True, is_whole=False)
+
+
+def read_states(engine: sa.Engine, job_ids: Collection[str]) -> dict[str, JobState]:
+    """Read the states of jobs.
+
+    Raises:
+        DatabaseUnavailableError: The database cannot be reached.
+    """
+    columns = (_jobs.c.id, _jobs.c.state, _jobs.c.error.is_not(None), _jobs.c.shards_done == _jobs.c.shards_total)
+    with reading(engine) as connection:
+        rows = connection.execute(sa.select(*columns).where(_jobs.c.id.in_(job_ids))).all()
+    states = {row[0]: JobState(row[1] not in ("queued", "running") or bool(row[2]), bool(row[3])) for row in rows}
+    return {job_id: states.get(job_id, _GONE) for job_id in job_ids}
+
+
+class RecentStates:
+    """States of jobs that are at most a fifth of a second old, or as old as a read that is still running. Thread-safe.
+
+    Args:
+        read: Reads the states of jobs.
+        clock: Seconds that never decrease.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[Collection[str]], Mapping[str, JobState]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._read, self._clock = read, clock
+        self._lock = threading.Lock()
+        self._asked: dict[str, float] = {}  # when a job was last asked for
+        self._states: Mapping[str, JobState] = {}
+        self._began = -_FRESH_SECONDS  # when the read of `_states` began
+        self._is_reading = False
+
+    def of(self, job_id: str) -> JobState:
+        """The state of a job.
+
+        Raises:
+            DatabaseUnavailableError: It must be read, and the database cannot be reached.
+        """
+        with self._lock:
+            now = self._clock()
+            self._asked[job_id] = now
+            state = self._states.get(job_id)
+            if state is not None and (self._is_reading or now - self._began < _FRESH_SECONDS):
+                return state
+            alone = self._is_reading
+            self._is_reading = True
+            self._asked = {each: asked for each, asked in self._asked.items() if now - asked < _ASKED_SECONDS}
+            job_ids = [job_id] if alone else list(self._asked)
+        try:
+            states = self._read(job_ids)
+            with self._lock:
+                self._states = {**self._states, **states} if alone else states
+                if not alone:
+                    self._began = now
+            return states[job_id]
+        finally:
+            if not alone:
+                with self._lock:
+                    self._is_reading = False
