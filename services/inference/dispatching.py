@@ -15,6 +15,7 @@ from bentoml._internal.marshal.dispatcher import CorkDispatcher
 logger = logging.getLogger("dermis.dispatching")
 
 _BATCH_SECONDS = 0.25
+_AGED_SHARE = 0.25  # of the time after which a call is refused
 _LEAST_ROUNDS = 4  # in which the device is busy, for each batch: shorter ones lose more time than they save
 _NEW_WEIGHT = 0.3  # of the last batch, in the mean time of a row
 
@@ -65,6 +66,8 @@ class BatchDispatcher(CorkDispatcher[Any, Any]):
     def _next_batch(self) -> tuple[Any, ...]:
         """Take rows of the waiting calls. Those that have rows left go to the end of the queue."""
         calls = [job for job in self._queue if not job.future.done()]
+        aged = time.time() - _AGED_SHARE * self.max_latency
+        calls.sort(key=lambda job: job.enqueue_time > aged)  # of many calls, the aged ones have rows in each batch
         sizes = [self.get_batch_size(job.data) for job in calls]
         batch, waiting, begun = [], [], []
         for job, size, taken in zip(calls, sizes, shares(sizes, self._most_rows(), self.row_unit), strict=True):

@@ -51,7 +51,7 @@ def read_states(engine: sa.Engine, job_ids: Collection[str]) -> dict[str, JobSta
 
 
 class RecentStates:
-    """States of jobs that are at most a fifth of a second old, or as old as a read that is still running. Thread-safe.
+    """States of jobs that are at most a fifth of a second old, or five seconds while a read takes longer. Thread-safe.
 
     Args:
         read: Reads the states of jobs.
@@ -80,7 +80,9 @@ class RecentStates:
             now = self._clock()
             self._asked[job_id] = now
             state = self._states.get(job_id)
-            if state is not None and (self._is_reading or now - self._began < _FRESH_SECONDS):
+            # A read that does not end must not stop the news: then each thread reads for itself.
+            limit = _ASKED_SECONDS if self._is_reading else _FRESH_SECONDS
+            if state is not None and now - self._began < limit:
                 return state
             alone = self._is_reading
             self._is_reading = True

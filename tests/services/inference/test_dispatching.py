@@ -108,20 +108,31 @@ def test_calls_take_turns_if_there_are_more_than_rows_in_a_batch() -> None:
     run(scenario())
 
 
+def test_of_many_calls_those_that_have_waited_long_are_in_each_batch() -> None:
+    async def scenario() -> None:
+        model = Model(max_rows=2)
+        first = model.call(0)
+        await started(model, 1)
+        calls = [model.call(begin, begin + 1, begin + 2) for begin in (10, 20, 30)]
+        await asyncio.sleep(0)
+        model.dispatcher._queue[2].enqueue_time -= 3  # seconds, of ten after which it would be refused
+        model.ready.set()
+        await asyncio.gather(first, *calls)
+        assert model.batches == [[0], [30, 10], [31, 20], [32, 11], [21, 12], [22]]
+
+    run(scenario())
+
+
 def test_batches_are_kept_short_but_keep_the_device_busy() -> None:
     async def scenario() -> None:
-        for seconds, size in (
-            (None, 20),
-            (1e-9, 20),
-            (1 / 30, 6),
-            (1.0, 3),
-        ):  # rows of a quarter of a second, in threes
+        # Rows of a quarter of a second, in pairs, and at least four pairs.
+        for seconds, size in ((None, 20), (1e-9, 20), (0.02, 12), (1.0, 8)):
             model = Model(max_rows=32)
             model.ready.set()
             dispatcher = type(model.dispatcher)
-            dispatcher.busy_rows = 3
+            dispatcher.busy_rows = 2
             if seconds is not None:
-                dispatcher.measure(2, 2e-9)  # does not keep the device busy
+                dispatcher.measure(1, 1e-9)  # does not keep the device busy
                 dispatcher.measure(10, 10 * seconds)
             await model.call(*range(20))
             assert max(map(len, model.batches)) == size

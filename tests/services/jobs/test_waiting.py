@@ -59,9 +59,11 @@ def test_slow_read_delays_nobody_else() -> None:
     database.states["a"] = WHOLE
     assert database.recent.of("a") == RUNNING  # the last that is known
     assert database.recent.of("b") == RUNNING  # read alone
+    database.time = 6.0
+    assert database.recent.of("a") == WHOLE, "a read that hangs keeps old states"
     go_on.set()
     thread.join()
-    assert database.reads == [{"a"}, {"b"}, {"a"}]
+    assert database.reads == [{"a"}, {"b"}, {"a"}, {"a"}]
     assert database.recent.of("a") == WHOLE
 
 
