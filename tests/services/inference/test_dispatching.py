@@ -53,6 +53,21 @@ async def started(model: Model, batches: int) -> None:
             await asyncio.sleep(0)
 
 
+async def busy_model(max_rows: int) -> tuple[Model, asyncio.Task[Any]]:
+    """A model that has begun a batch of the row 0, and this call."""
+    model = Model(max_rows)
+    first = model.call(0)
+    await started(model, 1)
+    return model, first
+
+
+async def three_calls(model: Model) -> list[asyncio.Task[Any]]:
+    """Waiting calls for three rows each: 10 to 12, 20 to 22, 30 to 32."""
+    calls = [model.call(begin, begin + 1, begin + 2) for begin in (10, 20, 30)]
+    await asyncio.sleep(0)
+    return calls
+
+
 def run(test: Coroutine[Any, Any, None]) -> None:
     asyncio.run(test)
 
@@ -74,9 +89,7 @@ def test_calls_that_arrive_while_a_batch_runs_are_the_next_one() -> None:
 
 def test_small_call_is_in_the_next_batch_beside_large_ones() -> None:
     async def scenario() -> None:
-        model = Model(max_rows=8)
-        first = model.call(0)
-        await started(model, 1)
+        model, first = await busy_model(max_rows=8)
         large = [model.call(*range(begin, begin + 20)) for begin in (100, 200)]
         await asyncio.sleep(0)
         small = model.call(1)
@@ -94,11 +107,8 @@ def test_small_call_is_in_the_next_batch_beside_large_ones() -> None:
 
 def test_calls_take_turns_if_there_are_more_than_rows_in_a_batch() -> None:
     async def scenario() -> None:
-        model = Model(max_rows=2)
-        first = model.call(0)
-        await started(model, 1)
-        calls = [model.call(begin, begin + 1, begin + 2) for begin in (10, 20, 30)]
-        await asyncio.sleep(0)
+        model, first = await busy_model(max_rows=2)
+        calls = await three_calls(model)
         model.ready.set()
         for task, begin in zip(calls, (10, 20, 30), strict=True):
             assert (await task).tolist() == [2 * begin, 2 * begin + 2, 2 * begin + 4]
@@ -110,11 +120,8 @@ def test_calls_take_turns_if_there_are_more_than_rows_in_a_batch() -> None:
 
 def test_of_many_calls_those_that_have_waited_long_are_in_each_batch() -> None:
     async def scenario() -> None:
-        model = Model(max_rows=2)
-        first = model.call(0)
-        await started(model, 1)
-        calls = [model.call(begin, begin + 1, begin + 2) for begin in (10, 20, 30)]
-        await asyncio.sleep(0)
+        model, first = await busy_model(max_rows=2)
+        calls = await three_calls(model)
         model.dispatcher._queue[2].enqueue_time -= 3  # seconds, of ten after which it would be refused
         model.ready.set()
         await asyncio.gather(first, *calls)
