@@ -68,20 +68,19 @@ class Inputs:
         self.photographs: list[bytes] = []
         self.known: dict[str, str] = {}
         self._callers: Counter[str] = Counter()
-        self._following: dict[tuple[str, ...], list[str]] = {}
+        self._following: list[str] = []
 
     def part_of_period(self, kind: str) -> float:
         """A number from 0 to 1 for each caller of a kind. However many there are, they are spread evenly (golden ratio)."""
         self._callers[kind] += 1
         return self._callers[kind] * 0.618034 % 1
 
-    def following(self, names: tuple[str, ...]) -> str:
-        """The next of some operations. Soon each has had exactly its share, so that minutes can be compared."""
-        remaining = self._following.setdefault(names, [])
-        if not remaining:
-            remaining += [name for name in names for _ in range(OPERATIONS[name][0])]
-            self.random.shuffle(remaining)
-        return remaining.pop()
+    def following(self) -> str:
+        """The next call. Soon each kind has had exactly its share, so that minutes can be compared."""
+        if not self._following:
+            self._following += [name for name in CALLS for _ in range(OPERATIONS[name][0])]
+            self.random.shuffle(self._following)
+        return self._following.pop()
 
     def is_repeatable(self, request: str, answer: bytes) -> bool:
         """Whether an answer equals the first one on the same request."""
@@ -293,7 +292,7 @@ class CallingCaller(Caller):
     @task
     def work(self) -> None:
         """Do one operation."""
-        name = inputs.following(CALLS)
+        name = inputs.following()
         self.run_one(name, OPERATIONS[name][1])
 
 

@@ -71,7 +71,6 @@ class Cluster:
     """A gateway without models and workers, on one PostgreSQL and one bucket. `meters` read the processor time of each part."""
 
     gateway: Replica
-    workers: Sequence[Replica]
     meters: Mapping[str, Callable[[], float]]
 
 
@@ -124,7 +123,7 @@ def running_cluster(bundle: Bundle, count: int, core_share: float = 1.0) -> Iter
             "bucket": [psutil.Process(bucket.process.pid)] if bucket.process else [],
         }
         meters = {name: partial(_cpu_seconds_of, processes) for name, processes in trees.items()}
-        yield Cluster(gateway, workers, meters)
+        yield Cluster(gateway, meters)
 
 
 def real_rates(bundle: Bundle, workers: Sequence[int], seconds: float, core_share: float = 1.0) -> list[dict[str, Any]]:
