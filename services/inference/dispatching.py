@@ -15,7 +15,7 @@ from bentoml._internal.marshal.dispatcher import CorkDispatcher
 logger = logging.getLogger("dermis.dispatching")
 
 _BATCH_SECONDS = 0.25
-_AGED_SHARE = 0.25  # of the time after which a call is refused
+_OLDEST_SHARE = 0.25  # of the rows of a batch, for the oldest call
 _LEAST_ROUNDS = 4  # in which the device is busy, for each batch: shorter ones lose more time than they save
 _NEW_WEIGHT = 0.3  # of the last batch, in the mean time of a row
 
@@ -28,13 +28,10 @@ class BatchDispatcher(CorkDispatcher[Any, Any]):
     small batches first to measure them, and looks every millisecond whether it may begin, which takes some percent of a
     processor while a batch runs.
 
-    Calls that do not fit in one batch share it: each has the same number of rows, as long as it has so many, and those that had
-    some wait behind the others. So a call for one image does not wait for all images of shards that came before. Where
+    Calls that do not fit in one batch share it (`shares`): those for a few images do not wait for shards before them. Where
     `busy_rows` is known, batches are kept short: on a processor a batch of 64 images takes seconds.
     """
 
-    row_unit: ClassVar[int] = 1
-    """Rows that the model computes at once, in whose multiples calls are divided: fewer take it as long."""
     busy_rows: ClassVar[int | None] = None
     """Rows that keep the whole device busy: no batch is kept shorter than that. None: batches may have the maximum size."""
     _seconds_per_row: ClassVar[float | None] = None
@@ -64,24 +61,22 @@ class BatchDispatcher(CorkDispatcher[Any, Any]):
                 logger.exception("batch failed")
 
     def _next_batch(self) -> tuple[Any, ...]:
-        """Take rows of the waiting calls. Those that have rows left go to the end of the queue."""
-        calls = [job for job in self._queue if not job.future.done()]
-        aged = time.time() - _AGED_SHARE * self.max_latency
-        calls.sort(key=lambda job: job.enqueue_time > aged)  # of many calls, the aged ones have rows in each batch
+        """Take rows of the waiting calls. Those that have rows left wait again, with the time at which they came."""
+        calls = sorted((job for job in self._queue if not job.future.done()), key=lambda job: job.enqueue_time)
         sizes = [self.get_batch_size(job.data) for job in calls]
-        batch, waiting, begun = [], [], []
-        for job, size, taken in zip(calls, sizes, shares(sizes, self._most_rows(), self.row_unit), strict=True):
+        batch, waiting = [], []
+        for job, size, taken in zip(calls, sizes, shares(sizes, self._most_rows()), strict=True):
             if taken == size:
                 batch.append(job)
             elif taken:
                 first, second = self.split_job(job, [0, taken, size])
                 job.future.add_done_callback(partial(_cancel, second.future))  # if the first part fails
                 batch.append(first)
-                begun.append(second)
+                waiting.append(second)
             else:
                 waiting.append(job)
         self._queue.clear()
-        self._queue.extend([*waiting, *begun])
+        self._queue.extend(waiting)
         return tuple(batch)
 
     def _most_rows(self) -> int:
@@ -101,19 +96,21 @@ def _cancel(rest: asyncio.Future[Any], _whole: asyncio.Future[Any]) -> None:
     rest.cancel()
 
 
-def shares(sizes: Sequence[int], most: int, unit: int = 1) -> list[int]:
-    """Divide the rows of a batch among calls: the same number for each, as far as it has so many; the first have the rest.
+def shares(sizes: Sequence[int], most: int) -> list[int]:
+    """Divide the rows of a batch among calls.
+
+    The oldest call has a quarter of the rows, so none waits forever. Of the other rows, calls with few have all that they need
+    before calls with more: the mean time of calls is shortest in this order (shortest remaining processing time, Schrage 1968).
 
     Args:
-        sizes: Rows of each call.
+        sizes: Rows of each call, the oldest first.
         most: Rows of the batch.
-        unit: Calls are divided in multiples of this number, unless less is free.
     """
     taken = [0] * len(sizes)
-    while (free := most - sum(taken)) > 0 and (open_calls := [n for n, size in enumerate(sizes) if taken[n] < size]):
-        share = max(unit, free // len(open_calls) // unit * unit)
-        for number in open_calls[: max(1, free // unit)]:
-            taken[number] += min(share, sizes[number] - taken[number], most - sum(taken))
+    if sizes:
+        taken[0] = min(sizes[0], max(1, int(_OLDEST_SHARE * most)))
+    for number in sorted(range(len(sizes)), key=sizes.__getitem__):
+        taken[number] += min(sizes[number] - taken[number], most - sum(taken))
     return taken
 
 

@@ -45,7 +45,6 @@ class GeneratorService(InferenceService["Synthesizer"]):
             cache=_settings.data_dir / "cache" / "generators",
         )
         synthesizer.images([0], [0], [0])
-        BatchDispatcher.row_unit = max(BatchDispatcher.row_unit, synthesizer.micro_batch)
         BatchDispatcher.busy_rows = max(BatchDispatcher.busy_rows or 1, synthesizer.preferred_batch)
         fields = {"model": bundle.name, "digest": bundle.digest[:12], "seconds": time.perf_counter() - started}
         self.logger.info("model loaded", extra=fields | dict(synthesizer.identity))

@@ -99,33 +99,39 @@ def test_small_call_is_in_the_next_batch_beside_large_ones() -> None:
         assert not any(task.done() for task in large)
         for task, begin in zip(large, (100, 200), strict=True):
             assert (await task).tolist() == [2 * row for row in range(begin, begin + 20)]
-        assert model.batches[1] == [100, 101, 102, 103, 200, 201, 202, 1]
+        assert model.batches[1] == [100, 101, 102, 103, 104, 105, 106, 1]
         assert [len(batch) for batch in model.batches] == [1, 8, 8, 8, 8, 8, 1]
 
     run(scenario())
 
 
-def test_calls_take_turns_if_there_are_more_than_rows_in_a_batch() -> None:
+def test_large_call_is_not_stopped_by_small_ones_that_keep_coming() -> None:
     async def scenario() -> None:
-        model, first = await busy_model(max_rows=2)
-        calls = await three_calls(model)
+        model, first = await busy_model(max_rows=4)
+        large = model.call(*range(100, 106))
+        await asyncio.sleep(0)
+        small = [model.call(row) for row in range(1, 25)]
+        await asyncio.sleep(0)
         model.ready.set()
-        for task, begin in zip(calls, (10, 20, 30), strict=True):
-            assert (await task).tolist() == [2 * begin, 2 * begin + 2, 2 * begin + 4]
-        await first
-        assert model.batches == [[0], [10, 20], [30, 11], [21, 31], [12, 22], [32]]
+        assert (await large).tolist() == [2 * row for row in range(100, 106)]
+        assert [int((await task)[0]) for task in (first, *small)] == [2 * row for row in range(25)]
+        with_large = [number for number, batch in enumerate(model.batches) if max(batch) >= 100]
+        assert all(len(batch) == 4 for batch in model.batches[1:7]), "rows are free"
+        assert len(with_large) == 6 and with_large[0] == 1
 
     run(scenario())
 
 
-def test_of_many_calls_those_that_have_waited_long_are_in_each_batch() -> None:
+def test_oldest_call_is_in_each_batch() -> None:
     async def scenario() -> None:
         model, first = await busy_model(max_rows=2)
         calls = await three_calls(model)
-        model.dispatcher._queue[2].enqueue_time -= 3  # seconds, of ten after which it would be refused
+        model.dispatcher._queue[2].enqueue_time -= 3  # seconds
         model.ready.set()
-        await asyncio.gather(first, *calls)
-        assert model.batches == [[0], [30, 10], [31, 20], [32, 11], [21, 12], [22]]
+        for task, begin in zip(calls, (10, 20, 30), strict=True):
+            assert (await task).tolist() == [2 * begin, 2 * begin + 2, 2 * begin + 4]
+        await first
+        assert model.batches == [[0], [30, 31], [32, 10], [11, 12], [20, 21], [22]]
 
     run(scenario())
 
@@ -147,15 +153,16 @@ def test_batches_are_kept_short_but_keep_the_device_busy() -> None:
     run(scenario())
 
 
-@given(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 64), st.sampled_from([1, 4, 16]))
-def test_rows_of_a_batch_are_shared(sizes: list[int], most: int, unit: int) -> None:
-    taken = shares(sizes, most, unit)
+@given(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 64))
+def test_rows_of_a_batch_are_shared(sizes: list[int], most: int) -> None:
+    taken = shares(sizes, most)
     assert sum(taken) == min(most, sum(sizes))
     assert all(0 <= rows <= size for rows, size in zip(taken, sizes, strict=True))
-    divided = [rows for rows, size in zip(taken, sizes, strict=True) if rows < size]
-    if divided and unit == 1:
-        assert min(divided) >= max(taken) - 1, "a call that could take more has less than another one"
-    assert sum(rows % unit != 0 for rows in divided) <= 1, "a padded part of a call for each batch"
+    if sizes:
+        assert taken[0] >= min(sizes[0], max(1, most // 4)), "the oldest call could wait forever"
+    others = sorted(zip(sizes[1:], taken[1:], strict=True), key=lambda call: (call[0], -call[1]))
+    incomplete = next((number for number, (size, rows) in enumerate(others) if rows < size), len(others))
+    assert not any(rows for _, rows in others[incomplete + 1 :]), "a call has rows before a smaller one has all"
 
 
 def test_rest_of_a_failed_call_is_not_computed() -> None:
