@@ -15,7 +15,8 @@ from bentoml._internal.marshal.dispatcher import CorkDispatcher
 logger = logging.getLogger("dermis.dispatching")
 
 _BATCH_SECONDS = 0.25
-_OLDEST_SHARE = 0.25  # of the rows of a batch, for the oldest call
+_OLDEST_SHARE, _AGED_SHARE = 0.25, 0.5  # of the rows of a batch, for the oldest call
+_AGED = 0.25  # of the time after which a call is refused: then the oldest call has the larger share
 _LEAST_ROUNDS = 4  # in which the device is busy, for each batch: shorter ones lose more time than they save
 _NEW_WEIGHT = 0.3  # of the last batch, in the mean time of a row
 
@@ -64,8 +65,10 @@ class BatchDispatcher(CorkDispatcher[Any, Any]):
         """Take rows of the waiting calls. Those that have rows left wait again, with the time at which they came."""
         calls = sorted((job for job in self._queue if not job.future.done()), key=lambda job: job.enqueue_time)
         sizes = [self.get_batch_size(job.data) for job in calls]
+        aged = calls and calls[0].enqueue_time <= time.time() - _AGED * self.max_latency
+        rows = shares(sizes, self._most_rows(), _AGED_SHARE if aged else _OLDEST_SHARE)
         batch, waiting = [], []
-        for job, size, taken in zip(calls, sizes, shares(sizes, self._most_rows()), strict=True):
+        for job, size, taken in zip(calls, sizes, rows, strict=True):
             if taken == size:
                 batch.append(job)
             elif taken:
@@ -96,19 +99,20 @@ def _cancel(rest: asyncio.Future[Any], _whole: asyncio.Future[Any]) -> None:
     rest.cancel()
 
 
-def shares(sizes: Sequence[int], most: int) -> list[int]:
+def shares(sizes: Sequence[int], most: int, oldest: float) -> list[int]:
     """Divide the rows of a batch among calls.
 
-    The oldest call has a quarter of the rows, so none waits forever. Of the other rows, calls with few have all that they need
+    The oldest call has a share of the rows, so none waits forever. Of the other rows, calls with few have all that they need
     before calls with more: the mean time of calls is shortest in this order (shortest remaining processing time, Schrage 1968).
 
     Args:
         sizes: Rows of each call, the oldest first.
         most: Rows of the batch.
+        oldest: Share of the rows for the oldest call.
     """
     taken = [0] * len(sizes)
     if sizes:
-        taken[0] = min(sizes[0], max(1, int(_OLDEST_SHARE * most)))
+        taken[0] = min(sizes[0], max(1, int(oldest * most)))
     for number in sorted(range(len(sizes)), key=sizes.__getitem__):
         taken[number] += min(sizes[number] - taken[number], most - sum(taken))
     return taken

@@ -105,19 +105,23 @@ def test_small_call_is_in_the_next_batch_beside_large_ones() -> None:
     run(scenario())
 
 
-def test_large_call_is_not_stopped_by_small_ones_that_keep_coming() -> None:
+@pytest.mark.parametrize(
+    ("age", "rows_of_large"), [(0, [1, 1, 1, 1, 1, 1]), (3, [2, 2, 2])]
+)  # refused after ten seconds
+def test_large_call_has_a_share_beside_small_ones_that_keep_coming(age: float, rows_of_large: list[int]) -> None:
     async def scenario() -> None:
         model, first = await busy_model(max_rows=4)
         large = model.call(*range(100, 106))
         await asyncio.sleep(0)
+        model.dispatcher._queue[0].enqueue_time -= age
         small = [model.call(row) for row in range(1, 25)]
         await asyncio.sleep(0)
         model.ready.set()
         assert (await large).tolist() == [2 * row for row in range(100, 106)]
         assert [int((await task)[0]) for task in (first, *small)] == [2 * row for row in range(25)]
-        with_large = [number for number, batch in enumerate(model.batches) if max(batch) >= 100]
-        assert all(len(batch) == 4 for batch in model.batches[1:7]), "rows are free"
-        assert len(with_large) == 6 and with_large[0] == 1
+        batches = model.batches[1 : 1 + len(rows_of_large)]
+        assert [sum(row >= 100 for row in batch) for batch in batches] == rows_of_large
+        assert [len(batch) for batch in model.batches[1:]] == [4] * 7 + [2], "rows are free"
 
     run(scenario())
 
@@ -153,13 +157,13 @@ def test_batches_are_kept_short_but_keep_the_device_busy() -> None:
     run(scenario())
 
 
-@given(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 64))
-def test_rows_of_a_batch_are_shared(sizes: list[int], most: int) -> None:
-    taken = shares(sizes, most)
+@given(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 64), st.floats(0, 1))
+def test_rows_of_a_batch_are_shared(sizes: list[int], most: int, oldest: float) -> None:
+    taken = shares(sizes, most, oldest)
     assert sum(taken) == min(most, sum(sizes))
     assert all(0 <= rows <= size for rows, size in zip(taken, sizes, strict=True))
     if sizes:
-        assert taken[0] >= min(sizes[0], max(1, most // 4)), "the oldest call could wait forever"
+        assert taken[0] >= min(sizes[0], max(1, int(oldest * most))), "the oldest call could wait forever"
     others = sorted(zip(sizes[1:], taken[1:], strict=True), key=lambda call: (call[0], -call[1]))
     incomplete = next((number for number, (size, rows) in enumerate(others) if rows < size), len(others))
     assert not any(rows for _, rows in others[incomplete + 1 :]), "a call has rows before a smaller one has all"
