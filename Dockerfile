@@ -53,12 +53,15 @@ RUN set -eu; \
     useradd --uid 1034 --gid 1034 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin dermis; \
     install --directory --owner 1034 --group 1034 --mode 0700 /data
 
-# The list of all Debian packages in the image, in the same format.
+# The list of all Debian packages in the image, in the same format. Its number and time are those of the packages, so that the
+# same packages have the same list.
 FROM system AS debian-sbom
 RUN set -eu; \
     python3 -m venv /opt/sbom; \
     /opt/sbom/bin/pip install "debsbom[cdx]==0.10.2"; \
-    /opt/sbom/bin/debsbom generate --sbom-type cdx --with-licenses --distro-name dermis --out /opt/sbom/debian.cdx.json
+    number=$(python3 -c "import uuid; print(uuid.uuid5(uuid.NAMESPACE_OID, open('/var/lib/dpkg/status').read()))"); \
+    /opt/sbom/bin/debsbom generate --sbom-type cdx --with-licenses --distro-name dermis --cdx-serialnumber "$number" \
+        --timestamp "$(date --utc --iso-8601=seconds --reference /var/lib/dpkg/status)" --out /opt/sbom/debian.cdx.json
 
 FROM system AS runtime
 COPY --from=build /opt/venv /opt/venv
