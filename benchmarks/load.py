@@ -23,7 +23,7 @@ from typing import Any
 
 import gevent
 from gevent.event import Event
-from locust import constant_pacing, events, task
+from locust import events, task
 from locust.contrib.fasthttp import FastHttpUser
 from locust.env import Environment
 from locust.exception import StopUser
@@ -39,6 +39,7 @@ _FORMATS = ("imagefolder", "webdataset", "parquet")
 _PHOTOGRAPHS = 12
 _STOP_SECONDS = 180
 _SPAWN_RATE = 100.0  # callers that begin in a second
+clock = time.monotonic
 
 
 class Recorder:
@@ -71,9 +72,9 @@ class Inputs:
         self._following: list[str] = []
 
     def part_of_period(self, kind: str) -> float:
-        """A number from 0 to 1 for each caller of a kind. However many there are, they are spread evenly (golden ratio)."""
+        """A number from 0 to 1 for each caller of a kind: 0 for the first one, and all are spread evenly (golden ratio)."""
         self._callers[kind] += 1
-        return self._callers[kind] * 0.618034 % 1
+        return (self._callers[kind] - 1) * 0.618034 % 1
 
     def following(self) -> str:
         """The next call. Soon each kind has had exactly its share, so that minutes can be compared."""
@@ -107,6 +108,16 @@ class Caller(FastHttpUser):
         self.completed = True
         if ended.wait(self.period * inputs.part_of_period(type(self).__name__)):
             raise StopUser
+        self._due = clock()
+
+    def wait_time(self) -> float:
+        """Seconds until the next operation, which begins one period after the one before, or at once if that took longer.
+
+        `constant_pacing` of locust counts from the creation of the caller, so all would begin their second one together.
+        """
+        now = clock()
+        self._due = max(self._due + self.period, now)
+        return self._due - now
 
     def ask(
         self,
@@ -287,7 +298,6 @@ class CallingCaller(Caller):
     """Makes calls that are answered at once, at a fixed rate."""
 
     period = CALL_PERIOD
-    wait_time = constant_pacing(CALL_PERIOD)
 
     @task
     def work(self) -> None:
@@ -300,7 +310,6 @@ class DatasetCaller(Caller):
     """Makes datasets, at a fixed rate."""
 
     period = DATASET_PERIOD
-    wait_time = constant_pacing(DATASET_PERIOD)
 
     @task
     def work(self) -> None:
@@ -311,7 +320,7 @@ class DatasetCaller(Caller):
 class ProjectionCaller(Caller):
     """Makes projections, the first one at once, at a fixed rate."""
 
-    wait_time = constant_pacing(PROJECTION_PERIOD)
+    period = PROJECTION_PERIOD
 
     @task
     def work(self) -> None:

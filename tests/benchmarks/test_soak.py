@@ -1,11 +1,17 @@
-"""The benchmark with mixed load on a real service for five minutes. It asserts no time and no rate."""
+"""The benchmark with mixed load: when its callers begin, and five minutes on a real service, without a time or a rate."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import subprocess
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
 
 ROUTES = {
     "POST /v1/images#one",
@@ -31,6 +37,53 @@ PROCESSES = {"supervisor", "gateway", "Generator", "Classifier", "Authenticity",
 # The benchmark looks for growth by 2 % in an hour. In the four minutes after the first fifth that is 0.1 %, which is less than
 # what the calls of one moment need. Four minutes can show growth by 4 %; slower growth needs the hour of the benchmark.
 MAX_GROWTH = 0.6
+
+
+# In a process of its own: locust replaces parts of Python.
+BEGINNINGS = """
+import json
+from types import SimpleNamespace
+import benchmarks.load as load
+from locust.env import Environment
+
+load.inputs = load.Inputs("http://127.0.0.1:1", ["key"], seed=1)
+now = 0.0
+
+def sleep(seconds):
+    global now
+    now += seconds
+    return False
+
+load.clock, load.ended = lambda: now, SimpleNamespace(wait=sleep)
+load.Caller.host = load.inputs.url
+environment = Environment()
+for operation in (5.0, 70.0):  # seconds
+    beginnings = []
+    for _ in range(8):
+        now = 0.0
+        caller = load.DatasetCaller(environment)
+        caller.on_start()
+        beginnings.append([])
+        for _ in range(4):
+            beginnings[-1].append(now)
+            now += operation
+            now += caller.wait_time()
+    print(json.dumps(beginnings))
+"""
+
+
+def test_callers_begin_apart_and_keep_their_period() -> None:
+    if find_spec("locust") is None:
+        pytest.skip("locust (the extra `soak`) is not installed")
+    command = [sys.executable, "-W", "ignore", "-c", BEGINNINGS]
+    lines = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    for line, period in zip(lines, (60.0, 70.0), strict=True):  # an operation that takes longer delays the next one
+        callers = json.loads(line)
+        assert all(times == pytest.approx([times[0] + n * period for n in range(4)]) for times in callers)
+    callers = json.loads(lines[0])
+    for number in range(4):
+        times = sorted(each[number] for each in callers)
+        assert all(late - early > 3 for early, late in itertools.pairwise(times)), "callers begin together"
 
 
 @pytest.mark.full
