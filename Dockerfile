@@ -81,6 +81,8 @@ ENTRYPOINT ["dermis", "federate"]
 
 FROM runtime AS service
 COPY bundles bundles
+# The commands find bundles by name, as in `--bundle demo`, beside the package `dermis`.
+RUN ln -s /opt/dermis/bundles /opt/venv/lib/python3.11/site-packages/bundles
 # A container listens on all of its addresses, so requests need a key; docs/security.md says where the first one comes from.
 ENV DERMIS_HOST=0.0.0.0 DERMIS_AUTH=keys DERMIS_DATA_DIR=/data DERMIS_BUNDLES=/opt/dermis/bundles BENTOML_DO_NOT_TRACK=True
 USER 1034:1034

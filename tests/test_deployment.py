@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import runpy
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -41,6 +43,25 @@ def test_bentos_contain_the_service_and_the_library_only(file: str) -> None:
     modules = [str(path.relative_to(ROOT)) for folder in folders for path in folder.rglob("*.py")]
     chosen = [name for name in modules if include.match_file(name) and not exclude.match_file(name)]
     assert {name.partition("/")[0] for name in chosen} == {"dermis", "services"}
+
+
+def test_image_finds_the_bundle_of_the_batch_job_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    (folder,) = re.findall(r"^WORKDIR (/opt.*)$", dockerfile, re.MULTILINE)
+    ((bundles, link),) = re.findall(r"^RUN ln -s (\S+) (\S+)$", dockerfile, re.MULTILINE)
+    assert bundles == f"{folder}/bundles" and "COPY bundles bundles" in dockerfile
+    site, name = Path(link).parent, re.findall(r"--bundle=([\w-]+)", (ROOT / "k8s/batch/lesions.yaml").read_text())[0]
+    # The image in a folder: the installed package without a checkout around it, and the link.
+    installed = tmp_path / site.relative_to("/") / "dermis/bundle/installed.py"
+    installed.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "dermis/bundle/installed.py", installed)
+    copied = tmp_path / bundles.lstrip("/") / name
+    copied.mkdir(parents=True)
+    shutil.copy(ROOT / "bundles" / name / "bundle.json", copied)
+    (tmp_path / link.lstrip("/")).symlink_to(copied.parent)
+    monkeypatch.chdir(tmp_path)
+    namespace = runpy.run_path(str(installed))
+    assert Path(namespace["resolve_bundle"](name)).resolve() == copied
 
 
 def test_deployment_files_name_settings_that_exist() -> None:

@@ -34,6 +34,7 @@ from kubernetes_manifests import (
     Peer,
     allows,
     containers,
+    documents_of,
     environment,
     matches,
     of_kind,
@@ -57,6 +58,12 @@ ACCEPTED_FINDINGS = {
     "CKV_K8S_35": "secrets in the environment: the settings of the database and the storage are read from there",
     "CKV_K8S_40": "uid 1034: the account of the BentoML image and the owner of existing volumes",
     "CKV_K8S_43": "image digest: there is no published image; docs/kubernetes.md shows how to set one",
+}
+ACCEPTED_FINDINGS_OF_RESTORE = {
+    name: ACCEPTED_FINDINGS[name] for name in ("CKV_K8S_15", "CKV_K8S_40", "CKV_K8S_43")
+} | {
+    "CKV_K8S_8": "liveness: the pod only waits for commands",
+    "CKV_K8S_9": "readiness: the pod only waits for commands",
 }
 ACCEPTED_FINDINGS_OF_ALERTS = {"CKV_K8S_21": "default namespace: the command in the folder names one"}
 ACCEPTED_FINDINGS_OF_BATCH = ACCEPTED_FINDINGS | {"CKV_K8S_21": "default namespace: the commands in the file name one"}
@@ -504,10 +511,20 @@ def test_component_for_prometheus_scales_by_the_metric_and_reads_no_database(ove
 
 def test_examples_of_the_documentation_render(tmp_path: Path) -> None:
     text = (ROOT / "docs/kubernetes.md").read_text()
-    one, without, site, balancer, studio, single = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    without, balancer = (site.partition("images:")[0] + each for each in (without, balancer))
+    one, without, site, dns, balancer, studio, single = re.findall(
+        r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL
+    )
+    without, dns, balancer = (site.partition("images:")[0] + each for each in (without, dns, balancer))
     results = []
-    contents = {"site": site, "single": single, "without": without, "studio": studio, "one": one, "balancer": balancer}
+    contents = {
+        "site": site,
+        "single": single,
+        "without": without,
+        "studio": studio,
+        "one": one,
+        "balancer": balancer,
+        "dns": dns,
+    }
     for name, content in contents.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "kustomization.yaml").write_text(content)
@@ -552,13 +569,39 @@ def test_examples_of_the_documentation_render(tmp_path: Path) -> None:
         pod = ("dermis", template["metadata"]["labels"])
         assert allows(documents, "10.1.2.3", pod, 3000) == (name == "dermis-gateway")
         assert not allows(documents, INGRESS, pod, 3000)
+    documents = list(yaml.safe_load_all(results[6]))
+    for document in documents:
+        validate(document)
+    for name in ("dermis-gateway", "dermis-worker"):
+        pod = ("dermis", dict(pods(documents))[name]["metadata"]["labels"])
+        assert allows(documents, pod, "169.254.20.10", 53, "UDP")
+        assert not allows(rendered("scaled"), pod, "169.254.20.10", 53, "UDP")
+
+
+def test_pod_that_restores_a_backup_is_like_that_of_the_service() -> None:
+    (pod,) = documents_of("base/restore.yaml")
+    validate(pod)
+    assert not violations_of_restricted(pod)
+    documents = rendered("cpu")
+    ((_, template),) = pods(documents)
+    ((service,), (restore,)) = containers(template), containers(pod)
+    assert restore["image"] == service["image"]
+    assert pod["spec"]["securityContext"] == template["spec"]["securityContext"]
+    volumes = {each["name"]: each for each in template["spec"]["volumes"]}
+    assert pod["spec"]["volumes"] == [volumes["data"]] and restore["volumeMounts"][0] in service["volumeMounts"]
+    (claim,) = of_kind(documents, "PersistentVolumeClaim")
+    assert claim["metadata"]["name"] == volumes["data"]["persistentVolumeClaim"]["claimName"]
+    assert pod["metadata"]["namespace"] == claim["metadata"]["namespace"]
+    assert not any(
+        matches(each["spec"]["selector"], pod["metadata"]["labels"]) for each in of_kind(documents, "Deployment")
+    )
 
 
 @pytest.mark.full
 def test_checkov_finds_nothing_but_what_is_accepted(tmp_path: Path) -> None:
     if not CHECKOV.exists():
         pytest.skip("checkov is not installed; docs/kubernetes.md shows how")
-    for folder in ("overlays", "observability", "batch", "federation", "image"):
+    for folder in ("overlays", "observability", "batch", "federation", "image", "restore"):
         (tmp_path / folder).mkdir()
     for overlay in OVERLAYS:
         (tmp_path / "overlays" / f"{overlay}.yaml").write_text(render(f"k8s/overlays/{overlay}"))
@@ -570,6 +613,7 @@ def test_checkov_finds_nothing_but_what_is_accepted(tmp_path: Path) -> None:
     for name in ("server", "hospital"):
         shutil.copy(ROOT / f"k8s/federation/{name}.yaml", tmp_path / "federation")
     shutil.copy(ROOT / "Dockerfile", tmp_path / "image")
+    shutil.copy(ROOT / "k8s/base/restore.yaml", tmp_path / "restore")
     command = [CHECKOV, "--directory", tmp_path, "--framework", "kubernetes", "dockerfile", "--skip-download"]
     result = subprocess.run(
         [*command, "--output", "json", "--quiet", "--compact"], capture_output=True, text=True, timeout=600
@@ -589,4 +633,5 @@ def test_checkov_finds_nothing_but_what_is_accepted(tmp_path: Path) -> None:
         "batch": set(ACCEPTED_FINDINGS_OF_BATCH),
         "federation": set(ACCEPTED_FINDINGS_OF_FEDERATION),
         "image": set(ACCEPTED_FINDINGS_OF_IMAGE),
+        "restore": set(ACCEPTED_FINDINGS_OF_RESTORE),
     }, "remove what is no longer found, correct or accept what is new"
