@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -25,6 +26,7 @@ from dermis.latents import MAX_INDEX
 
 Sign = Callable[[bytes, ImageFormat, ImageOrigin], bytes]
 """Puts a signed manifest into an encoded image (`dermis.provenance.c2pa`)."""
+_LONG_SECONDS = 1.0  # of an upload, after which another process can have finished the dataset
 _SIDECAR = re.compile(rf"{re.escape(PARTIAL)}/shard-(\d{{5,}})(-[0-9a-f]{{64}})?\.json")
 
 
@@ -74,7 +76,8 @@ def write_shard(
 ) -> ShardRecord:
     """Make a shard unless a complete one exists already.
 
-    An exception of a callback ends the work and leaves no file.
+    An exception of a callback ends the work and leaves no file. Nothing is written into a dataset that another process has
+    finished meanwhile.
 
     Args:
         plan: The plan of the dataset.
@@ -108,11 +111,22 @@ def write_shard(
                     if on_batch is not None:
                         on_batch(len(done))
             with path.open("rb") as file:
-                entry = FileEntry(name, path.stat().st_size, hash_file(file))
-            if plan.request.signed:
-                _check_still_missing(plan, shard, store, identity)
+                record = _record(plan, shard, FileEntry(name, path.stat().st_size, hash_file(file)), done)
+            # Signatures differ, so a signed shard of another process must not be replaced.
+            there = find_shard(plan, shard, store, identity=identity) if plan.request.signed else None
+            if there is not None:
+                raise _MadeElsewhereError(there)
+            _check_unfinished(store, record)
+            checked = time.monotonic()
+        if time.monotonic() - checked > _LONG_SECONDS:
+            _check_unfinished(store, record)
     except _MadeElsewhereError as error:
         return error.record
+    store.write(_sidecar(plan, shard, record.file.sha256), _to_sidecar(plan, identity, record))
+    return record
+
+
+def _record(plan: DatasetPlan, shard: int, entry: FileEntry, done: Sequence[DatasetSample]) -> ShardRecord:
     record = ShardRecord(shard, entry, tuple(sample.sha256 for sample in done))
     if plan.scored or plan.gated:
         record = replace(record, tries=tuple(sample.tries for sample in done))
@@ -120,29 +134,25 @@ def write_shard(
         record = replace(record, probabilities=tuple(sample.probability for sample in done))
     if plan.gated:
         record = replace(record, checks=tuple(sample.checks for sample in done if sample.checks is not None))
-    store.write(_sidecar(plan, shard, entry.sha256), _to_sidecar(plan, identity, record))
     return record
 
 
 class _MadeElsewhereError(Exception):
-    """Another process has made the shard in the meantime."""
+    """Another process has made the shard, or has finished the dataset, in the meantime."""
 
     def __init__(self, record: ShardRecord) -> None:
         self.record = record
 
 
-def _check_still_missing(plan: DatasetPlan, shard: int, store: Store, identity: Mapping[str, str] | None) -> None:
-    """Check that no other process has made a shard with signed images, whose bytes would differ.
+def _check_unfinished(store: Store, record: ShardRecord) -> None:
+    """Check that no other process has finished the dataset, which took this one for dead.
 
     Raises:
-        _MadeElsewhereError: The shard is there, so it must not be replaced.
-        StorageError: The whole dataset is finished.
+        _MadeElsewhereError: It is finished; files that are needed no more are removed.
     """
-    record = find_shard(plan, shard, store, identity=identity)
-    if record is not None:
-        raise _MadeElsewhereError(record)
     if store.size(MANIFEST) is not None:
-        raise StorageError(f"{store.location}: another process has finished the dataset in the meantime")
+        store.remove(PARTIAL)
+        raise _MadeElsewhereError(record)
 
 
 def find_shard(

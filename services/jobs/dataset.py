@@ -24,7 +24,8 @@ from dermis.dataset.plan import DatasetPlan, plan_for
 from dermis.dataset.privacy import exact_below
 from dermis.dataset.request import stored_request
 from dermis.dataset.shards import write_shard
-from dermis.errors import MissingShardsError
+from dermis.dataset.store import MANIFEST
+from dermis.errors import MissingShardsError, StorageError
 from services.errors import DatabaseUnavailableError
 from services.inference.pixels import Comparison
 from services.inference.samples import Options, pack_rows
@@ -99,13 +100,32 @@ def finish(ctx: JobContext, job: Job) -> None:
     """
     for _ in range(_ASSEMBLIES - 1):
         try:
-            return _assemble(ctx, job)
+            return _assemble_unless_finished(ctx, job)
         except MissingShardsError as error:
             logger.warning("shards made again", extra={"job": job.id, "error": str(error)})
             shard_retries.labels(job.kind).inc(len(error.shards))
             for shard in range(job.shards_total):  # damaged ones are found after missing ones; complete ones are kept
                 run_shard(ctx, job, shard)
-    return _assemble(ctx, job)
+    return _assemble_unless_finished(ctx, job)
+
+
+def _assemble_unless_finished(ctx: JobContext, job: Job) -> None:
+    """Assemble the files, also if another worker finishes the dataset meanwhile and removes the parts that are read here.
+
+    That happens if this worker has taken over the job from one that could not reach the database, but the storage.
+    """
+    store = ctx.retrying_store(job)
+    try:
+        return _assemble(ctx, job)
+    except StorageError:
+        if store.size(MANIFEST) is None:  # it is written before parts are removed
+            raise
+    try:
+        return _assemble(ctx, job)
+    except MissingShardsError:
+        stop_if_asked(ctx, job.id)
+        store.remove(MANIFEST)  # of another version of dermis, or damaged; beside it no shard would be written
+        raise
 
 
 def _assemble(ctx: JobContext, job: Job) -> None:

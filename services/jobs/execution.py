@@ -106,6 +106,7 @@ def finish(ctx: JobContext, job_id: str) -> str:
                 raise
             _fail(ctx, job, error)
         else:
+            # If it was cancelled in the last moment, this changes nothing, and `end` removes its files.
             job = ctx.table.finish(job_id, "succeeded", stored_bytes=stored_bytes)
     return end(ctx, job_id, job)
 
@@ -127,6 +128,8 @@ def end(ctx: JobContext, job_id: str, job: Job | None = None) -> str:
         # The reason is in the table already, so it is kept if this process ends here.
         _try_remove_files(ctx, job)
         job = ctx.table.finish(job_id, "cancelled" if job.state == "cancelling" else "failed")
+        if job is not None and job.active:  # it was cancelled meanwhile
+            job = ctx.table.finish(job_id, "cancelled")
     state = "deleted" if job is None else job.state
     logger.info("job ended", extra={"job": job_id, "state": state})
     return state

@@ -441,7 +441,7 @@ class JobTable:
         with writing(self._engine) as connection:
             query = sa.select(_jobs).where(_jobs.c.id == job_id).with_for_update()
             row = connection.execute(query).one_or_none()
-            if row is None:
+            if row is None or row.state not in ACTIVE:  # a worker that was taken over is late
                 return
             job = Job(**row._mapping)
             is_shard = (_shards.c.job_id == job_id) & (_shards.c.shard == shard)
@@ -485,7 +485,8 @@ class JobTable:
     def finish(self, job_id: str, state: str, *, stored_bytes: int | None = None) -> Job | None:
         """End an active job with `state`.
 
-        A job that has ended already is not changed, nor is one that would succeed but has an error recorded.
+        A job that has ended already is not changed, nor is one that would succeed but has an error recorded. One that is being
+        cancelled can only end as cancelled, because its caller was told that it is deleted.
 
         Args:
             job_id: The job.
@@ -495,15 +496,12 @@ class JobTable:
         Returns:
             The job as it is then, or None if it does not exist.
         """
-        condition = (_jobs.c.id == job_id) & _jobs.c.state.in_(ACTIVE)
+        before = ACTIVE if state == "cancelled" else ("queued", "running")
+        condition = (_jobs.c.id == job_id) & _jobs.c.state.in_(before)
         if state == "succeeded":
             condition &= _jobs.c.error.is_(None)
-        values: dict[str, Any] = {
-            "state": state,
-            "finished_at": time.time(),
-            "rate": None,
-            "stored_bytes": stored_bytes,
-        }
+        now = time.time()
+        values = {"state": state, "finished_at": now, "rate": None, "stored_bytes": stored_bytes}
         ended: Job | None = None
         with writing(self._engine) as connection:
             if connection.execute(sa.update(_jobs).where(condition).values(values)).rowcount:
@@ -514,7 +512,7 @@ class JobTable:
                 ended = job
             after = _job_or_none(connection, job_id)
         if ended is not None:
-            metrics.job_seconds.labels(ended.kind, state).observe(max(0.0, values["finished_at"] - ended.created_at))
+            metrics.job_seconds.labels(ended.kind, state).observe(max(0.0, now - ended.created_at))
         return after
 
     def statistics(self) -> Statistics:

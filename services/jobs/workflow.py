@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import sqlalchemy as sa
-from dbos import DBOS, DBOSConfig, SetEnqueueOptions, SetWorkflowID
+from dbos import DBOS, DBOSConfig, SetEnqueueOptions, SetWorkflowID, WorkflowStatus
 from dbos import error as dbos_error
 
 from services import metrics
@@ -213,6 +213,9 @@ def sweep(leases_reliable: bool = True) -> None:
     for status in pending:
         ours = status.executor_id == _executor_id
         if _is_stuck(status.workflow_id) if ours else leases_reliable and status.executor_id not in alive:
+            now = DBOS.get_workflow_status(status.workflow_id)
+            if now is None or _run_of(now) != _run_of(status):  # another worker has resumed it since the list was read
+                continue
             logger.warning("workflow resumed", extra={"workflow": status.workflow_id, "worker": status.executor_id})
             DBOS.resume_workflow(status.workflow_id, queue_name=status.queue_name)
             if not ours and status.executor_id not in executors.stopped:
@@ -282,6 +285,11 @@ def _may_restart(job_id: str) -> bool:
     """Whether to start failed workflows of a job again: a limited number of times, as the cause can be a bug."""
     _restarts[job_id] = _restarts.get(job_id, 0) + 1
     return _restarts[job_id] <= _MAX_RESTARTS
+
+
+def _run_of(status: WorkflowStatus) -> tuple[str, str | None, int | None]:
+    """What differs between two runs of a workflow, also if a worker that was lost has started again under its name."""
+    return status.status, status.executor_id, status.dequeued_at
 
 
 def _is_stuck(workflow_id: str) -> bool:

@@ -158,9 +158,39 @@ def test_signed_shard_of_another_process_is_not_replaced(tiny_bundle: Bundle, tm
     before = contents(tmp_path)
     assert len(before) == 2 and missing_shards(plan_, store) == [1, 2, 3]
     (tmp_path / records[0].file.name).unlink()
-    with pytest.raises(StorageError, match="another process has finished"):
-        write(lambda _: store.write("manifest.json", b"{}"))
-    assert not list(tmp_path.glob("*.tar")) and not list((tmp_path / ".partial").glob("writing-*"))
+    write(lambda _: store.write("manifest.json", b"{}"))
+    assert contents(tmp_path) == {"manifest.json": b"{}"}
+
+
+@pytest.mark.parametrize("moment", ["before the file", "while the file is put"])
+def test_process_that_was_taken_over_writes_nothing_into_a_finished_dataset(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """A process is suspended while it makes a shard, and another one of another version finishes the dataset meanwhile."""
+    p, others, put = planned(tiny_bundle, format="webdataset"), list[Any](), Store._put
+    url = f"memory:/{tmp_path}"
+    store = Store(url)
+
+    def finish_elsewhere() -> None:
+        if not others:
+            others.append(None)
+            make(url, tiny_bundle, format="webdataset")
+            others[0] = {name: store.read(name) for name in store.entries()}
+
+    def slow_put(to: Store, temporary: Path, name: str) -> None:
+        put(to, temporary, name)
+        if name == "data-00000-of-00004.tar":
+            finish_elsewhere()
+
+    monkeypatch.setattr("dermis.dataset.shards._LONG_SECONDS", 0.0)
+    on_batch: Any = None
+    if moment == "before the file":
+        on_batch = lambda _: finish_elsewhere()  # noqa: E731
+    else:
+        monkeypatch.setattr(Store, "_put", slow_put)
+    record = write_shard(p, 0, lambda *a: 255 - paint(*a), store, identity={"device": "b"}, on_batch=on_batch)
+    assert len(record.images) == 6
+    assert {name: store.read(name) for name in store.entries()} == others[0] and verify(url).ok
 
 
 _TABLE = {"isic_id": "string", "target": "string", "source": "string"}

@@ -472,6 +472,25 @@ def test_sweep_with_stale_job_list_keeps_files_of_ended_job(
         assert stored(running, asked["id"]) == expected(tiny_bundle, tmp_path / "direct")
 
 
+def test_sweep_with_stale_list_does_not_resume_what_another_worker_runs(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers list the workflows of a lost one, and the other one has resumed them already."""
+    with service(tiny_bundle.location, tmp_path / "data") as running:
+        running.generator.gate.clear()
+        asked = running.ask(REQUEST)
+        find, resumed = workflow.DBOS.list_workflows, list[str]()
+        wait_for(lambda: len(find(status="PENDING", workflow_id_prefix=asked["id"])) >= 2)
+        stale = find(status="PENDING")
+        for each in stale:
+            each.executor_id = "lost"
+        monkeypatch.setattr(workflow.DBOS, "resume_workflow", lambda workflow_id, **_: resumed.append(workflow_id))
+        patched = lambda **options: stale if options.get("status") == "PENDING" else find(**options)  # noqa: E731
+        monkeypatch.setattr(workflow.DBOS, "list_workflows", patched)
+        workflow.sweep()
+        assert stale and resumed == []
+
+
 def test_late_error_of_second_worker_does_not_change_ended_job(tmp_path: Path) -> None:
     table = JobTable(f"sqlite:///{tmp_path}/jobs.sqlite")
     table.open()

@@ -1,4 +1,4 @@
-"""Tests of jobs whose files are older or newer than the database, as after a restore from a backup."""
+"""Tests of jobs whose files or row change at their end: by a restore from a backup, another worker, or a caller."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from dermis.bundle import Bundle
 from dermis.imaging import encode
 from service_kit import Service, make_directly, service, wait_for
-from services.jobs import dataset
+from services.jobs import dataset, projection
 
 REQUEST: dict[str, Any] = {"classes": {"benign": 7, "malignant": 3}, "seed": 3, "shard_size": 2}
 
@@ -40,6 +40,7 @@ def test_missing_and_damaged_shards_are_made_again_at_the_end(
             assert len(shards) == 5
             shards[1].with_suffix(".json").unlink()
             shards[3].write_bytes(shards[3].read_bytes()[:-1] + b"?")
+            (shards[0].parents[1] / "manifest.json").write_text("{}")  # of no use
         return finalize(*arguments, **options)
 
     monkeypatch.setattr(dataset, "finalize", finalize_others)
@@ -52,6 +53,52 @@ def test_missing_and_damaged_shards_are_made_again_at_the_end(
         assert (
             7 <= running.generator.calls <= 9
         )  # five shards and those made again: one is missing, which is found first
+
+
+@pytest.mark.parametrize("moment", ["on_batch", "while_archiving"])
+def test_dataset_that_another_worker_finishes_meanwhile_succeeds(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """One that was taken over as it could not reach the database; the second one reads the parts that the first one removes."""
+    finalize, ended = dataset.finalize, list[Any]()
+
+    def finalize_second(*arguments: Any, **options: Any) -> Any:
+        def taken_over() -> None:
+            if not ended:
+                ended.append(finalize(*arguments, **options))
+
+        return finalize(*arguments, **{**options, moment: taken_over})
+
+    monkeypatch.setattr(dataset, "finalize", finalize_second)
+    with service(tiny_bundle.location, tmp_path / "data") as running:
+        made = running.wait(running.ask(REQUEST))
+        assert made["state"] == "succeeded", made["error"]
+        assert ended
+        assert files_of(running, made) == make_directly(tiny_bundle, REQUEST | {"model": "tiny"}, tmp_path / "direct")
+        assert running.generator.calls == 5  # no shard was made again
+
+
+@pytest.mark.parametrize("kind", ["datasets", "projections"])
+def test_deletion_in_the_last_moment_of_a_job_is_kept(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    module, answers = {"datasets": dataset, "projections": projection}[kind], list[int]()
+    finish = module.finish
+
+    def finish_then_delete(ctx: Any, job: Any) -> None:
+        finish(ctx, job)
+        answers.append(running.client.delete(f"/v1/{kind}/{job.id}").status_code)
+
+    monkeypatch.setattr(module, "finish", finish_then_delete)
+    with service(tiny_bundle.location, tmp_path / "data") as running:
+        files = [("files", ("a.png", encode(np.zeros((16, 16, 3), np.uint8)), "image/png"))]
+        asked = {"json": REQUEST} if kind == "datasets" else {"files": files, "params": {"steps": 3}}
+        job_id = running.client.post(f"/v1/{kind}", **asked).json()["id"]
+        wait_for(lambda: (job := running.ctx.table.get(job_id)) is None or not job.active)
+        shown = running.client.get(f"/v1/{kind}/{job_id}")
+        assert answers == [202 if kind == "datasets" else 204]
+        assert shown.status_code == 404 if kind == "projections" else shown.json()["state"] == "cancelled"
+        assert list(Path(running.settings.storage).iterdir()) == []
 
 
 @pytest.mark.full
