@@ -19,6 +19,7 @@ from services.gateway.dependencies import Context
 from services.gateway.heat_maps import HeatMaps
 from services.gateway.limits import GatewayLimits
 from services.gateway.quotas import TenantQuotas
+from services.gateway.threads import allow_blocked_calls, image_threads, storage_threads
 from services.gateway.uploads import Uploads
 from services.image_signing import image_signer_of
 from services.inference.client import InferenceClients
@@ -51,6 +52,7 @@ class Composition:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Context]:
         """Start the jobs, provide the context for the routes, and stop everything at the end."""
+        allow_blocked_calls(self.context.settings)
         await asyncio.to_thread(self.jobs.start)
         try:
             await self._warn_of_unsigned_entries()
@@ -72,6 +74,8 @@ class Composition:
             self.context.uploads.close()
             self.context.compared.close()
             self.context.studies.close()
+            self.context.storage_threads.close()
+            self.context.image_threads.close()
             await asyncio.to_thread(self.jobs.stop)
 
     async def _warn_of_unsigned_entries(self) -> None:
@@ -138,6 +142,8 @@ def compose(
         heat_maps=HeatMaps(settings, inference.explainer),
         webhooks=webhooks,
         studies=StudyService(settings, studies),
+        storage_threads=storage_threads(settings),
+        image_threads=image_threads(),
         sign=job_context.sign,
         not_ready=_readiness(job_context, jobs),
         not_alive=inference.not_alive,

@@ -274,6 +274,13 @@ class Settings(AccessSettings, StudySettings):
         2, ge=1, description="Maximum number of calls with heat maps at one time; they take seconds an image."
     )
     max_event_streams: int = Field(64, ge=1, description="Maximum number of open event streams.")
+    max_downloads: int = Field(
+        64,
+        ge=1,
+        le=1000,
+        description="Maximum number of files of datasets and projections that are sent at one time; each keeps about 8 MiB in "
+        "memory if the storage is remote. Downloads redirected to the storage do not count.",
+    )
     max_connections: int = Field(
         1000,
         ge=16,

@@ -437,9 +437,9 @@ def test_component_without_inference_changes_the_gateways_alone(
         monkeypatch.setenv(name, value)
     settings = Settings(_env_file=None)  # type: ignore[call-arg]
     assert (settings.role, settings.inference, settings.studio) == ("gateway", False, False)
-    # Uploads in all calls at one time, parsed, and the decoders of the largest images (docs/settings.md).
+    # Uploads in all calls at one time, parsed, the decoders of the largest images, and all downloads (docs/settings.md).
     most = 2 * settings.max_upload_calls * settings.max_upload_bytes
-    most += settings.upload_decoders * settings.max_upload_pixels * 12
+    most += settings.upload_decoders * settings.max_upload_pixels * 12 + settings.max_downloads * (8 << 20)
     limits, requests = container["resources"].pop("limits"), container["resources"].pop("requests")
     assert quantity(requests["memory"]) + most < quantity(limits["memory"])
     limits_before, requests_before = (container_before["resources"].pop(each) for each in ("limits", "requests"))

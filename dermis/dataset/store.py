@@ -7,11 +7,12 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import IO, Any
@@ -19,10 +20,17 @@ from typing import IO, Any
 from dermis.errors import DermisError, StorageError
 from dermis.files import names_below, open_regular
 
+if sys.platform != "win32":
+    import fcntl
+
 MANIFEST = "manifest.json"
 """The file that is written last: a folder with it is a finished dataset."""
 PARTIAL = ".partial"
 """Folder of the files that are removed when the dataset is complete."""
+
+_WRITING = "writing-"
+# More than the time between the creation of a temporary file and its lock.
+_ABANDONED_SECONDS = 60.0
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 # A network file system that cannot be reached, a server that restarts, too many open files, a folder that gets new files
@@ -42,6 +50,9 @@ _TRANSIENT_STATUSES = {408, 409, 425, 429}
 _FINAL_NAMES = re.compile("Credential|Authenti|Validation|Profile|Region")
 # S3 accepts signatures of the last 15 minutes; other storages have shorter limits.
 _CLOCK_DIFFERENCE_SECONDS = 240.0
+# Drivers read this much ahead and keep it until the next block has arrived. s3fs's default of 50 MiB would be up to 100 MiB for
+# each open file, also for a few bytes of it. Requests for smaller blocks would take longer than the transfer of their bytes.
+_BLOCK_BYTES = 4 << 20
 
 
 class Store:
@@ -139,7 +150,10 @@ class Store:
     def open(self, name: str) -> Iterator[IO[bytes]]:
         """Open a file for reading and seeking. In a local folder only regular files of that folder are opened."""
         with self.errors(name):
-            file = open_regular(self._root, name) if self.local else self._fs.open(self._current_path(name), "rb")
+            if self.local:
+                file = open_regular(self._root, name)
+            else:
+                file = self._fs.open(self._current_path(name), "rb", block_size=_BLOCK_BYTES)
         with file:
             yield file
 
@@ -166,21 +180,48 @@ class Store:
 
         A local file is renamed. For other storage it is uploaded from the temporary folder (`tempfile.gettempdir()`),
         which needs enough space for it.
+
+        Raises:
+            StorageError: The file cannot be written.
         """
         if not self.local:
             with storage_errors(tempfile.gettempdir()):
                 handle, temporary = tempfile.mkstemp(prefix="dermis-")
                 os.close(handle)
         else:
-            temporary = self._path(f"{PARTIAL}/writing-{uuid.uuid4().hex}")
+            temporary = self._path(f"{PARTIAL}/{_WRITING}{uuid.uuid4().hex}")
             with storage_errors(self.where(name)):
                 Path(temporary).parent.mkdir(parents=True, exist_ok=True)
         try:
-            yield Path(temporary)
-            self._put(Path(temporary), name)
+            with _in_use(Path(temporary), self.where(name)) if self.local else nullcontext():
+                yield Path(temporary)
+                self._put(Path(temporary), name)
+        except StorageError as error:
+            if self.local and not Path(temporary).exists():
+                # Not the end of a job: the other process may have ended it, or this one can write the file again.
+                raise StorageError(
+                    f"{self.where(name)}: another process removed the unfinished file; try again",
+                    kind="storage-unavailable",
+                ) from error
+            raise
         finally:
             with suppress(OSError):
                 Path(temporary).unlink(missing_ok=True)
+
+    def remove_abandoned(self) -> None:
+        """Remove what processes that were killed have left of `writing` in a local folder, and nothing that is being written.
+
+        Where processes cannot see each other's locks, a file in use can be removed. `writing` then fails in such a way that it
+        is tried again.
+        """
+        if not self.local or sys.platform == "win32":
+            return
+        for path in Path(self._path(PARTIAL)).glob(f"{_WRITING}*"):
+            with suppress(OSError):  # such as that of a lock
+                if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                    with path.open("r+b") as file:
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        path.unlink()
 
     def _put(self, temporary: Path, name: str) -> None:
         """Move or upload a local file to `name`."""
@@ -202,9 +243,24 @@ class Store:
             path.write_bytes(data)
 
     def remove(self, name: str) -> None:
-        """Remove a file, or a folder with its content, if it exists."""
+        """Remove a file, or a folder with its content, if it exists.
+
+        Raises:
+            StorageError: Something is left, or the storage cannot be reached.
+        """
         with self.errors(name), suppress(FileNotFoundError):
             self._fs.rm(self._current_path(name), recursive=True)
+            if self.local:
+                return
+            # S3 answers 200 and a list of the objects that it has not deleted, which s3fs ignores.
+            found = self._fs.find(self._current_path(name), detail=True).values()
+            left = sum(info["type"] == "file" for info in found)  # SeaweedFS keeps the folder itself
+            if left:
+                raise StorageError(
+                    f"{self.where(name)}: {left:,} objects are left after their deletion; the account needs the permission to "
+                    "delete; try again",
+                    kind="storage-unavailable",
+                )
 
     def signed_url(self, name: str, seconds: int, *, media_type: str, disposition: str) -> str:
         """Return a URL with which everyone can download a file from storage at s3:// for some time.
@@ -240,6 +296,20 @@ class Store:
             folder = folder.parent
         with storage_errors(self.location):
             return shutil.disk_usage(folder).free
+
+
+@contextmanager
+def _in_use(path: Path, place: str) -> Iterator[None]:
+    """Create a file and lock it, so that `Store.remove_abandoned` leaves it. The system ends the lock of a killed process."""
+    if sys.platform == "win32":
+        yield
+        return
+    with storage_errors(place):
+        file = path.open("xb")
+    with file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
 
 
 @contextmanager

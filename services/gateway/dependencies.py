@@ -25,6 +25,7 @@ from services.gateway.compared import ComparedImages
 from services.gateway.heat_maps import HeatMaps
 from services.gateway.limits import GatewayLimits
 from services.gateway.quotas import TenantQuotas
+from services.gateway.threads import Threads
 from services.gateway.uploads import Uploads
 from services.inference.client import InferenceClients
 from services.jobs.service import DatasetJobs, ProjectionJobs
@@ -64,6 +65,8 @@ class Context:
     heat_maps: HeatMaps
     webhooks: WebhookTable
     studies: StudyService
+    storage_threads: Threads  # read from the storage
+    image_threads: Threads  # encode images
     sign: Sign | None  # signs images; None without a certificate
     not_ready: Callable[[], Awaitable[str | None]]  # None if ready, otherwise the reason
     not_alive: Callable[[], Awaitable[str | None]]  # None if alive, otherwise why to restart

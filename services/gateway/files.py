@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import PurePosixPath
 from typing import IO
 
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
+from services.gateway.threads import Threads
 from services.jobs.context import FileInfo
 from services.problems import ProblemError
 
@@ -101,7 +102,9 @@ def file_response(
     info: FileInfo,
     headers: Mapping[str, str],
     open_file: OpenFile,
+    threads: Threads,
     *,
+    download: AbstractContextManager[None] | None = None,
     head: bool = False,
     inline: bool = False,
     more: Mapping[str, str] | None = None,
@@ -112,6 +115,8 @@ def file_response(
         info: The file.
         headers: Headers of the request.
         open_file: Opens the file.
+        threads: The threads that open and read it.
+        download: Entered for as long as content is sent; it can refuse that with a ProblemError.
         head: Whether to leave out the content.
         inline: Whether a browser shows the file instead of saving it.
         more: Further headers of the response.
@@ -137,16 +142,34 @@ def file_response(
     if requested is not None:
         common["Content-Range"] = f"bytes {start}-{stop - 1}/{info.bytes}"
     status = 200 if requested is None else 206
-    return StreamingResponse(_read(open_file, start, stop), status_code=status, headers=common)
+    return _Download(_read(open_file, threads, start, stop), status, common, download or nullcontext())
 
 
-async def _read(open_file: OpenFile, start: int, stop: int) -> AsyncIterator[bytes]:
+class _Download(StreamingResponse):
+    """A response that enters a context before its start, and leaves it at its end, also if the client has gone before."""
+
+    def __init__(
+        self,
+        parts: AsyncIterator[bytes],
+        status_code: int,
+        headers: Mapping[str, str],
+        download: AbstractContextManager[None],
+    ) -> None:
+        super().__init__(parts, status_code=status_code, headers=headers)
+        self._download = download
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._download:
+            await super().__call__(scope, receive, send)
+
+
+async def _read(open_file: OpenFile, threads: Threads, start: int, stop: int) -> AsyncIterator[bytes]:
     with ExitStack() as stack:
-        file = await asyncio.to_thread(stack.enter_context, open_file())
+        file = await threads.run(stack.enter_context, open_file())
         if start:
-            await asyncio.to_thread(file.seek, start)
+            await threads.run(file.seek, start)
         while start < stop:
-            chunk = await asyncio.to_thread(file.read, min(_CHUNK, stop - start))
+            chunk = await threads.run(file.read, min(_CHUNK, stop - start))
             if not chunk:
                 # An error breaks the connection, so that the client does not treat the incomplete file as complete.
                 raise OSError("a file of the dataset is shorter than its manifest says")

@@ -224,6 +224,7 @@ class GatewayLimits:
     study_results: Limiter
     study_images: Limiter
     event_streams: Limiter
+    downloads: Limiter
     comparisons: MinuteLimiter  # each reveals a little about which images are training images
     webhook_retries: MinuteLimiter
 
@@ -273,6 +274,13 @@ class GatewayLimits:
                 "too-many-requests",
                 "too many event streams are open; close some, or try again",
                 retry_after=10,
+                shared=shared,
+            ),
+            downloads=Limiter(
+                settings.max_downloads,
+                "overloaded",
+                "too many files are being downloaded; try again",
+                retry_after=5,
                 shared=shared,
             ),
             comparisons=MinuteLimiter(

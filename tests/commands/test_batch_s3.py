@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -17,6 +18,7 @@ from benchmarks.components.s3 import S3Server
 from dermis.bundle import Bundle
 from dermis.dataset.store import Store
 from dermis.dataset.verify import verify
+from dermis.errors import StorageError
 from painter import Painter
 from real_servers import running_moto, running_s3
 
@@ -148,6 +150,43 @@ def test_files_of_another_process_are_seen(bucket: S3Server | MotoServer) -> Non
     assert here.size("one") == 7 and here.read("one") == b"changed"
     here.remove("two")
     assert here.size("two") is None
+
+
+def test_objects_that_a_bucket_keeps_are_an_error(bucket: S3Server | MotoServer) -> None:
+    """S3 answers 200 although it has not deleted some objects, for example without the permission, and s3fs ignores which."""
+    from s3fs import S3FileSystem
+
+    call = S3FileSystem._call_s3
+
+    async def refuse(self: S3FileSystem, method: str, *arguments: Any, **options: Any) -> Any:
+        if method == "delete_objects":
+            objects = options["Delete"]["Objects"]
+            kept = [each for each in objects if each["Key"].endswith(".png")]
+            options["Delete"] = {"Objects": [each for each in objects if each not in kept], "Quiet": True}
+        return await call(self, method, *arguments, **options)
+
+    store = Store(bucket.url("kept"))
+    for name in ("job/a.png", "job/b.json", "job/part/c.png", "jobs.png"):
+        store.write(name, b"1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(S3FileSystem, "_call_s3", refuse)
+        with pytest.raises(StorageError, match="job: 2 objects are left .* permission to delete") as refused:
+            store.remove("job")
+    assert refused.value.kind == "storage-unavailable"  # it is tried again
+    for _ in range(2):
+        store.remove("job")
+    assert store.entries() == ["jobs.png"]
+
+
+def test_a_file_that_is_read_keeps_little_memory(bucket: S3Server | MotoServer) -> None:
+    store = Store(bucket.url("large"))
+    data = os.urandom(1 << 20) * 20
+    store.write("file", data)
+    with store.open("file") as file:
+        assert file.read(1000) == data[:1000]
+        assert len(cast(Any, file).cache.cache) < 5 << 20
+        file.seek(3 << 20)
+        assert file.read(6 << 20) == data[3 << 20 : 9 << 20]
 
 
 @pytest.mark.full

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 from collections.abc import Sequence
@@ -106,9 +105,9 @@ async def edit_images(request: Request, context: ContextDep, principal: _Sender)
     images = np.stack(await generate_within_limits(context, request, principal, bundle, count, generate))
     response_headers = model_header(bundle) | {"Vary": "Accept"}
     if media_type != _JSON:
-        data = await asyncio.to_thread(_picture, images, strengths, media_type, body, bundle, encode_image)
+        data = await context.image_threads.run(_picture, images, strengths, media_type, body, bundle, encode_image)
         return Response(data, media_type=media_type, headers=response_headers)
-    edited = await asyncio.to_thread(_edited, body, bundle, strengths, images, encode_image)
+    edited = await context.image_threads.run(_edited, body, bundle, strengths, images, encode_image)
     response_body = EditedList(model=model_ref(bundle), data=edited)
     return Response(response_body.model_dump_json(), media_type=_JSON, headers=response_headers)
 
@@ -174,7 +173,7 @@ async def projected_latents(
             raise RequestError(f"projections.{place}.id", f"is of model {job.model_name}, not of this {bundle.name}")
         if each.image >= ProjectionOptions.model_validate(job.request).images:
             raise RequestError(f"projections.{place}.image", "the projection has fewer images")
-        latents.append(await asyncio.to_thread(context.projections.latents, job, each.image))
+        latents.append(await context.storage_threads.run(context.projections.latents, job, each.image))
     return np.stack(latents)
 
 

@@ -6,7 +6,6 @@ only their numbers in cubes of the map, because positions would show who is in t
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
 from typing import Annotated
 
@@ -209,7 +208,7 @@ async def _place_samples(request: Request, context: Context, principal: Principa
     verdicts = verdict_rows(verdicts_of(nearest, index, step=0.01), [False] * len(names))
     samples = None
     if body.images:
-        samples = await asyncio.to_thread(samples_of, body, bundle, names, images, encode_image)
+        samples = await context.image_threads.run(samples_of, body, bundle, names, images, encode_image)
     positions = _rounded(known.project(nearest.embeddings), _STEP)
     return _answer(
         bundle,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated
 from urllib.parse import quote
 
@@ -51,7 +50,7 @@ async def ready_job(context: Context, principal: Principal, dataset_id: str) -> 
 async def list_files(dataset_id: str, context: ContextDep, principal: _Reader) -> DatasetFileList:
     """List every file with its size and hash."""
     job = await ready_job(context, principal, dataset_id)
-    files = await asyncio.to_thread(context.jobs.files, job)
+    files = await context.storage_threads.run(context.jobs.files, job)
     return DatasetFileList(
         data=[
             DatasetFile(
@@ -81,7 +80,7 @@ async def list_files(dataset_id: str, context: ContextDep, principal: _Reader) -
             "description": "The file is at the URL in Location for some time (DERMIS_DOWNLOAD_URL_SECONDS)",
             "headers": headers("Location", "ETag"),
         },
-        **problems("not-found", "not-ready", "dataset-not-ready", "range-not-satisfiable"),
+        **problems("not-found", "overloaded", "not-ready", "dataset-not-ready", "range-not-satisfiable"),
     },
 )
 async def download_file(
@@ -100,7 +99,7 @@ async def head_file(dataset_id: str, name: str, request: Request, context: Conte
 async def _file(dataset_id: str, name: str, request: Request, context: Context, principal: Principal) -> Response:
     job = await ready_job(context, principal, dataset_id)
     # The name is only compared with those in the manifest, and never used as a path.
-    files = await asyncio.to_thread(context.jobs.files, job)
+    files = await context.storage_threads.run(context.jobs.files, job)
     info = next((file for file in files if file.name == name), None)
     if info is None:
         raise ProblemError(
@@ -108,13 +107,18 @@ async def _file(dataset_id: str, name: str, request: Request, context: Context, 
         )
     if request.method == "GET" and context.settings.download_url_seconds and _is_current(request, info):
         media_type, disposition = media_type_of(info.name), disposition_of(info.name)
-        url = await asyncio.to_thread(
+        url = await context.storage_threads.run(
             context.jobs.signed_url, job, info.name, media_type=media_type, disposition=disposition
         )
         redirect = {"Location": url, "ETag": etag_of(info), "Cache-Control": "no-store"}
         return Response(status_code=307, headers=redirect)
     return file_response(
-        info, request.headers, lambda: context.jobs.open(job, info.name), head=request.method == "HEAD"
+        info,
+        request.headers,
+        lambda: context.jobs.open(job, info.name),
+        context.storage_threads,
+        download=context.limits.downloads.hold(principal.tenant),
+        head=request.method == "HEAD",
     )
 
 

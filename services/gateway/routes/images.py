@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 from collections.abc import Sequence
@@ -107,13 +106,13 @@ async def generate_images(request: Request, context: ContextDep, principal: _Sen
         results = await _gate_results(context, bundle, index, images, body.privacy)
     response_headers = model_header(bundle) | {"Vary": "Accept"}
     if media_type == PIXELS:
-        data = await asyncio.to_thread(pixels_response, body, bundle, names, images, results)
+        data = await context.image_threads.run(pixels_response, body, bundle, names, images, results)
         return Response(data, media_type=PIXELS, headers=response_headers)
     if media_type != "application/json":
         image_format = next(name for name, kind in MEDIA_TYPES.items() if kind == media_type)
-        data = await asyncio.to_thread(_one_image, body, bundle, images, image_format, encode_image)
+        data = await context.image_threads.run(_one_image, body, bundle, images, image_format, encode_image)
         return Response(data, media_type=media_type, headers=response_headers)
-    samples = await asyncio.to_thread(samples_of, body, bundle, names, images, encode_image, results)
+    samples = await context.image_threads.run(samples_of, body, bundle, names, images, encode_image, results)
     response_body = SampleList(model=model_ref(bundle), data=samples)
     return Response(
         response_body.model_dump_json(by_alias=True), media_type="application/json", headers=response_headers
@@ -124,7 +123,7 @@ async def _gate_results(
     context: Context, bundle: Bundle, index: IndexDescription, images: Sequence[Image], options: GateOptions
 ) -> list[bool]:
     """Whether each image meets the condition of a gate."""
-    inputs = await asyncio.to_thread(lambda: batch(as_rgb(np.stack(images)), index.resolution))
+    inputs = await context.image_threads.run(lambda: batch(as_rgb(np.stack(images)), index.resolution))
     comparison = Comparison(exact_below_of(index, options), options.detect_copies)
     nearest = await nearest_of(context, bundle, inputs, comparison)
     return [bool(result) for result in passed(nearest, index, options)]

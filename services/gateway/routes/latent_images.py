@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 from collections.abc import Awaitable, Callable, Sequence
@@ -178,5 +177,5 @@ async def _answer(
             )
         return EditedList(model=model_ref(bundle), data=rows).model_dump_json().encode()
 
-    data = await asyncio.to_thread(encoded)
+    data = await context.image_threads.run(encoded)
     return Response(data, media_type=media_type, headers=model_header(bundle) | {"Vary": "Accept"})

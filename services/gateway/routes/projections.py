@@ -178,7 +178,7 @@ async def delete_projection(projection_id: str, context: ContextDep, principal: 
         },
         206: {"description": "The bytes that the Range header names", "content": content(*MEDIA_TYPES)},
         304: {"description": "The file has not changed"},
-        **problems("not-found", "not-ready", "projection-not-ready", "range-not-satisfiable"),
+        **problems("not-found", "overloaded", "not-ready", "projection-not-ready", "range-not-satisfiable"),
     },
 )
 async def download_projection_file(
@@ -189,10 +189,16 @@ async def download_projection_file(
         return await _current_image(context, principal, projection_id, name, request.headers)
     job = await ready_projection(context, principal, projection_id)
     # The name is only compared with those in the list of the job, and never used as a path.
-    info = await asyncio.to_thread(context.projections.file, job, name)
+    info = await context.storage_threads.run(context.projections.file, job, name)
     if info is None:
         raise ProblemError("not-found", f"the projection has no such file; /v1/projections/{job.id} lists them")
-    return file_response(info, request.headers, lambda: context.projections.open(job, info.name), head=False)
+    return file_response(
+        info,
+        request.headers,
+        lambda: context.projections.open(job, info.name),
+        context.storage_threads,
+        download=context.limits.downloads.hold(principal.tenant),
+    )
 
 
 async def _current_image(
@@ -200,14 +206,15 @@ async def _current_image(
 ) -> Response:
     """A preview of a running projection. It is answered from memory, because the stored one may be replaced meanwhile."""
     job = await find_projection(context, principal, projection_id)
-    found = await asyncio.to_thread(context.projections.previews, job) if job.state == "running" else []
+    found = await context.storage_threads.run(context.projections.previews, job) if job.state == "running" else []
     image = next((preview.image for preview in found if preview_name(preview.index) == name), None)
     if image is None:
         raise ProblemError(
             "not-found", f"the projection has no such preview at the moment; /v1/projections/{job.id} lists them"
         )
     info = FileInfo(name, len(image), hashlib.sha256(image).hexdigest())
-    return file_response(info, headers, lambda: io.BytesIO(image), inline=True, more={"Cache-Control": "no-store"})
+    more = {"Cache-Control": "no-store"}
+    return file_response(info, headers, lambda: io.BytesIO(image), context.storage_threads, inline=True, more=more)
 
 
 async def find_projection(context: Context, principal: Principal, projection_id: str) -> Job:
@@ -239,6 +246,6 @@ async def ready_projection(context: Context, principal: Principal, projection_id
 
 
 async def _body_of(context: Context, job: Job) -> ProjectionJob:
-    results = await asyncio.to_thread(context.projections.results, job) if job.state == "succeeded" else None
-    previews = await asyncio.to_thread(context.projections.previews, job) if job.state == "running" else None
+    results = await context.storage_threads.run(context.projections.results, job) if job.state == "succeeded" else None
+    previews = await context.storage_threads.run(context.projections.previews, job) if job.state == "running" else None
     return projection_of(job, results, context.settings.projection_keep_seconds, previews)

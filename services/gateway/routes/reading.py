@@ -68,7 +68,7 @@ async def get_reading_image(position: _Position, context: ContextDep, reader: _R
         raise ProblemError("answer-order", f"image {answered + 1} has no answer yet; answer it first")
     number = studies.image_of(study, reader.invitation, position - 1)
     with context.limits.study_images.hold(study.tenant):
-        data = await asyncio.to_thread(studies.picture, study, number)
+        data = await context.storage_threads.run(studies.picture, study, number)
     return Response(data, media_type="image/png", headers=_PRIVATE)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
@@ -44,7 +43,7 @@ _PAGE_HEADERS = {
             "headers": headers("ETag", "Accept-Ranges", "Content-Disposition"),
         },
         304: {"description": "The report has not changed"},
-        **problems("not-found", "not-ready", "not-acceptable", "invalid-request", "dataset-not-ready"),
+        **problems("not-found", "overloaded", "not-ready", "not-acceptable", "invalid-request", "dataset-not-ready"),
     },
 )
 async def get_report(
@@ -61,7 +60,7 @@ async def get_report(
     media_type = {"json": _JSON, "html": _HTML}.get(report_format or "") or choose_media_type(request, (_JSON, _HTML))
     job = await ready_job(context, principal, dataset_id)
     name = REPORT_PAGE if media_type == _HTML else REPORT
-    files = await asyncio.to_thread(context.jobs.files, job)
+    files = await context.storage_threads.run(context.jobs.files, job)
     info = next((file for file in files if file.name == name), None)
     if info is None:
         raise ProblemError(
@@ -71,4 +70,12 @@ async def get_report(
     more = {"Vary": "Accept", **(_PAGE_HEADERS if media_type == _HTML else {})}
     # Only whole reports: the part of a page or of a JSON document is of no use.
     relevant = {key: value for key, value in request.headers.items() if key != "range"}
-    return file_response(info, relevant, lambda: context.jobs.open(job, info.name), inline=True, more=more)
+    return file_response(
+        info,
+        relevant,
+        lambda: context.jobs.open(job, info.name),
+        context.storage_threads,
+        download=context.limits.downloads.hold(principal.tenant),
+        inline=True,
+        more=more,
+    )

@@ -8,6 +8,8 @@ import importlib
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 import zipfile
 from collections.abc import Sequence
@@ -191,6 +193,38 @@ def test_process_that_was_taken_over_writes_nothing_into_a_finished_dataset(
     record = write_shard(p, 0, lambda *a: 255 - paint(*a), store, identity={"device": "b"}, on_batch=on_batch)
     assert len(record.images) == 6
     assert {name: store.read(name) for name in store.entries()} == others[0] and verify(url).ok
+
+
+def test_files_of_killed_attempts_are_removed_before_the_archive_is_written(
+    tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    plan_, store = planned(tiny_bundle), Store(tmp_path)
+    for shard in range(plan_.shards):
+        write_shard(plan_, shard, paint, store, identity=IDENTITY)
+    partial = tmp_path / ".partial"
+    kill = (
+        "import os; from dermis.dataset.store import Store\n"
+        f"with Store({str(tmp_path)!r}).writing('x') as path: path.write_bytes(b'1'); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", kill], check=False, timeout=120)
+    (killed,) = partial.glob("writing-*")
+    seen: list[set[Path]] = []
+    with store.writing("other") as other:  # of another worker, which has the job as well
+        other.write_bytes(b"1")
+        for path in (killed, other):
+            os.utime(path, (0, 0))
+        finalize(
+            plan_, store, tiny_bundle, IDENTITY, while_archiving=lambda: seen.append(set(partial.glob("writing-*")))
+        )
+        other.parent.mkdir(exist_ok=True)
+        other.touch()  # the end of the job has removed it
+    assert seen and all(killed not in files and other in files for files in seen)
+
+
+def test_writing_is_tried_again_if_the_temporary_file_was_removed(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="another process") as lost, Store(tmp_path).writing("file") as path:
+        path.unlink()
+    assert lost.value.kind == "storage-unavailable" and not (tmp_path / "file").exists()
 
 
 _TABLE = {"isic_id": "string", "target": "string", "source": "string"}

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import ExitStack, suppress
+import io
+import threading
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dermis.bundle import Bundle
+from service_kit import service, wait_for
 from services.gateway.events import EventStream
 from services.gateway.limits import GatewayLimits, Limiter, MinuteLimiter, WaitLimiter
 from services.problems import ProblemError
@@ -80,6 +87,51 @@ def test_stream_that_the_client_left_before_its_start_is_not_counted() -> None:
     scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
     asyncio.run(stream(scope, disconnected, send))
     assert released == [True]
+
+
+def test_stalled_calls_keep_no_others_waiting(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A storage and a database that neither answer nor refuse: more calls wait for them than a default pool has threads."""
+    with service(tiny_bundle.location, tmp_path, max_downloads=40) as running, ThreadPoolExecutor(90) as callers:
+        jobs, client, gate = running.jobs.datasets, running.client, threading.Event()
+        stalled = {"storage": 0, "database": 0}
+        dataset = running.wait(running.ask({"classes": {"benign": 1}}))["links"]["self"]
+        url = f"{dataset}/files/README.md"
+        content = client.get(url).content
+        get = jobs.get
+
+        @contextmanager
+        def opened(*_: object) -> Iterator[io.BytesIO]:
+            stalled["storage"] += 1
+            gate.wait(60)
+            yield io.BytesIO(content)
+
+        def found(*arguments: Any) -> Any:
+            stalled["database"] += 1
+            gate.wait(60)
+            return get(*arguments)
+
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(jobs, "open", opened)
+                downloads = [callers.submit(client.get, url) for _ in range(40)]
+                wait_for(lambda: stalled["storage"] == 40, 30)
+                refused = client.get(url)
+                assert (refused.status_code, refused.headers["Retry-After"]) == (503, "5")
+                assert refused.json()["type"] == "urn:dermis:problem:overloaded"
+                assert client.head(url).status_code == 200
+                patch.setattr(jobs, "get", found)
+                reads = [callers.submit(client.get, dataset) for _ in range(40)]
+                wait_for(lambda: stalled["database"] == 40, 30)
+            ready = callers.submit(client.get, "/readyz")
+            image = callers.submit(client.post, "/v1/images", json={"classes": {"benign": 1}})
+            assert (ready.result(30).status_code, image.result(30).status_code) == (200, 200)
+        finally:
+            gate.set()
+        assert {each.result(30).content for each in downloads} == {content}
+        assert {each.result(30).status_code for each in reads} == {200}
+        assert client.get(url).content == content
 
 
 def test_gateways_of_one_process_count_separately() -> None:
