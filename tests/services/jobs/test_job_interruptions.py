@@ -386,9 +386,7 @@ def test_interrupted_projection_upload_fails_and_can_be_repeated(
         assert end_of(running, again.json())["state"] == "succeeded"
 
 
-def test_repeated_upload_stores_the_images_that_the_first_call_could_not_store(
-    tiny_bundle: Bundle, tmp_path: Path
-) -> None:
+def test_repeated_upload_stores_images_that_the_first_call_could_not(tiny_bundle: Bundle, tmp_path: Path) -> None:
     options = {"storage_url": "flaky://bucket/jobs", "quotas": {"*": {"projections_per_day": 3}}}
     with service(tiny_bundle.location, tmp_path / "data", **options) as running:
         away = failing(lambda call, _path: EndpointConnectionError("away") if call in ("write", "remove") else None)
@@ -418,22 +416,20 @@ def test_late_failure_of_a_first_upload_does_not_end_the_job_that_a_repeated_one
     monkeypatch.setattr(projection, "write_inputs", write)
     with service(tiny_bundle.location, tmp_path / "data") as running:
         running.projector.gate.clear()
-        statuses: list[int] = []
-        files = [("files", ("x.png", encode(np.zeros((9, 9, 3), np.uint8)), "image/png"))]
+        key, refused = {"Idempotency-Key": "k"}, threading.Event()
 
-        def send() -> dict[str, Any]:
-            answer = running.client.post("/v1/projections?steps=3", files=files, headers={"Idempotency-Key": "k"})
-            statuses.append(answer.status_code)
-            body: dict[str, Any] = answer.json()
-            return body
+        def send() -> None:
+            with pytest.raises(AssertionError, match="not-ready"):
+                project(running, **key)
+            refused.set()
 
         first = threading.Thread(target=send)
         first.start()
         assert begun.wait(60)
-        job = send()
+        job = project(running, **key)
         ended.set()
         first.join()
-        assert statuses == [202, 503]
+        assert refused.is_set()
         running.projector.gate.set()
         assert end_of(running, job)["state"] == "succeeded"
 
