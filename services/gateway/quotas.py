@@ -51,7 +51,7 @@ class TenantQuotas:
     async def counted(
         self, request: Request, principal: Principal, amounts: Mapping[str, int], kept: Mapping[str, int]
     ) -> AsyncIterator[None]:
-        """`count`, undone if the work in the `async with` block fails.
+        """`count`, undone if the work in the `async with` block fails or is cancelled.
 
         Args:
             request: The request, whose response will have the headers.
@@ -63,11 +63,12 @@ class TenantQuotas:
         await self.count(request, principal, {**kept, **amounts})
         try:
             yield
-        except Exception:
+        except (Exception, asyncio.CancelledError):
             quota = self._settings.quota_of(principal.tenant)
             limited = {name: amount for name, amount in amounts.items() if quota.limit_of(name) is not None}
             if limited:
-                await asyncio.to_thread(self._table.undo_use, principal.tenant, limited, counted_at)
+                undo = asyncio.to_thread(self._table.undo_use, principal.tenant, limited, counted_at)
+                await asyncio.shield(undo)
             raise
 
     async def show(self, request: Request, principal: Principal, *names: str) -> None:

@@ -84,8 +84,8 @@ class JobContext:
     measure_images: MeasureImages = appearances
     """Measures the images of reports."""
     stopping: threading.Event = field(default_factory=threading.Event)
-    submitting: set[str] = field(default_factory=set)
-    """Ids of jobs that are being created, and whose workflow is about to be enqueued."""
+    submitting: list[str] = field(default_factory=list)
+    """Ids of jobs that are being created, and whose workflow is about to be enqueued; once for each call that does so."""
 
     def store(self, job: Job) -> Store:
         """The store of the job's files, below the folder of its tenant."""

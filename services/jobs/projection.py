@@ -103,6 +103,11 @@ def shards_of(images: int) -> int:
     return -(-images // IMAGES_PER_SHARD)
 
 
+def amounts(request: Mapping[str, Any]) -> dict[str, int]:
+    """What a projection with this request uses of quotas with a window."""
+    return {"projections_per_day": request["images"]}
+
+
 def max_bytes(options: ProjectionOptions, bundle: Bundle) -> int:
     """An upper estimate of the size of all files of a projection in bytes, the uploaded images included."""
     network = bundle.generator

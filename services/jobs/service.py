@@ -21,12 +21,12 @@ from dermis.dataset.manifest import read_manifest
 from dermis.dataset.plan import plan_for
 from dermis.dataset.request import DatasetRequest, check_against
 from dermis.dataset.shards import check_space, max_dataset_bytes
-from dermis.dataset.store import MANIFEST, Store
+from dermis.dataset.store import MANIFEST, PARTIAL, Store
 from dermis.errors import DermisError, RequestError, StorageError
 from services import tracing
 from services.image_signing import NO_CERTIFICATE
 from services.jobs import execution, projection, workflow
-from services.jobs.context import FileInfo, JobContext, ShutdownError
+from services.jobs.context import FileInfo, JobContext, ShutdownError, must_stop
 from services.jobs.lease import Lease, executor_slot
 from services.jobs.projection import Preview, ProjectionOptions
 from services.jobs.statistics import Statistics
@@ -298,27 +298,55 @@ class ProjectionJobs:
                 max_active=self._settings.max_active_projections,
                 owner=workflow.executor_id(),
                 quota=self._settings.quota_of(tenant),
-                amounts={"projections_per_day": options.images},
+                amounts=projection.amounts(body),
                 reserved_bytes=projection.max_bytes(options, bundle),
             )
             # The row comes first: after a crash, only a row says that there are images to remove.
             if new:
-                self._write_inputs(job, images)
-                workflow.submit(job)
+                self._begin(job, images)
+        if not new and job.state == "queued" and not projection.has_inputs(ctx, job):
+            job = self._continue(job, images)
         return job
 
-    def _write_inputs(self, job: Job, images: Sequence[NDArray[np.uint8]]) -> None:
-        """Store the images of a new job; if that fails, remove the job."""
+    def _begin(self, job: Job, images: Sequence[NDArray[np.uint8]]) -> None:
+        """Store the images of a new job and enqueue it.
+
+        If that fails, a job without a key is removed. One with a key may have been given to another call, which stores the same
+        images; if there is no such call, the next sweep ends the job, frees the key and removes the files.
+        """
         try:
-            projection.write_inputs(self._ctx.store(job), images)
+            self._store_and_enqueue(job, images)
         except BaseException:
-            try:
-                execution.remove_files(self._ctx, job.tenant, job.id)
-                self._ctx.table.delete(job.id)
-                self._ctx.table.undo_use(job.tenant, {"projections_per_day": len(images)}, job.created_at)
-            except DermisError as error:  # the next sweep ends the job and removes its files
-                logger.warning("projection not removed", extra={"projection": job.id, "error": str(error)})
+            if job.idempotency_key is None:
+                self._remove_begun(job)
             raise
+
+    def _remove_begun(self, job: Job) -> None:
+        try:
+            self._ctx.table.undo_use(job.tenant, projection.amounts(job.request), job.created_at)
+            execution.remove_files(self._ctx, job.tenant, job.id)
+            self._ctx.table.delete(job.id)
+        except DermisError as error:  # the next sweep ends the job and removes its files
+            logger.warning("projection not removed", extra={"projection": job.id, "error": str(error)})
+
+    def _continue(self, job: Job, images: Sequence[NDArray[np.uint8]]) -> Job:
+        """Store the images of a job whose first call has not stored them: it failed, is slow, or its process has ended."""
+        ctx = self._ctx
+        with _submitting(ctx, job.id):
+            # The sweeps of other processes leave the job alone from now on.
+            now = ctx.table.set_owner(job.id, workflow.executor_id())
+            if now is None or now.state != "queued":  # the first call has stored them meanwhile, or the job was ended
+                return now or job
+            self._store_and_enqueue(job, images)
+        return job
+
+    def _store_and_enqueue(self, job: Job, images: Sequence[NDArray[np.uint8]]) -> None:
+        store = self._ctx.store(job)
+        projection.write_inputs(store, images)
+        if must_stop(self._ctx, job.id):  # the call was slow, and the job has ended: nothing else removes the images
+            store.remove(PARTIAL)
+        else:
+            workflow.submit(job)
 
     def get(self, tenant: str, job_id: str) -> Job | None:
         """The projection job of a tenant, or None."""
@@ -373,12 +401,12 @@ def _remove_expired(ctx: JobContext, job: Job) -> None:
 @contextmanager
 def _submitting(ctx: JobContext, job_id: str) -> Iterator[None]:
     """Keep sweeps away from a job that has a row and no workflow yet."""
-    ctx.submitting.add(job_id)
+    ctx.submitting.append(job_id)
     try:
         with tracing.span("job create", job__id=job_id):
             yield
     finally:
-        ctx.submitting.discard(job_id)
+        ctx.submitting.remove(job_id)
 
 
 def _hash_of(body: dict[str, Any]) -> str:

@@ -384,12 +384,9 @@ class JobTable:
 
     def set_stored_bytes(self, job_id: str, stored_bytes: int) -> None:
         """Record the size of the files of a job that has succeeded."""
+        succeeded = (_jobs.c.id == job_id) & (_jobs.c.state == "succeeded")
         with writing(self._engine) as connection:
-            connection.execute(
-                sa.update(_jobs)
-                .where(_jobs.c.id == job_id, _jobs.c.state == "succeeded")
-                .values(stored_bytes=stored_bytes)
-            )
+            connection.execute(sa.update(_jobs).where(succeeded).values(stored_bytes=stored_bytes))
 
     def request_cancel(self, job_id: str) -> Job | None:
         """Ask an active job to stop, which its workers notice between batches. A job that has ended is not changed."""
@@ -406,10 +403,13 @@ class JobTable:
                 sa.update(_jobs).where(_jobs.c.id == job_id, _jobs.c.state.not_in(ACTIVE)).values(state="cancelled")
             )
 
-    def release_key(self, job_id: str) -> None:
-        """Make the idempotency key of a job free for another request."""
+    def release_key(self, job: Job, amounts: Mapping[str, int]) -> None:
+        """Make the idempotency key of a job free for another request, and undo once what the job uses of quotas."""
+        keyed = (_jobs.c.id == job.id) & _jobs.c.idempotency_key.is_not(None)
         with writing(self._engine) as connection:
-            connection.execute(sa.update(_jobs).where(_jobs.c.id == job_id).values(idempotency_key=None))
+            counters.lock_tenant(connection, job.tenant)
+            if connection.execute(sa.update(_jobs).where(keyed).values(idempotency_key=None)).rowcount:
+                counters.subtract(connection, job.tenant, amounts, job.created_at)
 
     def delete(self, job_id: str) -> None:
         """Delete the rows of a job."""

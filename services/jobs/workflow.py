@@ -19,7 +19,7 @@ from dbos import error as dbos_error
 
 from services import metrics
 from services.errors import DatabaseUnavailableError
-from services.jobs import execution
+from services.jobs import execution, projection
 from services.jobs.context import JobContext, ShutdownError, retry_transient
 from services.jobs.database import (
     IDLE_TRANSACTION_SECONDS,
@@ -238,8 +238,7 @@ def _continue(ctx: JobContext, job: Job) -> None:
     if status is None:
         # It was never enqueued: the process or its connection ended first.
         if job.state == "queued" and not execution.KINDS[job.kind].has_inputs(ctx, job):
-            ctx.table.release_key(job.id)
-            _end_as_failed(ctx, job, "not all images were stored; send them again", "upload-interrupted")
+            _end_interrupted(ctx, job)
         else:
             submit(job)
         return
@@ -265,6 +264,16 @@ def _continue(ctx: JobContext, job: Job) -> None:
         submit(job)
         return
     _end_as_failed(ctx, job, f"its workflow ended as {status.status}; create the job again")
+
+
+def _end_interrupted(ctx: JobContext, job: Job) -> None:
+    """End a projection whose images were not all stored, unless another call with its key stores them, or has stored them."""
+    stored_here = job.id in ctx.submitting  # read before the workflow, which such a call enqueues first
+    now = ctx.table.get(job.id)
+    if stored_here or now is None or now.owner != job.owner or DBOS.get_workflow_status(job.id) is not None:
+        return
+    ctx.table.release_key(job, projection.amounts(job.request))
+    _end_as_failed(ctx, job, "not all images were stored; send them again", "upload-interrupted")
 
 
 def _end_as_failed(ctx: JobContext, job: Job, reason: str, problem_kind: str = "internal") -> None:

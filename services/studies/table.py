@@ -303,13 +303,10 @@ class StudyTable:
                 connection.execute(sa.update(tables.images).where(of_study, numbers).values(prepared=True))
             done = connection.scalar(sa.select(sa.func.count()).where(of_study, tables.images.c.prepared)) or 0
             longest = max((row.longest, *sizes.values()))
+            failures = 0 if sizes else row.failures
+            claimed_until = time.time() + _CLAIM_SECONDS
             _change(
-                connection,
-                study_id,
-                prepared=done,
-                longest=longest,
-                failures=0,
-                claimed_until=time.time() + _CLAIM_SECONDS,
+                connection, study_id, prepared=done, longest=longest, failures=failures, claimed_until=claimed_until
             )
             return bool(done < row.images)
 
@@ -505,8 +502,10 @@ class StudyTable:
         """
         at = (tables.answers.c.invitation == invitation.id) & (tables.answers.c.position == position)
         values = {"answer": answer, "confidence": confidence, "seconds": seconds, "answered_at": time.time()}
-        update = sa.update(tables.answers).where(at)
-        replace = update.values(changes=tables.answers.c.changes + 1, **values)
+        columns = tables.answers.c
+        differs = (columns.answer != answer) | (columns.confidence != confidence) | (columns.seconds != seconds)
+        changes = columns.changes + sa.case((differs, 1), else_=0)  # the same one comes again if its response was lost
+        replace = sa.update(tables.answers).where(at).values(changes=changes, **values)
         try:
             with writing(self._engine) as connection:
                 _check_state(_study(connection, invitation.study), "open", "it takes no answers")

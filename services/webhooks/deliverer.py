@@ -120,9 +120,14 @@ class Deliverer:
 
     async def _deliver(self, claim: Claim) -> None:
         message, endpoint = claim.message, claim.endpoint
-        status, outcome = await self._sender.send(
-            endpoint.url, endpoint.secret, message.id, int(time.time()), message.body
-        )
+        status: int | None
+        try:
+            status, outcome = await self._sender.send(
+                endpoint.url, endpoint.secret, message.id, int(time.time()), message.body
+            )
+        except Exception as error:  # a message whose attempts are not recorded would be sent for ever
+            logger.exception("webhook not sent", extra={"webhook_message": message.id, "webhook_webhook": endpoint.id})
+            status, outcome = None, f"failed ({type(error).__name__})"
         delivered = status is not None and 200 <= status < 300
         level = logging.INFO if delivered else logging.WARNING
         fields = {"message": message.id, "webhook": endpoint.id, "attempt": message.attempts, "outcome": outcome}

@@ -175,6 +175,8 @@ class Sender:
         except httpx.HTTPError as error:
             reason = "its certificate is not valid" if "certificate" in str(error).lower() else "no connection"
             return None, f"{reason} ({type(error).__name__})"
+        except OSError as error:  # of TLS after the handshake, which httpx lets through
+            return None, f"the connection broke ({type(error).__name__})"
         return status, f"status {status}"
 
     async def _resolve(self, host: str, port: int) -> str:

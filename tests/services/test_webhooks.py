@@ -42,7 +42,7 @@ from services.settings import Settings
 from services.webhooks import deliverer, outbox, sending
 from services.webhooks.deliverer import Deliverer, DeliveryOrder
 from services.webhooks.outbox import Claim, Due, TooManyWebhooksError, WebhookTable, add_messages
-from services.webhooks.sending import Allowed, Sender, UrlRefusedError, check_url
+from services.webhooks.sending import Allowed, Sender
 
 LOOPBACK = Allowed.of(["127.0.0.0/8"])
 JOB = f"ds_{'0' * 32}"
@@ -61,7 +61,7 @@ class Receiver:
 
 
 @contextmanager
-def receiving(certificate: tuple[Path, Path] | None = None) -> Iterator[Receiver]:
+def receiving(certificate: tuple[Path, Path] | None = None, clients: Path | None = None) -> Iterator[Receiver]:
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
@@ -87,6 +87,9 @@ def receiving(certificate: tuple[Path, Path] | None = None) -> Iterator[Receiver
     if certificate is not None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(*certificate)
+        if clients is not None:  # the authority of the certificates that clients must have
+            context.load_verify_locations(clients)
+            context.verify_mode = ssl.CERT_REQUIRED
         server.socket = context.wrap_socket(server.socket, server_side=True)
     receiver = Receiver(server.server_address[1])
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
@@ -345,84 +348,6 @@ def test_hostile_receivers(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) 
     assert send(url)[1].startswith("no connection")
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://receiver.example/",
-        "ftp://receiver.example/",
-        "https://",
-        "https://user:secret@receiver.example/",
-        "https://receiver.example/#x",
-        "https://127.0.0.1/",
-        "https://[::1]/",
-        "https://[::ffff:10.0.0.1]/",
-        "https://[64:ff9b::a00:1]/",
-        "https://[2002:a00:1::]/",
-        "https://[::127.0.0.1]/",
-        "https://[::ffff:0:127.0.0.1]/",
-        "https://[64:ff9b:1::a00:1]/",
-        "https://[fec0::1]/",
-        "https://[2001:10::1]/",
-        "https://[ff0e::1]/",
-        "https://192.0.0.192/",
-        "https://168.63.129.16/",
-        "https://169.254.169.254/latest/meta-data",
-        "https://10.0.0.1/",
-        "https://100.64.0.1/",
-        "https://0.0.0.0/",
-        "https://224.0.0.1/",
-        "https://[fe80::1%25eth0]/",
-        "https://receiver.example:0/",
-        "https://receiver.example:99999/",
-        "https://receiver.example/\r\nX: y",
-        "https://receiver.example/" + "x" * 500,
-        "https://localhost/",
-        "https://localhost./",
-        "https://Some.LOCALHOST/",
-        "https://0/",
-        "https://2130706433/",
-        "https://0x7f000001/",
-        "https://0x7f.1./",
-        "https://017700000001/",
-        "https://127.1/",
-        "https://1.2.3.4./",
-        "https://receiver.08/",
-        "https://receiver..example/",
-        "https://-receiver.example/",
-        "https://%31%32%37.0.0.1/",
-        "https://./",
-    ],
-)
-def test_urls_that_lead_inside_are_refused(url: str) -> None:
-    with pytest.raises(UrlRefusedError):
-        check_url(url, Allowed.of(["10.9.0.0/16", "intern.example"]))
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "https://198.41.0.4/",
-        "https://[2606:4700::1111]/",
-        "https://[2a00:1450::1]:8443/",
-        "https://receiver.example./",
-        "https://xn--bcher-kva.example/",
-        "https://4.a_b.0xg/",
-    ],
-)
-def test_public_addresses_and_names_are_allowed(url: str) -> None:
-    assert check_url(url, Allowed.of([]))
-
-
-def test_operator_allows_names_of_this_machine() -> None:
-    for url, allowed in (
-        ("http://localhost./", ["localhost"]),
-        ("https://localhost/", ["::1/128"]),
-        ("http://intern.example/", ["Intern.example."]),
-        ("http://2130706433/", ["2130706433"]),
-    ):
-        assert check_url(url, Allowed.of(allowed))
-
-
 @pytest.mark.parametrize("host", ["localhost", "2130706433", "0x7f.1", "127.1"])
 def test_names_of_private_addresses_are_refused(host: str, receiver: Receiver) -> None:
     assert send(f"https://{host}:{receiver.port}/", Allowed.of([]))[1].startswith("refused: ")
@@ -508,6 +433,28 @@ def test_certificate_must_be_that_of_the_host(tmp_path: Path, monkeypatch: pytes
         assert send(f"https://receiver.example:{receiver.port}/")[1].startswith("its certificate is not valid")
         assert receiver.received[0][1]["host"] == f"localhost:{receiver.port}"
         assert len(receiver.received) == 1
+    with receiving((tmp_path / "tls.crt", tmp_path / "tls.key"), authority.path) as receiver:
+        for _ in range(5):  # it refuses after the handshake of TLS 1.3: httpx lets the error of that through
+            assert send(f"https://localhost:{receiver.port}/")[0] is None
+
+
+def test_attempt_that_ends_with_an_unforeseen_error_is_recorded(
+    table: WebhookTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "RETRY_SECONDS", (0,))
+    errors = [ssl.SSLError(1, "tlsv13 alert certificate required"), RuntimeError("unforeseen")]
+
+    async def post(*_: Any) -> int:
+        raise errors.pop(0)
+
+    monkeypatch.setattr(Sender, "_post", post)
+    endpoint = table.create("a", "http://127.0.0.1:9/", outbox.EVENTS, 5)
+    end_job(table)
+    deliver(table)
+    assert table.messages(endpoint.id)[0].outcome == "the connection broke (SSLError)"
+    deliver(table)
+    (message,) = table.messages(endpoint.id, "dead")
+    assert (message.attempts, message.outcome) == (2, "failed (RuntimeError)")
 
 
 def test_routes_create_list_and_delete_webhooks(tiny_bundle: Bundle, tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ import asyncio
 import graphlib
 import inspect
 import json
+import ssl
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,11 @@ from dermis_client import (
     DatasetReport,
     DermisClient,
     InvalidRequestError,
+    _retry,
     errors,
 )
 from dermis_client._cli_text import format_report
+from dermis_client._flow import Flow, Request, open_stream, read
 from dermis_client.resources import dataset_flows
 from fake_gateway import FakeGateway, Fault
 
@@ -137,6 +141,43 @@ def test_request_to_busy_service_is_retried(gateway: FakeGateway, status: int) -
     with DermisClient(gateway.url, max_retries=2) as client:
         assert client.models.list()[0].metrics == {"fid@lite0": 12.0}
     assert len(gateway.requests("/v1/models")) == 3
+
+
+def test_error_of_tls_after_the_handshake_is_a_broken_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asynchronous connections of httpx raise ssl.SSLError itself, of sending and of reading."""
+    monkeypatch.setattr(_retry, "FIRST_DELAY", 0.0)
+    outcomes: list[str] = []
+
+    class Broken(httpx.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            yield b"["
+            raise ssl.SSLError(1, "decryption failed or bad record mac")
+
+    def answer(_: httpx.Request) -> httpx.Response:
+        outcome = outcomes.pop(0)
+        if outcome == "unsent":
+            raise ssl.SSLError(1, "tlsv13 alert certificate required")
+        return httpx.Response(200, stream=Broken()) if outcome == "cut" else httpx.Response(200, json={"data": []})
+
+    def reading() -> Flow[bytes]:
+        stream = yield from open_stream(Request("GET", "/v1/file"), 0)
+        yield from read(stream)
+        return (yield from read(stream))
+
+    async def run() -> None:
+        http = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+        async with http, AsyncDermisClient("http://localhost:1", http_client=http) as client:
+            outcomes[:] = ["unsent", "cut", "whole"]
+            assert await client.models.list() == []
+            outcomes[:] = ["unsent", "whole"]
+            with pytest.raises(errors.APIConnectionError, match="broke"):
+                await client.webhooks.create("https://receiver.example/")
+            assert outcomes == ["whole"]  # not repeated: it may have been executed
+            outcomes[:] = ["cut"]
+            with pytest.raises(httpx.ReadError):
+                await client._transport.run(reading())
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize(

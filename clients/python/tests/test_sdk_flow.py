@@ -61,8 +61,11 @@ class VirtualClockRunner:
 REQUEST = httpx.Request("GET", "http://service/v1/x")
 
 
-def respond(status: int, **headers: str) -> httpx.Response:
-    return httpx.Response(status, headers={k.replace("_", "-"): v for k, v in headers.items()}, request=REQUEST)
+def respond(status: int, kind: str = "", **headers: str) -> httpx.Response:
+    """A response; with a problem document, if it has a kind."""
+    body = {"type": f"urn:dermis:problem:{kind}"} if kind else None
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return httpx.Response(status, headers=named, json=body, request=REQUEST)
 
 
 def test_retry_after_is_honoured_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,13 +110,27 @@ def test_only_idempotent_requests_are_retried_after_broken_read(
     assert len(sent) == tries
 
 
-@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+@pytest.mark.parametrize(
+    ("status", "kind", "executed"),
+    [
+        (408, "", False),
+        (429, "", False),
+        (500, "", True),
+        (502, "", True),
+        (503, "overloaded", False),
+        (503, "not-ready", True),  # such as after a change whose audit entry was not stored
+        (503, "", True),
+        (504, "", True),
+    ],
+)
 @pytest.mark.parametrize("idempotent", [True, False])
-def test_request_that_may_have_been_executed_is_repeated_only_if_idempotent(status: int, idempotent: bool) -> None:
-    answers = [respond(status), respond(200)]
+def test_request_that_may_have_been_executed_is_repeated_only_if_idempotent(
+    status: int, kind: str, executed: bool, idempotent: bool
+) -> None:
+    answers = [respond(status, kind), respond(200)]
     request = Request("POST", "/v1/x", idempotent=idempotent)
     flow = _flow.call(request, 3)
-    if idempotent or status in {408, 429, 503}:
+    if idempotent or not executed:
         assert VirtualClockRunner(lambda _: answers.pop(0)).run(flow).status_code == 200
     else:
         with pytest.raises(ServerError):
@@ -139,11 +156,11 @@ def test_deletion_whose_first_response_was_lost_is_complete(delete: Callable[[st
         return VirtualClockRunner(answer)
 
     lost, refused = httpx.ReadError("cut", request=REQUEST), httpx.ConnectError("refused", request=REQUEST)
-    for first in (lost, respond(502), respond(504)):
+    for first in (lost, respond(502), respond(503, "not-ready"), respond(504)):
         responses: list[httpx.Response] = []
         network(first, refused, respond(404)).run(_flow.recorded(delete("id_1", 3), responses))
         assert [each.status_code for each in responses] == [404]
-    for others in ([], [refused], [respond(503)]):  # nothing was deleted
+    for others in ([], [refused], [respond(503, "overloaded")]):  # nothing was deleted
         with pytest.raises(NotFoundError):
             network(*others, respond(404)).run(delete("id_1", 3))
 

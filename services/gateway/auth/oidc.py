@@ -249,7 +249,11 @@ class TokenVerifier:
                     if len(data) > _MAX_DOCUMENT_BYTES:
                         raise ProviderUnreachableError(f"{url} sent more than {_MAX_DOCUMENT_BYTES} bytes")
             document = json.loads(data)
-        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
+        except (
+            httpx.HTTPError,
+            httpx.InvalidURL,
+            OSError,
+        ) as error:  # OSError: of TLS after the handshake, or a timeout
             raise ProviderUnreachableError(f"{url}: {type(error).__name__}: {error}") from None
         except (ValueError, RecursionError):
             raise ProviderUnreachableError(f"{url} sent no JSON") from None

@@ -13,6 +13,7 @@ from fastapi import APIRouter, Depends, Query
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from services.gateway.audit import describe
 from services.gateway.auth.authentication import requires
 from services.gateway.auth.principal import Principal
 from services.gateway.dependencies import Context, ContextDep, count_pixels, read_model, served_bundle
@@ -245,6 +246,7 @@ async def invite_reader(
     body = await read_model(request, InvitationRequest)
     expires_at = min(time.time() + body.expires_in_days * DAY, study.expires_at)
     invitation, token = await asyncio.to_thread(context.studies.table.invite, study, body.label, expires_at)
+    describe(request, f"invitation {invitation.id}")
     response.headers["Location"] = f"/v1/studies/{study.id}/invitations/{invitation.id}"
     return NewInvitation(**invitation_body(invitation, 0).model_dump(), token=token, path=f"/study#{token}")
 
@@ -266,7 +268,9 @@ async def list_invitations(study_id: str, context: ContextDep, principal: _Owner
     summary="Revoke an invitation",
     responses=problems("not-found", "not-ready"),
 )
-async def revoke_invitation(study_id: str, name: str, context: ContextDep, principal: _Owner) -> InvitationBody:
+async def revoke_invitation(
+    study_id: str, name: str, request: Request, context: ContextDep, principal: _Owner
+) -> InvitationBody:
     """Revoke an invitation at once, by its id. The answers of its reader are kept."""
     study = await _find(context, principal, study_id)
     invitation = None
@@ -274,6 +278,7 @@ async def revoke_invitation(study_id: str, name: str, context: ContextDep, princ
         invitation = await asyncio.to_thread(context.studies.table.revoke, study.id, name)
     if invitation is None:
         raise ProblemError("not-found", f"the study has no invitation {name[:100]}")
+    describe(request, f"invitation {invitation.id}")
     counts = await asyncio.to_thread(context.studies.table.answer_counts, [study.id])
     return invitation_body(invitation, counts.get(invitation.id, 0))
 

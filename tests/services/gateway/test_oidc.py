@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 from pydantic import ValidationError
 
@@ -198,6 +200,21 @@ def test_provider_that_cannot_be_reached() -> None:
 
     with running_provider() as provider:
         asyncio.run(run(provider))
+
+
+def test_provider_whose_tls_breaks_after_the_handshake_cannot_be_reached(provider: Provider) -> None:
+    def broken(_: httpx.Request) -> httpx.Response:
+        raise ssl.SSLError(1, "decryption failed or bad record mac")
+
+    async def run() -> None:
+        verifier = TokenVerifier(settings_for(provider))
+        verifier._http = httpx.AsyncClient(transport=httpx.MockTransport(broken))
+        with pytest.raises(ProblemError) as caught:
+            await verifier.principal_of(provider.token())
+        assert caught.value.kind == "not-ready"
+        await verifier.close()
+
+    asyncio.run(run())
 
 
 def test_requests_do_not_wait_for_a_provider_that_does_not_answer(

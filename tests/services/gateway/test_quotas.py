@@ -12,12 +12,14 @@ import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 from dermis_client import AsyncDermisClient, DermisClient, RateLimitError, TooLargeError, Usage
+from starlette.requests import Request
 
 from dermis.bundle import Bundle
 from dermis.dataset.plan import plan_for
@@ -29,7 +31,8 @@ from real_servers import running_postgres
 from service_kit import Service, service, wait_for
 from services.audit.trail import Event
 from services.gateway.audit import RepeatedDenials
-from services.gateway.auth.principal import SCOPES
+from services.gateway.auth.principal import SCOPES, Principal
+from services.gateway.quotas import TenantQuotas
 from services.gateway.routes import authenticity
 from services.jobs import counters
 from services.jobs.table import JobTable
@@ -441,6 +444,33 @@ def test_failure_after_the_end_of_a_window_frees_nothing_of_the_next_one(clock: 
         table.count_use("a", {"images_per_day": 1}, quota)
     table.undo_use("a", {"images_per_day": 3}, clock.time)
     assert table.count_use("a", {"images_per_day": 3}, quota)[0].used == 5
+    table.close()
+
+
+def test_cancelled_call_gives_back_what_it_used(tmp_path: Path) -> None:
+    table, quota = JobTable(f"sqlite:///{tmp_path}/jobs.sqlite"), Quota(images_per_day=5)
+    table.open()
+    settings: Any = SimpleNamespace(quota_of=lambda _tenant: quota)
+
+    async def run() -> None:
+        begun = asyncio.Event()
+
+        async def call() -> None:
+            sender = Principal("a", "key:x", frozenset())
+            async with TenantQuotas(settings, table).counted(
+                Request({"type": "http"}), sender, {"images_per_day": 5}, {}
+            ):
+                begun.set()
+                await asyncio.sleep(60)
+
+        task = asyncio.create_task(call())
+        await begun.wait()
+        task.cancel()  # as at the end of a process that is replaced
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
+    assert table.use("a", quota, ["images_per_day"])[0].used == 0
     table.close()
 
 

@@ -22,7 +22,7 @@ import flaky_storage
 from benchmarks.components.postgres import Postgres
 from dermis.bundle import Bundle
 from dermis.dataset.store import Store, storage_error
-from dermis.errors import DermisError
+from dermis.errors import DermisError, StorageError
 from dermis.imaging import encode
 from flaky_storage import EndpointConnectionError, failing
 from service_kit import Service, make_directly, service, wait_for
@@ -358,7 +358,8 @@ def test_calls_get_503_while_the_storage_cannot_be_reached(tiny_bundle: Bundle, 
 def test_interrupted_projection_upload_fails_and_can_be_repeated(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with service(tiny_bundle.location, tmp_path / "data", storage_url="flaky://bucket/jobs") as running:
+    options = {"storage_url": "flaky://bucket/jobs", "quotas": {"*": {"projections_per_day": 2}}}
+    with service(tiny_bundle.location, tmp_path / "data", **options) as running:
         with monkeypatch.context() as patch:
             # As if the process ended in the middle of the upload.
             write = Store.write
@@ -379,9 +380,58 @@ def test_interrupted_projection_upload_fails_and_can_be_repeated(
         assert (job["state"], job["error"]["type"]) == ("failed", "urn:dermis:problem:upload-interrupted")
         assert job["error"]["instance"] == f"/v1/projections/{left.id}"
         assert flaky_storage.names() == []
+        # The first attempt is not counted any more: otherwise this one would exceed the quota.
         again = running.client.post("/v1/projections?steps=3", files=files, headers={"Idempotency-Key": "k"})
-        assert again.status_code == 202
+        assert again.status_code == 202, again.text
         assert end_of(running, again.json())["state"] == "succeeded"
+
+
+def test_repeated_upload_stores_images_that_the_first_call_could_not(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    options = {"storage_url": "flaky://bucket/jobs", "quotas": {"*": {"projections_per_day": 3}}}
+    with service(tiny_bundle.location, tmp_path / "data", **options) as running:
+        away = failing(lambda call, _path: EndpointConnectionError("away") if call in ("write", "remove") else None)
+        with away, pytest.raises(AssertionError, match="not-ready"):
+            project(running, **{"Idempotency-Key": "k"})
+        job = project(running, **{"Idempotency-Key": "k"})
+        workflow.sweep()
+        assert end_of(running, job)["state"] == "succeeded"
+        (use,) = running.ctx.table.use("default", running.settings.quota_of("default"), ["projections_per_day"])
+        assert use.used == 3  # once
+
+
+def test_late_failure_of_a_first_upload_does_not_end_the_job_that_a_repeated_one_was_given(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, ended = threading.Event(), threading.Event()
+    write_inputs = projection.write_inputs
+
+    def write(*arguments: Any) -> None:
+        if begun.is_set():
+            write_inputs(*arguments)
+            return
+        begun.set()
+        ended.wait(60)
+        raise StorageError("s3://bucket: timeout", kind="storage-unavailable")
+
+    monkeypatch.setattr(projection, "write_inputs", write)
+    with service(tiny_bundle.location, tmp_path / "data") as running:
+        running.projector.gate.clear()
+        key, refused = {"Idempotency-Key": "k"}, threading.Event()
+
+        def send() -> None:
+            with pytest.raises(AssertionError, match="not-ready"):
+                project(running, **key)
+            refused.set()
+
+        first = threading.Thread(target=send)
+        first.start()
+        assert begun.wait(60)
+        job = project(running, **key)
+        ended.set()
+        first.join()
+        assert refused.is_set()
+        running.projector.gate.set()
+        assert end_of(running, job)["state"] == "succeeded"
 
 
 def test_sweep_ignores_projection_whose_images_are_being_stored(

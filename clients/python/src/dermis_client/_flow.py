@@ -238,8 +238,8 @@ def _with_retries(effect: Send | Open, max_retries: int, accept_gone: bool = Fal
             if response.is_success or (accept_gone and executed and response.status_code == 404):
                 return outcome
             failure = _status.error_from(response)
-            retry = _retry.after_status(response.status_code, request.idempotent)
-            executed = executed or not _retry.after_status(response.status_code, idempotent=False)
+            retry = _retry.after_status(response.status_code, request.idempotent, failure.kind)
+            executed = executed or not _retry.after_status(response.status_code, idempotent=False, kind=failure.kind)
         delay = _retry.delay(attempt, failure.retry_after if isinstance(failure, APIStatusError) else None)
         if not retry or delay is None or attempt >= max_retries:
             raise failure

@@ -14,12 +14,19 @@ MAX_SECONDS = 1e9  # a longer Retry-After is reduced to this, so that clock arit
 MAX_RETRY_AFTER = 120.0  # seconds; if the service asks for more, there is no retry and the caller decides
 
 
-def after_status(status: int, idempotent: bool) -> bool:
+def after_status(status: int, idempotent: bool, kind: str = "") -> bool:
     """Return whether to retry after this HTTP status: always if the service has refused the request because it was busy.
 
-    After 500, 502 and 504 the request may have been executed, so that only an idempotent one is repeated.
+    After 500, 502, 504 and most of 503 the request may have been executed, so that only an idempotent one is repeated: the
+    service also answers 503 if it has lost its database, or cannot record the request, after a change.
+
+    Args:
+        status: The status.
+        idempotent: Whether sending the request twice has the same effect as sending it once.
+        kind: The kind of the problem; "" if it is not known.
     """
-    return status in {408, 429, 503} or (idempotent and status in {500, 502, 504})
+    refused = status in {408, 429} or (status == 503 and kind == "overloaded")
+    return refused or (idempotent and status in {500, 502, 503, 504})
 
 
 def after_error(error: httpx.RequestError, idempotent: bool) -> bool:

@@ -13,7 +13,7 @@ import ssl
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, ExitStack, aclosing, closing
+from contextlib import AsyncExitStack, ExitStack, aclosing, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Self, TypeAlias, TypeVar, assert_never
@@ -250,6 +250,15 @@ class _Redirects:
 
 def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
     return url.scheme, url.host, url.port
+
+
+@contextmanager
+def _tls_errors(request: httpx.Request) -> Iterator[None]:
+    """Raise errors of TLS after the handshake as httpx.ReadError: asynchronous connections of httpx let them through."""
+    try:
+        yield
+    except ssl.SSLError as error:
+        raise httpx.ReadError(str(error), request=request) from error
 
 
 async def _no_pieces() -> AsyncIterator[bytes]:
@@ -524,24 +533,27 @@ class AsyncTransport(_Transport[httpx.AsyncClient]):
         """See SyncTransport._send."""
         built = _build(self.http, self.settings, request, await self._token())
         redirects = _Redirects(self.settings, request, built.url)
-        response = await self.http.send(built, stream=True, follow_redirects=False)
+        with _tls_errors(built):
+            response = await self.http.send(built, stream=True, follow_redirects=False)
         for count in itertools.count():
             if (following := redirects.following(response)) is None:
                 return response
             await response.aclose()
             if count == MAX_REDIRECTS:
                 raise httpx.TooManyRedirects(f"more than {MAX_REDIRECTS} redirects", request=response.request)
-            response = await self.http.send(following, stream=True, auth=redirects.auth, follow_redirects=False)
+            with _tls_errors(following):
+                response = await self.http.send(following, stream=True, auth=redirects.auth, follow_redirects=False)
         raise AssertionError("unreachable: the loop returns or raises")
 
     async def _read_whole(self, request: Request, response: httpx.Response) -> httpx.Response:
         if response.is_stream_consumed:
             return response
         body = Body(response, request.max_bytes, request.read_timeout or self.settings.timeout)
-        async for piece in response.aiter_raw():
-            body.feed(piece)
-            if not body.incomplete:
-                break
+        with _tls_errors(response.request):
+            async for piece in response.aiter_raw():
+                body.feed(piece)
+                if not body.incomplete:
+                    break
         return body.response()
 
     async def _perform(self, effect: Effect, opened: AsyncExitStack) -> Any:
@@ -559,7 +571,8 @@ class AsyncTransport(_Transport[httpx.AsyncClient]):
                     return Stream(await self._read_whole(request, response), _no_pieces())
                 return Stream(response, response.aiter_raw())
             case Read(stream):
-                return await anext(stream.pieces, b"")
+                with _tls_errors(stream.response.request):
+                    return await anext(stream.pieces, b"")
             case Close(stream):
                 await stream.response.aclose()
             case Sleep(seconds):
