@@ -45,6 +45,9 @@ _OPEN_FILES = 65_536
 _STEADY_SECONDS = 60.0  # a process that has run for so long is restarted without a pause
 _LONGEST_PAUSE_SECONDS = 30.0
 _WAKE_SECONDS = 1.0
+_IDLE_SECONDS = 60
+"""Time for which processes with models keep idle connections. The gateway (aiohttp) uses one again for 15 s: if it were closed
+sooner, calls would sometimes be lost."""
 # The gateway runs every shard in a thread of its own. By default the C library gives threads up to eight heaps a core, and
 # Arrow's allocator one to each thread that writes Parquet. Both keep the memory of images that threads have freed.
 _GATEWAY_ENVIRONMENT = {"MALLOC_ARENA_MAX": "2", "ARROW_DEFAULT_MEMORY_POOL": "system"}
@@ -264,7 +267,7 @@ class _Supervisor:
             options += ["--timeout-keep-alive", str(self._keep_alive_seconds), *self._gateway_options]
             environment = _GATEWAY_ENVIRONMENT | environment  # the operator's value is kept
         else:
-            options = ["--timeout-graceful-shutdown", "1"]
+            options = ["--timeout-graceful-shutdown", "1", "--timeout-keep-alive", str(_IDLE_SECONDS)]
         # A group of its own: a Ctrl-C in the terminal reaches the supervisor only, which stops the gateway first. No session
         # of its own: Linux gives sessions equal shares of the processors (autogroups, sched(7)), whatever their priorities.
         return subprocess.Popen(
