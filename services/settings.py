@@ -101,8 +101,8 @@ class Settings(AccessSettings, StudySettings):
         64,
         ge=2,
         le=256,
-        description="Maximum number of images of several requests in one batch of the generator or classifier. On a CPU, "
-        "batches of the generator are limited to about a quarter of a second.",
+        description="Maximum number of images of several requests in one batch of a model. On a CPU, "
+        "batches are limited to about a quarter of a second.",
     )
 
     # Storage

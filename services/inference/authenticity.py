@@ -26,6 +26,7 @@ from dermis.cpus import available_cpus
 from services import metrics
 from services.inference import pixels
 from services.inference.base import InferenceService, batch_api, inference_service, part_folder
+from services.inference.dispatching import BatchDispatcher
 from services.settings import settings_of_process
 
 _settings = settings_of_process()
@@ -52,6 +53,7 @@ class AuthenticityService(InferenceService[Checker]):
         started = time.perf_counter()
         threads = max(1, available_cpus() // _settings.authenticity_workers)
         checker = Checker(source, device=_settings.device, threads=threads)
+        BatchDispatcher.busy_rows = max(BatchDispatcher.busy_rows or 1, threads)  # images are computed one on each core
         self.logger.info("index loaded", extra=dict(checker.identity) | {"seconds": time.perf_counter() - started})
         return checker.description.digest, checker
 
@@ -70,7 +72,10 @@ class AuthenticityService(InferenceService[Checker]):
             float32 [3 + dim] per row (`pixels.find_nearest`), or a text with the reason why there is none.
         """
         metrics.observe_batch("authenticity", len(rows))
-        return list(pixels.find_nearest(self._models, rows))
+        began = time.perf_counter()
+        results = list(pixels.find_nearest(self._models, rows))
+        BatchDispatcher.measure(results, time.perf_counter() - began)
+        return results
 
     @bentoml.api
     def expose(self, digest: str, embeddings: np.ndarray) -> dict[str, Any]:

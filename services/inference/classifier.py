@@ -20,6 +20,7 @@ from dermis.cpus import available_cpus
 from services import metrics
 from services.inference import pixels
 from services.inference.base import InferenceService, batch_api, inference_service, part_folder, part_source
+from services.inference.dispatching import BatchDispatcher
 from services.settings import settings_of_process
 
 _settings = settings_of_process()
@@ -41,6 +42,7 @@ class ClassifierService(InferenceService[Classifier]):
         started = time.perf_counter()
         threads = max(1, available_cpus() // _settings.classifier_workers)
         session = Classifier(part_source(source, "classifier"), device=_settings.device, threads=threads)
+        BatchDispatcher.busy_rows = max(BatchDispatcher.busy_rows or 1, threads)  # images are computed one on each core
         fields = dict(session.identity) | {"seconds": time.perf_counter() - started}
         self.logger.info("classifier loaded", extra=fields)
         return session.description.digest, session
@@ -60,4 +62,7 @@ class ClassifierService(InferenceService[Classifier]):
             A logit per row, or a text with the reason why there is none.
         """
         metrics.observe_batch("classifier", len(rows))
-        return list(pixels.classify_rows(self._models, rows))
+        began = time.perf_counter()
+        results = list(pixels.classify_rows(self._models, rows))
+        BatchDispatcher.measure(results, time.perf_counter() - began)
+        return results

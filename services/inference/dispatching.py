@@ -38,11 +38,18 @@ class BatchDispatcher(CorkDispatcher[Any, Any]):
     _seconds_per_row: ClassVar[float | None] = None
 
     @classmethod
-    def measure(cls, rows: int, seconds: float) -> None:
-        """Learn how long a batch takes in the model, without the time in which other methods use the device."""
-        if cls.busy_rows is None or rows < cls.busy_rows:
+    def measure(cls, results: Sequence[Any], seconds: float) -> None:
+        """Learn how long a batch takes in the model, without the time in which other methods use the device.
+
+        Args:
+            results: One for each row. A text is the reason why there is none, which takes no time.
+            seconds: The time.
+        """
+        if cls.busy_rows is None or len(results) < cls.busy_rows:
             return  # a part of the device was idle
-        known, new = cls._seconds_per_row, seconds / rows
+        if any(isinstance(result, str) for result in results):
+            return
+        known, new = cls._seconds_per_row, seconds / len(results)
         cls._seconds_per_row = new if known is None else known + _NEW_WEIGHT * (new - known)
 
     async def controller(self) -> None:

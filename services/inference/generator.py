@@ -67,8 +67,7 @@ class GeneratorService(InferenceService["Synthesizer"]):
         metrics.observe_batch("generator", len(rows))
         began = time.perf_counter()
         images = list(samples.generate_rows(self._models, samples.from_bytes(rows)))
-        if not any(isinstance(image, str) for image in images):  # it takes no time to say that there is no model
-            BatchDispatcher.measure(len(rows), time.perf_counter() - began)
+        BatchDispatcher.measure(images, time.perf_counter() - began)
         return images
 
     @bentoml.api

@@ -149,8 +149,9 @@ def test_batches_are_kept_short_but_keep_the_device_busy() -> None:
             dispatcher = type(model.dispatcher)
             dispatcher.busy_rows = 2
             if seconds is not None:
-                dispatcher.measure(1, 1e-9)  # does not keep the device busy
-                dispatcher.measure(10, 10 * seconds)
+                dispatcher.measure([0], 1e-9)  # does not keep the device busy
+                dispatcher.measure(["no such model"] * 10, 1e-9)
+                dispatcher.measure([0] * 10, 10 * seconds)
             await model.call(*range(20))
             assert max(map(len, model.batches)) == size
 
