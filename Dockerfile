@@ -53,8 +53,8 @@ RUN set -eu; \
     useradd --uid 1034 --gid 1034 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin dermis; \
     install --directory --owner 1034 --group 1034 --mode 0700 /data
 
-# The list of all Debian packages in the image, in the same format. Its number and time are those of the packages, so that the
-# same packages have the same list.
+# The list of all Debian packages in the image, in the same format. Its number is computed from the packages and its time is that of
+# their last change, so that two builds of the CPU image have the same list.
 FROM system AS debian-sbom
 RUN set -eu; \
     python3 -m venv /opt/sbom; \

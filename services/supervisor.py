@@ -46,8 +46,8 @@ _STEADY_SECONDS = 60.0  # a process that has run for so long is restarted withou
 _LONGEST_PAUSE_SECONDS = 30.0
 _WAKE_SECONDS = 1.0
 _IDLE_SECONDS = 60
-"""Time for which processes with models keep idle connections. The gateway (aiohttp) uses one again for 15 s: if it were closed
-sooner, calls would sometimes be lost."""
+"""Time for which processes with models keep idle connections. The gateway (aiohttp) reuses one that has been idle for up to
+15 s: if it were closed sooner, calls would sometimes be lost."""
 # The gateway runs every shard in a thread of its own. By default the C library gives threads up to eight heaps a core, and
 # Arrow's allocator one to each thread that writes Parquet. Both keep the memory of images that threads have freed.
 _GATEWAY_ENVIRONMENT = {"MALLOC_ARENA_MAX": "2", "ARROW_DEFAULT_MEMORY_POOL": "system"}

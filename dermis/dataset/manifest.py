@@ -185,7 +185,7 @@ def finalize(
     if done is not None:
         store.remove(PARTIAL)
         return done
-    store.remove_abandoned()  # else each attempt that was killed would leave a file as large as all images until the end
+    store.remove_abandoned()  # otherwise every killed attempt leaves a file as large as all images until the dataset ends
     with ExitStack() as stack:
         embeddings = stack.enter_context(closing(EmbeddingFile())) if plan.gated else None
         records = _records(plan, store, identity, embeddings, on_batch)

@@ -26,7 +26,9 @@ from dermis.latents import MAX_INDEX
 
 Sign = Callable[[bytes, ImageFormat, ImageOrigin], bytes]
 """Puts a signed manifest into an encoded image (`dermis.provenance.c2pa`)."""
-_LONG_SECONDS = 1.0  # of an upload, after which another process can have finished the dataset
+_LONG_SECONDS = (
+    1.0  # after an upload that takes longer, it is checked again whether another process has finished the dataset
+)
 _SIDECAR = re.compile(rf"{re.escape(PARTIAL)}/shard-(\d{{5,}})(-[0-9a-f]{{64}})?\.json")
 
 
@@ -145,10 +147,10 @@ class _MadeElsewhereError(Exception):
 
 
 def _check_unfinished(store: Store, record: ShardRecord) -> None:
-    """Check that no other process has finished the dataset, which took this one for dead.
+    """Check that no other process, which assumed that this one is dead, has finished the dataset.
 
     Raises:
-        _MadeElsewhereError: It is finished; files that are needed no more are removed.
+        _MadeElsewhereError: It is finished; files that are no longer needed are removed.
     """
     if store.size(MANIFEST) is not None:
         store.remove(PARTIAL)

@@ -192,12 +192,14 @@ class Store:
             temporary = self._path(f"{PARTIAL}/{_WRITING}{uuid.uuid4().hex}")
             with storage_errors(self.where(name)):
                 Path(temporary).parent.mkdir(parents=True, exist_ok=True)
+        created = False
         try:
             with _in_use(Path(temporary), self.where(name)) if self.local else nullcontext():
+                created = True
                 yield Path(temporary)
                 self._put(Path(temporary), name)
-        except StorageError as error:
-            if self.local and not Path(temporary).exists():
+        except (StorageError, FileNotFoundError) as error:
+            if self.local and created and not Path(temporary).exists():
                 # Not the end of a job: the other process may have ended it, or this one can write the file again.
                 raise StorageError(
                     f"{self.where(name)}: another process removed the unfinished file; try again",

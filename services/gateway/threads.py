@@ -51,7 +51,7 @@ def image_threads() -> Threads:
 
 
 def allow_blocked_calls(settings: Settings) -> None:
-    """Let `asyncio.to_thread` have enough threads in the running loop although calls of a database that stalls hold many.
+    """Give `asyncio.to_thread` enough threads in the running loop, even when many are blocked by a stalled database.
 
     Its default of a few threads for each processor would leave none. Each open stream of events can hold one. The loop ends
     them when it is closed.

@@ -112,7 +112,7 @@ def finish(ctx: JobContext, job: Job) -> None:
 def _assemble_unless_finished(ctx: JobContext, job: Job) -> None:
     """Assemble the files, also if another worker finishes the dataset meanwhile and removes the parts that are read here.
 
-    That happens if this worker has taken over the job from one that could not reach the database, but the storage.
+    That happens if this worker has taken over the job from one that could reach the storage but not the database.
     """
     store = ctx.retrying_store(job)
     try:

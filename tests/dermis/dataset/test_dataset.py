@@ -221,10 +221,23 @@ def test_files_of_killed_attempts_are_removed_before_the_archive_is_written(
     assert seen and all(killed not in files and other in files for files in seen)
 
 
-def test_writing_is_tried_again_if_the_temporary_file_was_removed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("read_again", [False, True])
+def test_writing_is_tried_again_if_the_temporary_file_was_removed(tmp_path: Path, read_again: bool) -> None:
     with pytest.raises(StorageError, match="another process") as lost, Store(tmp_path).writing("file") as path:
         path.unlink()
+        if read_again:  # as for the hash of a shard
+            path.read_bytes()
     assert lost.value.kind == "storage-unavailable" and not (tmp_path / "file").exists()
+
+
+def test_writing_without_space_for_the_temporary_file_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(StorageError) as error, Store(tmp_path).writing("file"):
+        pass
+    assert error.value.kind == "storage-full"
 
 
 _TABLE = {"isic_id": "string", "target": "string", "source": "string"}

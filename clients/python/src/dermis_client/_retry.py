@@ -17,8 +17,8 @@ MAX_RETRY_AFTER = 120.0  # seconds; if the service asks for more, there is no re
 def after_status(status: int, idempotent: bool, kind: str = "") -> bool:
     """Return whether to retry after this HTTP status: always if the service has refused the request because it was busy.
 
-    After 500, 502, 504 and most of 503 the request may have been executed, so that only an idempotent one is repeated: the
-    service also answers 503 if it has lost its database, or cannot record the request, after a change.
+    After 500, 502, 504 and a 503 that is not `overloaded` the request may have been executed, so that only an idempotent one
+    is repeated: the service also answers 503 if it has lost its database, or cannot record the request, after a change.
 
     Args:
         status: The status.
