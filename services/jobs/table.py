@@ -486,7 +486,7 @@ class JobTable:
         """End an active job with `state`.
 
         A job that has ended already is not changed, nor is one that would succeed but has an error recorded. One that is being
-        cancelled can only end as cancelled, because its caller was told that it is deleted.
+        cancelled can only end as cancelled, because the answer to its caller was that it is deleted.
 
         Args:
             job_id: The job.
