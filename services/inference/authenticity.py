@@ -53,7 +53,7 @@ class AuthenticityService(InferenceService[Checker]):
         started = time.perf_counter()
         threads = max(1, available_cpus() // _settings.authenticity_workers)
         checker = Checker(source, device=_settings.device, threads=threads)
-        BatchDispatcher.busy_rows = max(BatchDispatcher.busy_rows or 1, threads)  # images are computed one on each core
+        BatchDispatcher.keep_busy(threads)  # images are computed one on each core
         self.logger.info("index loaded", extra=dict(checker.identity) | {"seconds": time.perf_counter() - started})
         return checker.description.digest, checker
 

@@ -42,7 +42,7 @@ class ClassifierService(InferenceService[Classifier]):
         started = time.perf_counter()
         threads = max(1, available_cpus() // _settings.classifier_workers)
         session = Classifier(part_source(source, "classifier"), device=_settings.device, threads=threads)
-        BatchDispatcher.busy_rows = max(BatchDispatcher.busy_rows or 1, threads)  # images are computed one on each core
+        BatchDispatcher.keep_busy(threads)  # images are computed one on each core
         fields = dict(session.identity) | {"seconds": time.perf_counter() - started}
         self.logger.info("classifier loaded", extra=fields)
         return session.description.digest, session

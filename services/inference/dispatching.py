@@ -38,6 +38,11 @@ class BatchDispatcher(CorkDispatcher[Any, Any]):
     _seconds_per_row: ClassVar[float | None] = None
 
     @classmethod
+    def keep_busy(cls, rows: int) -> None:
+        """Keep batches short, but not shorter than these rows, which a model needs to keep the whole device busy."""
+        cls.busy_rows = max(cls.busy_rows or 1, rows)
+
+    @classmethod
     def measure(cls, results: Sequence[Any], seconds: float) -> None:
         """Learn how long a batch takes in the model, without the time in which other methods use the device.
 

@@ -45,7 +45,7 @@ class GeneratorService(InferenceService["Synthesizer"]):
             cache=_settings.data_dir / "cache" / "generators",
         )
         synthesizer.images([0], [0], [0])
-        BatchDispatcher.busy_rows = max(BatchDispatcher.busy_rows or 1, synthesizer.preferred_batch)
+        BatchDispatcher.keep_busy(synthesizer.preferred_batch)
         fields = {"model": bundle.name, "digest": bundle.digest[:12], "seconds": time.perf_counter() - started}
         self.logger.info("model loaded", extra=fields | dict(synthesizer.identity))
         return bundle.digest, synthesizer

@@ -249,11 +249,8 @@ class TokenVerifier:
                     if len(data) > _MAX_DOCUMENT_BYTES:
                         raise ProviderUnreachableError(f"{url} sent more than {_MAX_DOCUMENT_BYTES} bytes")
             document = json.loads(data)
-        except (
-            httpx.HTTPError,
-            httpx.InvalidURL,
-            OSError,
-        ) as error:  # OSError: of TLS after the handshake, or a timeout
+        # An OSError is a timeout, or one of TLS after the handshake, which httpx lets through.
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             raise ProviderUnreachableError(f"{url}: {type(error).__name__}: {error}") from None
         except (ValueError, RecursionError):
             raise ProviderUnreachableError(f"{url} sent no JSON") from None
