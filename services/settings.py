@@ -215,8 +215,8 @@ class Settings(AccessSettings, StudySettings):
         gt=0,
         le=3600,
         description="Maximum time that a call for images may wait for those requested before, estimated from the measured "
-        "rate of the model. A call above it is answered 503 at once, if its tenant has another one. Where calls have been "
-        "waiting without a pause for twice this time, the limit is a fifth of it.",
+        "rate of the model. A call above it is answered 503 at once, if its tenant has another one. While more images are "
+        "requested than the model can make, the limit is a tenth of it.",
     )
     max_body_bytes: int = Field(1 << 20, ge=1024, description="Maximum size of a request body in bytes.")
     max_upload_bytes: int = Field(

@@ -61,6 +61,7 @@ async def progress_events(
     checked = time.monotonic()
     try:
         shown: tuple[object, ...] | None = None
+        read: tuple[object, ...] | None = None
         sent = time.monotonic()
         current: Job | None = job
         while current is not None:
@@ -81,7 +82,10 @@ async def progress_events(
                 if time.monotonic() - checked >= CHECK_SECONDS:
                     await check_access()
                     checked = time.monotonic()
-                current = await asyncio.to_thread(context.jobs.get, job.tenant, job.id)
+                progress = await asyncio.to_thread(context.jobs.progress, job.id)
+                if progress != read:
+                    current = await asyncio.to_thread(context.jobs.get, job.tenant, job.id)
+                    read = progress
     except ProblemError:
         return
 

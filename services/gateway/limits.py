@@ -23,9 +23,7 @@ _RATE_HALF_LIFE_SECONDS = 30.0
 _RATE_CALLS = 20  # the first calls say little about the rate: a generator is slow until it has warmed up
 _RATE_SECONDS = 5.0
 _RATE_IMAGES = 16
-_BURST = 2.0
-"""Time without a pause after which waiting calls are no burst any more, in times the limit of the wait."""
-_STANDING_SHARE = 0.2  # of the limit of the wait, for what waits longer than a burst
+_OVERLOADED_SHARE = 0.1  # of the limit of the wait, while more images are requested than can be made
 
 
 class Limiter:
@@ -87,14 +85,47 @@ class Limiter:
         return ProblemError(self._kind, detail, headers={"Retry-After": str(self._retry_after)})
 
 
+@dataclass
+class _Rate:
+    """Images completed per second, weighted towards the last half minute of the time that is measured."""
+
+    calls: int = 0
+    completed: float = 0.0
+    seconds: float = 0.0
+
+    def add_time(self, seconds: float) -> None:
+        """Count time, and let earlier time weigh less."""
+        weight = 0.5 ** (seconds / _RATE_HALF_LIFE_SECONDS)
+        self.completed *= weight
+        self.seconds = self.seconds * weight + seconds
+
+    def add_call(self, images: int) -> None:
+        """Count a completed call."""
+        self.calls += 1
+        self.completed += images
+
+    @property
+    def value(self) -> float | None:
+        """None as long as too little was measured."""
+        if self.calls < _RATE_CALLS or self.seconds < _RATE_SECONDS:
+            return None
+        return self.completed / self.seconds
+
+
 class WaitLimiter:
     """Refuses calls for images of a model that would wait too long for those requested before. Use it on one event loop.
 
     Only a tenant that has images waiting is refused: the wait of another one is limited by its share of the calls (`Limiter`).
 
     A number of calls says little about the time to wait: a graphics processor makes in a second what a processor makes in a
-    minute, and a call can ask for one image or for many. So the rate is measured: images completed per second, weighted towards
-    the last half minute. Only times with many waiting images count, because with few of them batches are small and slow.
+    minute, and a call can ask for one image or for many. So the rate is measured, while many images are waiting: with few of
+    them batches are small and slow, and shards of datasets have the rest of each batch.
+
+    A queue evens out bursts. Where more is requested for a long time than can be made, it would be full all the time, and make
+    each call slow without serving more of them. Whether that is so cannot be seen from a queue that refuses calls. So a second
+    one is counted, as if no call was refused (the virtual queue of Kunniyur and Srikant, "An adaptive virtual queue (AVQ)
+    algorithm for active queue management", 2004). Once it is longer than the limit, and has not been empty for
+    so long, calls may wait for a tenth of the limit only, until it is empty.
 
     Args:
         limit: Seconds that a call may wait. A call of a tenant that has no other is accepted, whatever its size.
@@ -103,77 +134,115 @@ class WaitLimiter:
 
     def __init__(self, limit: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._limit, self._clock = limit, clock
-        self._images: Counter[str] = Counter()  # waiting, by tenant; only those that have some
-        self._calls = 0
-        self._completed = self._busy = 0.0
-        self._changed = self._waiting_since = clock()
-
-    @property
-    def _waiting(self) -> int:
-        return self._images.total()
+        self._images: Counter[str] = Counter()  # of all calls, by tenant; only those that have some
+        self._waiting = 0  # requested from the model
+        self._full, self._short = _Rate(), _Rate()  # while the queue is half as long as it may be: normally, overloaded
+        self._requested = 0.0  # images that would be waiting if no call was refused
+        self._overloaded = False
+        self._changed = self._requested_since = clock()
 
     @property
     def rate(self) -> float | None:
-        """Images per second; None as long as too little was measured."""
-        if self._calls < _RATE_CALLS or self._busy < _RATE_SECONDS:
-            return None
-        return self._completed / self._busy
+        """Images per second; None as long as too little was measured. Both measurements have a rate that is surely possible."""
+        full, short = self._full.value, self._short.value
+        return full if full is None or short is None else max(full, short)
 
     @property
     def limit(self) -> float:
         """Seconds that a call may wait at this moment."""
-        standing = self._waiting and self._clock() - self._waiting_since > _BURST * self._limit
-        return _STANDING_SHARE * self._limit if standing else self._limit
+        return _OVERLOADED_SHARE * self._limit if self._overloaded else self._limit
 
     @contextmanager
-    def hold(self, tenant: str, images: int) -> Iterator[None]:
+    def hold(self, tenant: str, images: int) -> Iterator[Callable[[], None]]:
         """Count a call of a tenant for this number of images for the time of a `with` block.
+
+        Yields:
+            A function to call when the images are requested from the model. Until then a quota may still refuse the call, and
+            it is no load.
 
         Raises:
             ProblemError: It would wait longer than the limit.
         """
         self._advance()
-        rate, own, limit = self.rate, self._images[tenant], self.limit
-        if own and rate is not None:
-            wait = self._waiting / rate if rate > 0 else math.inf
-            if wait > limit:
-                retry_after = min(30, max(1, math.ceil(min(wait, 60.0) - limit)))
-                raise ProblemError(
-                    "overloaded",
-                    f"{self._waiting} images were requested before ({own} by this tenant), which is more than "
-                    f"{limit:g} seconds of waiting",
-                    headers={"Retry-After": str(retry_after)},
-                )
-        if not self._waiting:
-            self._waiting_since = self._changed
-        self._images[tenant] += images
-        completed = False
         try:
-            yield
+            self._check(tenant)
+        except ProblemError:
+            self._request(images)
+            raise
+        self._images[tenant] += images
+        begun = completed = False
+
+        def begin() -> None:
+            nonlocal begun
+            self._advance()
+            self._request(images)
+            self._waiting += images
+            begun = True
+
+        try:
+            yield begin
             completed = True
         finally:
             self._advance()
-            if completed and self._is_measured():
-                self._completed += images
-                self._calls += 1
+            if begun:
+                if completed:
+                    for rate in self._measured():
+                        rate.add_call(images)
+                self._waiting -= images
             self._images[tenant] -= images
             if not self._images[tenant]:
                 del self._images[tenant]
 
-    def _is_measured(self) -> bool:
-        """Whether so many images are waiting that the rate is that of full batches, or that calls could soon be refused."""
+    def _check(self, tenant: str) -> None:
+        """Raise ProblemError if the next call of a tenant would wait longer than the limit."""
+        rate, own, waiting, limit = self.rate, self._images[tenant], self._images.total(), self.limit
+        if rate is None or not own:
+            return
+        if self._overloaded:
+            rate = self._short.value or rate  # what calls have beside datasets
+        wait = waiting / rate if rate > 0 else math.inf
+        if wait > limit:
+            seconds = max(wait - limit, self._requested / rate if self._overloaded and rate > 0 else 0.0)
+            raise ProblemError(
+                "overloaded",
+                f"{waiting} images were requested before ({own} by this tenant), which is more than "
+                f"{limit:g} seconds of waiting",
+                headers={"Retry-After": str(min(30, max(1, math.ceil(min(seconds, 60.0)))))},
+            )
+
+    def _request(self, images: int) -> None:
+        """Count a call in the virtual queue, which is limited so that an overload is over soon after its end."""
         rate = self.rate
-        return self._waiting >= (_RATE_IMAGES if rate is None else min(_RATE_IMAGES, rate * self.limit / 2))
+        if rate is None:
+            return
+        longest = self._limit * rate
+        if not self._requested:
+            self._requested_since = self._changed
+        elif self._requested > longest and self._changed - self._requested_since > self._limit:
+            self._overloaded = True
+        self._requested = min(self._requested, longest) + images
+
+    def _measured(self) -> list[_Rate]:
+        """The rates that are measured at the present length of the queue."""
+        rate = self.rate
+        if not self._waiting:
+            return []
+        if rate is None:
+            return [self._full] if self._waiting >= _RATE_IMAGES else []
+        lengths = ((self._full, rate * self._limit / 2), (self._short, rate * self._limit * _OVERLOADED_SHARE / 2))
+        return [measured for measured, length in lengths if self._waiting >= min(_RATE_IMAGES, length)]
 
     def _advance(self) -> None:
-        """Count the time since the last change if it is measured, and let earlier time weigh less."""
+        """Count the time since the last change."""
         now = self._clock()
-        if self._waiting and self._is_measured():
-            seconds = now - self._changed
-            weight = 0.5 ** (seconds / _RATE_HALF_LIFE_SECONDS)
-            self._completed *= weight
-            self._busy = self._busy * weight + seconds
+        seconds = now - self._changed
         self._changed = now
+        rate = self.rate
+        for measured in self._measured():
+            measured.add_time(seconds)
+        if rate is not None:
+            self._requested = max(0.0, self._requested - seconds * rate)
+            self._overloaded &= self._requested > 0
 
 
 class MinuteLimiter:

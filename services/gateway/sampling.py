@@ -83,11 +83,12 @@ async def generate_within_limits(
         QuotaExceededError: If a quota of the sender's tenant would be exceeded. Nothing was counted.
     """
     waiting = context.limits.image_wait(bundle.digest)
-    with context.limits.images.hold(principal.tenant), waiting.hold(principal.tenant, count):
+    with context.limits.images.hold(principal.tenant), waiting.hold(principal.tenant, count) as begin:
         async with (
             context.quotas.counted(request, principal, {"images_per_day": count}, kept or {}),
             limited_time(context, "the generator is busy; try again, or request fewer images"),
         ):
+            begin()
             return await generate()
 
 

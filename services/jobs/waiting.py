@@ -1,6 +1,6 @@
-"""States of jobs for the threads that wait for them or look regularly whether they must stop.
+"""States of jobs for the threads and event streams that wait for them or look regularly whether they must stop.
 
-Each active dataset has several such threads. If each asked the database several times a second, a worker with two dozen
+Each active dataset has several of them. If each asked the database several times a second, a worker with two dozen
 datasets would need half a processor for it. So one query reads the states of all jobs that were asked for lately.
 """
 
@@ -18,20 +18,25 @@ from services.jobs.database import reading
 _FRESH_SECONDS = 0.2
 _ASKED_SECONDS = 5.0
 
-_jobs = sa.table("dermis_jobs", *map(sa.column, ("id", "state", "error", "shards_done", "shards_total")))
+_jobs = sa.table(
+    "dermis_jobs",
+    *map(sa.column, ("id", "state", "error", "samples_done", "shards_done", "shards_total", "images_per_second")),
+)
 
 
 @dataclass(frozen=True)
 class JobState:
-    """What a thread that waits needs to know of a job.
+    """What one who waits needs to know of a job.
 
     Attributes:
         must_stop: Work on it should stop: it is being cancelled, has failed, has ended or does not exist.
         is_whole: All of its shards are finished.
+        progress: It is another one after each change that is shown to users.
     """
 
     must_stop: bool
     is_whole: bool
+    progress: tuple[object, ...] = ()
 
 
 _GONE = JobState(must_stop=True, is_whole=False)
@@ -43,10 +48,14 @@ def read_states(engine: sa.Engine, job_ids: Collection[str]) -> dict[str, JobSta
     Raises:
         DatabaseUnavailableError: The database cannot be reached.
     """
-    columns = (_jobs.c.id, _jobs.c.state, _jobs.c.error.is_not(None), _jobs.c.shards_done == _jobs.c.shards_total)
+    columns = (_jobs.c.error.is_not(None), _jobs.c.shards_done == _jobs.c.shards_total)
+    progress = (_jobs.c.state, _jobs.c.samples_done, _jobs.c.shards_done, _jobs.c.images_per_second)
     with reading(engine) as connection:
-        rows = connection.execute(sa.select(*columns).where(_jobs.c.id.in_(job_ids))).all()
-    states = {row[0]: JobState(row[1] not in ("queued", "running") or bool(row[2]), bool(row[3])) for row in rows}
+        rows = connection.execute(sa.select(_jobs.c.id, *columns, *progress).where(_jobs.c.id.in_(job_ids))).all()
+    states = {
+        job_id: JobState(shown[0] not in ("queued", "running") or bool(has_error), bool(is_whole), tuple(shown))
+        for job_id, has_error, is_whole, *shown in rows
+    }
     return {job_id: states.get(job_id, _GONE) for job_id in job_ids}
 
 

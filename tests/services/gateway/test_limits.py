@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import io
+import random
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
 from dermis.bundle import Bundle
 from service_kit import service, wait_for
-from services.gateway.events import EventStream
+from services.gateway import events as events_module
+from services.gateway.events import EventStream, progress_events
 from services.gateway.limits import GatewayLimits, Limiter, MinuteLimiter, WaitLimiter
 from services.problems import ProblemError
 from services.settings import Settings
@@ -89,6 +94,41 @@ def test_stream_that_the_client_left_before_its_start_is_not_counted() -> None:
     assert released == [True]
 
 
+def test_event_stream_reads_a_dataset_after_changes_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An overloaded service has dozens of streams of queued datasets, which ask twice a second."""
+    changes = [("queued", 0)] * 50 + [("running", 0)] * 50 + [("running", 4)] + [("succeeded", 8)]
+    now = changes[0]
+    reads = []
+
+    def progress(_job_id: str) -> tuple[object, ...]:
+        nonlocal now
+        now = changes.pop(0)
+        return now
+
+    def job(*_: object) -> SimpleNamespace:
+        reads.append(now)
+        state, samples = now
+        active = state in ("queued", "running")
+        fields = {"state": state, "samples_done": samples, "shards_done": 0, "images_per_second": None}
+        return SimpleNamespace(**fields, active=active, tenant="a", id="x")
+
+    async def events() -> list[str]:
+        jobs = SimpleNamespace(get=job, progress=progress, expires_at=lambda _: None)
+        context: Any = SimpleNamespace(jobs=jobs, stopping=asyncio.Event())
+        first: Any = job()
+        return [event async for event in progress_events(context, first, AsyncMock())]
+
+    monkeypatch.setattr(events_module, "POLL_SECONDS", 0)
+    monkeypatch.setattr(events_module, "_event", lambda name, job, _: f"{name} {job.samples_done}")
+    assert [event.removeprefix("retry: 2000\n") for event in asyncio.run(events())] == [
+        "progress 0",
+        "progress 0",
+        "progress 4",
+        "succeeded 8",
+    ]
+    assert reads == [("queued", 0), ("queued", 0), ("running", 0), ("running", 4), ("succeeded", 8)]
+
+
 def test_stalled_calls_keep_no_others_waiting(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,22 +185,30 @@ def test_gateways_of_one_process_count_separately() -> None:
                 limiter.acquire("a")
 
 
+@contextmanager
+def requested(limiter: WaitLimiter, tenant: str, images: int) -> Iterator[None]:
+    """A call for images that no quota refuses."""
+    with limiter.hold(tenant, images) as begin:
+        begin()
+        yield
+
+
 def test_call_that_would_wait_too_long_is_refused_at_the_measured_rate() -> None:
     now = 0.0
     limiter = WaitLimiter(2.0, clock=lambda: now)
     for _ in range(40):  # 16 images in 0.8 s; times without a call do not count
-        with limiter.hold("a", 16):
+        with requested(limiter, "a", 16):
             now += 0.8
         now += 5.0
     assert limiter.rate == pytest.approx(20.0, rel=0.02)
-    with limiter.hold("a", 64):  # nothing is before it
+    with requested(limiter, "a", 64):  # nothing is before it
         with pytest.raises(ProblemError) as refused:
-            limiter.hold("a", 1).__enter__()
+            requested(limiter, "a", 1).__enter__()
         assert (refused.value.kind, refused.value.headers) == ("overloaded", {"Retry-After": "2"})
         now += 3.2
-    with limiter.hold("a", 36), limiter.hold("a", 1):  # just below two seconds
+    with requested(limiter, "a", 36), requested(limiter, "a", 1):  # just below two seconds
         now += 2.0
-    with pytest.raises(ValueError, match="generator"), limiter.hold("a", 16):
+    with pytest.raises(ValueError, match="generator"), requested(limiter, "a", 16):
         now += 1.0
         raise ValueError("generator")  # counts as time, not as images
     assert limiter.rate is not None and limiter.rate < 19.5
@@ -170,9 +218,9 @@ def test_wait_is_not_limited_before_the_rate_of_full_batches_is_known() -> None:
     now = 0.0
     limiter = WaitLimiter(2.0, clock=lambda: now)
     for _ in range(1000):  # one image after another, each as slow as a batch of 32
-        with limiter.hold("a", 1):
+        with requested(limiter, "a", 1):
             now += 0.1
-    with limiter.hold("a", 64), limiter.hold("a", 64), limiter.hold("a", 64):
+    with requested(limiter, "a", 64), requested(limiter, "a", 64), requested(limiter, "a", 64):
         assert limiter.rate is None
 
 
@@ -180,40 +228,108 @@ def test_images_of_one_tenant_do_not_lock_out_another() -> None:
     now = 0.0
     limiter = WaitLimiter(2.0, clock=lambda: now)
     for _ in range(40):
-        with limiter.hold("a", 16):
+        with requested(limiter, "a", 16):
             now += 0.8
     with ExitStack() as calls:
-        calls.enter_context(limiter.hold("a", 64))
+        calls.enter_context(requested(limiter, "a", 64))
         with pytest.raises(ProblemError, match="64 images were requested before .64 by this tenant."):
-            limiter.hold("a", 1).__enter__()
-        calls.enter_context(limiter.hold("b", 1))  # has no other
+            requested(limiter, "a", 1).__enter__()
+        calls.enter_context(requested(limiter, "b", 1))  # has no other
         with pytest.raises(ProblemError, match="65 images were requested before .1 by this tenant."):
-            limiter.hold("b", 1).__enter__()
-    with limiter.hold("b", 1), limiter.hold("b", 1):
+            requested(limiter, "b", 1).__enter__()
+    with requested(limiter, "b", 1), requested(limiter, "b", 1):
         pass
 
 
-def test_calls_wait_less_where_the_queue_does_not_empty() -> None:
-    now = 0.0
-    limiter = WaitLimiter(5.0, clock=lambda: now)
-    for _ in range(40):  # 20 images/s
-        with limiter.hold("a", 16):
-            now += 0.8
-    with ExitStack() as calls:
-        burst = calls.enter_context(ExitStack())
-        for _ in range(6):  # 96 images are less than five seconds
-            burst.enter_context(limiter.hold("a", 16))
-        calls.enter_context(limiter.hold("a", 4))
-        now += 4.8
-        burst.close()
-        calls.enter_context(limiter.hold("a", 16))  # one second
-        now += 5.3
-        with pytest.raises(
-            ProblemError, match="20 images were requested before .20 by this tenant., .* than 1 seconds"
-        ):
-            limiter.hold("a", 1).__enter__()
-        calls.enter_context(limiter.hold("b", 64))  # has no other
-    with limiter.hold("a", 16), limiter.hold("a", 16), limiter.hold("a", 16):
+class Generator:
+    """A generator of 20 images per second, and calls for one image each of three tenants at a constant rate.
+
+    Attributes:
+        waits: Time of each accepted call and the seconds that it took.
+        refused: Time and Retry-After of each refused call.
+    """
+
+    def __init__(self) -> None:
+        self.now, self._random = 0.0, random.Random(0)
+        self.limiter = WaitLimiter(5.0, clock=lambda: self.now)
+        self._calls: deque[tuple[float, AbstractContextManager[None]]] = deque()
+        self.waits: list[tuple[float, float]] = []
+        self.refused: list[tuple[float, int]] = []
+        for _ in range(40):
+            with requested(self.limiter, "a", 16):
+                self.now += 0.8
+
+    def request(self, images: int = 1) -> None:
+        """Request images with a call for each."""
+        for _ in range(images):
+            call = requested(self.limiter, self._random.choice("abc"), 1)
+            try:
+                call.__enter__()
+            except ProblemError as refusal:
+                self.refused.append((self.now, int(refusal.headers["Retry-After"])))
+            else:
+                self._calls.append((self.now, call))
+
+    def run(self, seconds: float, rate: float) -> None:
+        """Let time pass, with this number of calls per second."""
+        due = 0.0
+        for _ in range(round(20 * seconds)):
+            self.now += 0.05
+            if self._calls:
+                began, call = self._calls.popleft()
+                call.__exit__(None, None, None)
+                self.waits.append((began, self.now - began))
+            due += rate / 20
+            self.request(int(due))
+            due -= int(due)
+
+
+@pytest.mark.parametrize("rate", [25, 40, 200])
+def test_accepted_calls_stay_fast_while_more_is_requested_than_can_be_made(rate: float) -> None:
+    generator = Generator()
+    begin = generator.now
+    generator.run(120, rate)
+    overloaded = begin + 5 * rate / (rate - 20) + 6  # the queue that would be there has become five seconds long
+    late = [wait for moment, wait in generator.waits if moment > overloaded]
+    assert max(late) < 0.8, "half a second before them, and one call of each tenant"
+    assert len(late) == pytest.approx(20 * (generator.now - overloaded), rel=0.05), "the generator was idle"
+    assert all(5 <= retry_after <= 6 for moment, retry_after in generator.refused if moment > overloaded)
+    generator.run(12, 10)  # the overload has ended
+    refused = len(generator.refused)
+    generator.request(60)  # three seconds
+    generator.run(30, 16)
+    assert len(generator.refused) == refused
+
+
+def test_bursts_below_the_rate_of_the_generator_are_no_overload() -> None:
+    generator = Generator()
+    for _ in range(20):
+        generator.request(90)
+        generator.run(6, 4)
+    assert not generator.refused
+    assert max(wait for _, wait in generator.waits) > 4
+
+
+def test_one_large_call_is_no_overload() -> None:
+    generator = Generator()
+    with requested(generator.limiter, "a", 200), requested(generator.limiter, "b", 1):
+        generator.now += 6
+        with pytest.raises(ProblemError, match="more than 5 seconds"):  # until the call before has ended
+            requested(generator.limiter, "b", 1).__enter__()
+    with requested(generator.limiter, "a", 64), requested(generator.limiter, "a", 1):
+        generator.now += 3
+
+
+def test_calls_that_a_quota_refuses_are_no_load() -> None:
+    generator = Generator()
+    rate = generator.limiter.rate
+    for _ in range(200):
+        with suppress(KeyError), generator.limiter.hold("a", 64):
+            generator.now += 0.1  # the database
+            raise KeyError("quota")
+    assert generator.limiter.rate == rate
+    assert generator.limiter.limit == 5
+    with requested(generator.limiter, "b", 1), requested(generator.limiter, "b", 1):
         pass
 
 
@@ -227,7 +343,7 @@ def test_calls_of_few_images_correct_a_rate_that_was_low() -> None:
     now = 0.0
     limiter = WaitLimiter(2.0, clock=lambda: now)
     for _ in range(20):  # a slow time: 4 images a second, so more than 8 waiting images are too many
-        with limiter.hold("a", 16):
+        with requested(limiter, "a", 16):
             now += 4.0
 
     def accepted() -> int:
@@ -237,9 +353,10 @@ def test_calls_of_few_images_correct_a_rate_that_was_low() -> None:
         with ExitStack() as calls:
             with suppress(ProblemError):
                 for _ in range(16):
-                    calls.enter_context(limiter.hold("a", 4))
+                    calls.enter_context(requested(limiter, "a", 4))
                     number += 1
             now += 0.02 * number
+        now += 4.0  # less is requested than can be made
         return number
 
     assert accepted() <= 3
