@@ -20,7 +20,7 @@ _ASKED_SECONDS = 5.0
 
 _jobs = sa.table(
     "dermis_jobs",
-    *map(sa.column, ("id", "state", "error", "samples_done", "shards_done", "shards_total", "images_per_second")),
+    *map(sa.column, ("id", "state", "error", "samples_done", "shards_done", "shards_total", "rate")),
 )
 
 
@@ -49,7 +49,7 @@ def read_states(engine: sa.Engine, job_ids: Collection[str]) -> dict[str, JobSta
         DatabaseUnavailableError: The database cannot be reached.
     """
     columns = (_jobs.c.error.is_not(None), _jobs.c.shards_done == _jobs.c.shards_total)
-    progress = (_jobs.c.state, _jobs.c.samples_done, _jobs.c.shards_done, _jobs.c.images_per_second)
+    progress = (_jobs.c.state, _jobs.c.samples_done, _jobs.c.shards_done, _jobs.c.rate)
     with reading(engine) as connection:
         rows = connection.execute(sa.select(_jobs.c.id, *columns, *progress).where(_jobs.c.id.in_(job_ids))).all()
     states = {
