@@ -103,7 +103,7 @@ def run_limited(
         reason = escape(error.strerror or error)
         raise LimitError(
             "crash", f"needs a separate process and temporary files, which could not be created: {reason}"
-        ) from None
+        ) from error
 
 
 def _import_path() -> list[str]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dermis.errors import BundleError, escape
+from dermis.resources import lacks_resources
 from dermis.strict_json import parse_json
 
 if TYPE_CHECKING:
@@ -120,7 +121,9 @@ def read_tensors(data: bytes, where: str, types: Sequence[str] = FLOATS) -> dict
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError, RuntimeError) as error:
-        raise BundleError(f"{where}: is not a safetensors file ({escape(error)})") from None
+        cause = error if lacks_resources(error) else None
+        problem = "is not a safetensors file" if cause is None else "does not fit into memory"
+        raise BundleError(f"{where}: {problem} ({escape(error)})") from cause
     return tensors
 
 

@@ -21,6 +21,10 @@ class NotInstalledError(DermisError):
     """A called service lacks a package that the call needs; the operator has to install it."""
 
 
+class LoadPostponedError(DermisError):
+    """A model cannot be loaded now, because something lacks memory or threads; a later start may be able to."""
+
+
 class DatabaseUnavailableError(DermisError):
     """The jobs database cannot be reached at the moment, or is locked. No data is lost."""
 

@@ -5,6 +5,7 @@ This module does not import torch: it reads bundle.json, the model card and hash
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,10 @@ from pathlib import Path
 from dermis.bundle import DESCRIPTOR, Bundle, open_bundle, read_signature
 from dermis.bundle.installed import how_to_get_bundles, resolve_bundle
 from dermis.dataset.store import storage_error
-from dermis.errors import BundleError, DermisError, RequestError, SignatureError
+from dermis.errors import BundleError, DermisError, RequestError, SignatureError, StorageError
 from dermis.provenance.signing import TrustedSigners, check_installed, read_signers, verify_records
+from dermis.resources import lacks_resources
+from services.errors import LoadPostponedError
 from services.settings import Settings, SettingsError
 
 # A changed file is noticed at the next request after this many seconds.
@@ -101,22 +104,33 @@ def check_signer(bundle: Bundle, signers: TrustedSigners | None) -> None:
     verify_records(signature, records, signers, bundle.location)
 
 
-def raise_if_unreachable(error: BaseException, location: str) -> None:
-    """Raise StorageError if a bundle could not be read because its remote storage cannot be reached at the moment.
+def passing_error(error: Exception, location: str) -> StorageError | LoadPostponedError | None:
+    """What to raise if a bundle could not be opened or loaded for a reason that can pass; None if a restart cannot help.
 
-    A process that has started without a bundle refuses all calls for it, and fails jobs, until someone restarts it. So the
-    process ends instead, and its supervisor starts it again, after pauses that grow to half a minute.
+    Such reasons are remote storage or a network file system that cannot be reached, a full disk, too many open files, and too
+    little memory of the machine or of a GPU. A process that has started without a bundle refuses all calls for it, and fails
+    jobs, until someone restarts it. So the process ends instead, and its supervisor starts it again, after pauses that grow to
+    half a minute.
 
     Args:
-        error: Why the bundle could not be opened.
+        error: Why the bundle could not be opened or loaded.
         location: Where the bundle is.
     """
-    cause = error.__cause__
-    if "://" not in location or not isinstance(cause, Exception):
-        return
-    unreachable = storage_error(cause, location, remote=True)
-    if unreachable is not None and unreachable.kind == "storage-unavailable":
-        raise unreachable from error
+    cause: BaseException = error
+    while isinstance(cause, DermisError) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = str(cause) or type(cause).__name__
+    if lacks_resources(cause):
+        return LoadPostponedError(f"{location}: cannot be loaded at the moment ({text})")
+    if not isinstance(cause, Exception):
+        return None
+    # Drivers of remote storage have exceptions of their own, and every error of reading is the cause of a BundleError.
+    storage = storage_error(cause, location, remote="://" in location and cause is not error)
+    if storage is not None and storage.kind != "storage":
+        return storage
+    if isinstance(cause, OSError) and cause.errno == errno.EIO:  # of a network file system
+        return StorageError(f"{location}: cannot be read at the moment ({text})", kind="storage-unavailable")
+    return None
 
 
 def without_place(error: Exception, location: str) -> str:
@@ -137,7 +151,7 @@ class ServedModels:
 
     Raises:
         SettingsError: `tenants` names a bundle that is not served. Written wrongly, a name would not limit its bundle.
-        StorageError: The remote storage of a bundle cannot be reached at the moment (`raise_if_unreachable`).
+        StorageError, LoadPostponedError: A bundle cannot be opened for a reason that can pass (`passing_error`).
     """
 
     def __init__(
@@ -158,7 +172,9 @@ class ServedModels:
                 bundle = open_bundle(location)
                 check_signer(bundle, signers)
             except _UNUSABLE as error:
-                raise_if_unreachable(error, location)
+                passing = passing_error(error, location)
+                if passing is not None:
+                    raise passing from error
                 self._broken[location] = f"{without_place(error, location)}; repair it and restart the service"
                 continue
             if bundle.name in self._watched:

@@ -93,6 +93,7 @@ def serve(options: Mapping[str, str | None]) -> int:
 
 def _prepare(settings: Settings) -> None:
     """Check that the service can start, so that a failure is one line on stderr."""
+    from services.errors import LoadPostponedError
     from services.image_signing import image_signer_of
     from services.jobs.table import JobTable
     from services.models import ServedModels, check_any_bundle, signers_of
@@ -101,7 +102,9 @@ def _prepare(settings: Settings) -> None:
     image_signer_of(settings)
     signers = signers_of(settings)
     if settings.model_tenants:
-        with contextlib.suppress(StorageError):  # the processes of the service try again, after pauses
+        with contextlib.suppress(
+            StorageError, LoadPostponedError
+        ):  # the processes of the service try again, after pauses
             ServedModels(settings.bundles, settings.default_model, settings.model_tenants, signers)
     prepare_data_folder(settings)
     try:

@@ -18,7 +18,7 @@ import _bentoml_impl.server  # type: ignore[import-untyped]
 import bentoml
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dermis.errors import StorageError
+from dermis.errors import DermisError
 from services import logs, tracing
 from services.composition import compose
 from services.data_folder import prepare_data_folder, restrict_new_files
@@ -81,7 +81,7 @@ async def _running() -> AsyncIterator[Context]:
 def _open_models() -> ServedModels:
     try:
         return ServedModels(_settings.bundles, _settings.default_model, _settings.model_tenants, signers_of(_settings))
-    except (SettingsError, StorageError) as error:
+    except DermisError as error:
         logger.error("cannot start", extra={"problem": str(error)})
         raise
 

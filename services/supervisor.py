@@ -229,14 +229,16 @@ class _Supervisor:
     def run(self) -> None:
         """Keep every process running until a signal to stop."""
         with self._handling_signals():
-            while not self._signals:
-                for worker in self._workers:
-                    self._restart_if_ended(worker)
-                self._wait(_WAKE_SECONDS)
             try:
-                self._stop()
-            finally:
-                self._kill(self._workers)
+                while not self._signals:
+                    for worker in self._workers:
+                        self._restart_if_ended(worker)
+                    self._wait(_WAKE_SECONDS)
+            finally:  # also after an error of the loop: otherwise the processes would be killed in the middle of requests
+                try:
+                    self._stop()
+                finally:
+                    self._kill(self._workers)
 
     def close(self) -> None:
         for listener in self._listeners.values():
@@ -250,14 +252,23 @@ class _Supervisor:
         if worker.process is not None and worker.process.poll() is not None:
             _kill_group(worker.process.pid)  # processes that it started
             worker.deaths = 1 if now - worker.started > _STEADY_SECONDS else worker.deaths + 1
-            pause = 0.0 if worker.deaths == 1 else min(_LONGEST_PAUSE_SECONDS, 2.0 ** (worker.deaths - 2))
+            pause = _pause(worker.deaths)
             logger.error(
                 "a process of the service has ended and is restarted",
                 extra={"service": worker.service, "status": worker.process.returncode, "pause": pause},
             )
             worker.process, worker.not_before = None, now + pause
         if worker.process is None and now >= worker.not_before and not self._signals:
-            worker.process, worker.started = self._start(worker), now
+            try:
+                worker.process, worker.started = self._start(worker), now
+            except OSError as error:  # such as too little memory or too many processes, for a moment
+                worker.deaths = max(2, worker.deaths + 1)
+                pause = _pause(worker.deaths)
+                logger.error(
+                    "a process of the service cannot be started",
+                    extra={"service": worker.service, "error": str(error), "pause": pause},
+                )
+                worker.not_before = now + pause
 
     def _start(self, worker: _Worker) -> subprocess.Popen[bytes]:
         listener = self._listeners[worker.service].fileno()
@@ -334,6 +345,11 @@ class _Supervisor:
             for number, handler in before.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(before_wakeup)
+
+
+def _pause(deaths: int) -> float:
+    """Seconds until a process is started again that has ended so many times, each time soon after its start."""
+    return 0.0 if deaths < 2 else min(_LONGEST_PAUSE_SECONDS, 2.0 ** min(deaths - 2, 10))
 
 
 def _command(service: str, number: int, listener: int, options: Sequence[str]) -> list[str]:

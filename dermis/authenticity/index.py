@@ -22,6 +22,7 @@ from dermis.bundle import find_part
 from dermis.bundle.index import HELD_OUT, INDEX, INDEX_PART, RADII, IndexDescription, open_index_folder
 from dermis.cpus import available_cpus, without_torch
 from dermis.errors import BundleError, DermisError, install_command
+from dermis.resources import lacks_resources
 from dermis.tensor_files import MAX_HEADER_BYTES, read_array
 
 if TYPE_CHECKING:
@@ -218,7 +219,8 @@ def open_index(source: Bundle | str | Path, *, device: str = "auto", threads: in
     try:
         index = read(data)
     except RuntimeError as error:
-        raise BundleError(f"{where}: is not a FAISS index ({reason_of(error)})") from None
+        cause = error if lacks_resources(error) else None
+        raise BundleError(f"{where}: is not a FAISS index ({reason_of(error)})") from cause
     if isinstance(data, Path) and (state is None or _state(data) != state):
         raise BundleError(f"{where}: was changed while it was read; try again")
     radii = _array(folder, description, RADII, (description.vectors,))

@@ -44,12 +44,14 @@ def check_index(data: bytes | Path, description: IndexDescription, where: str) -
     expected |= {"dim": description.dim, "feature_dim": description.feature_dim}
     memory = _MEMORY_BYTES + _COPIES * description.files["index.faiss"].bytes
     limits = ProcessLimits(_CPU_SECONDS, _WALL_SECONDS, memory)
+    cause = None
     try:
         problem = run_limited(f"{__name__}:problem_of", data, json.dumps(expected), limits=limits, imports=["faiss"])
     except LimitError as error:
         problem = f"is not used: to read and search it {error}"
+        cause = error
     if problem:
-        raise BundleError(f"{where}: {problem}; build the index again")
+        raise BundleError(f"{where}: {problem}; build the index again") from cause
 
 
 def problem_of(data: bytes | Path, expected_json: str) -> str:

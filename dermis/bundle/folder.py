@@ -227,8 +227,8 @@ class Folder:
         except FileNotFoundError:
             hint = f"is this the folder of a {self.kind}?" if name == self.descriptor else f"get the {self.kind} again"
             raise BundleError(f"{self.where}: {name} is missing; {hint}") from None
-        except MemoryError:
-            raise BundleError(f"{self._place(name)}: does not fit into memory") from None
+        except MemoryError as error:
+            raise BundleError(f"{self._place(name)}: does not fit into memory") from error
         except Exception as error:  # every remote file system raises exceptions of its own library
             raise BundleError(f"{self._place(name)}: cannot be read: {_reason(error)}") from error
 

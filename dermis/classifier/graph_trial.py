@@ -80,12 +80,14 @@ def try_graph(model: bytes, where: str, *, size: int, feature_dim: int, rows: in
     seconds = _SECONDS + _SECONDS_OF_IMAGE * rows
     limits = ProcessLimits(seconds, seconds * _WALL_FACTOR, memory)
     trial = f"{__name__}:run_once"
+    cause = None
     try:
         problem = run_limited(trial, model, size, feature_dim, rows, limits=limits, imports=["onnxruntime"])
     except LimitError as error:
         problem = f"is not used: loading it and scoring {rows} image(s) {error}"
+        cause = error
     if problem:
-        raise BundleError(f"{where}: {problem}")
+        raise BundleError(f"{where}: {problem}") from cause
     _passed.add(key)
 
 

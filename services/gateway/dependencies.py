@@ -28,6 +28,7 @@ from services.gateway.quotas import TenantQuotas
 from services.gateway.threads import Threads
 from services.gateway.uploads import Uploads
 from services.inference.client import InferenceClients
+from services.inference.connection import time_limit
 from services.jobs.service import DatasetJobs, ProjectionJobs
 from services.models import ServedModels
 from services.problems import FieldError, ProblemError, field_errors, invalid_request
@@ -112,7 +113,7 @@ async def limited_time(context: Context, detail: str) -> AsyncIterator[None]:
         ProblemError: They take longer.
     """
     try:
-        async with asyncio.timeout(context.settings.image_timeout_seconds):
+        async with time_limit(context.settings.image_timeout_seconds):
             yield
     except TimeoutError:
         raise ProblemError("overloaded", detail, headers={"Retry-After": "5"}) from None

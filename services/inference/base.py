@@ -17,7 +17,7 @@ from dermis.bundle import Bundle, open_bundle
 from dermis.errors import DermisError
 from services import logs, tracing
 from services.data_folder import restrict_new_files
-from services.models import check_signer, locate, raise_if_unreachable, signers_of, without_place
+from services.models import check_signer, locate, passing_error, signers_of, without_place
 from services.parent_watchdog import exit_with_parent
 from services.settings import settings_of_process
 
@@ -72,7 +72,7 @@ batch_api = bentoml.api(
 class InferenceService(Generic[ModelT]):
     """Base class of the inference services. A bundle whose model cannot be loaded does not stop the others.
 
-    While the remote storage of a bundle cannot be reached, the process does not start (`services.models.raise_if_unreachable`).
+    A process that cannot load a model for a reason that can pass does not start (`services.models.passing_error`).
 
     Attributes:
         logger: The logger of the service.
@@ -100,8 +100,10 @@ class InferenceService(Generic[ModelT]):
                     check_signer(source, signers)
                 digest, model = self.load(source)
             except LOAD_ERRORS as error:
-                self.logger.error(self.failure, extra={"location": location, "error": str(error)})
-                raise_if_unreachable(error, location)
+                passing = passing_error(error, location)
+                self.logger.error(self.failure, extra={"location": location, "error": str(passing or error)})
+                if passing is not None:
+                    raise passing from error
                 self._problems.append(without_place(error, location))
                 continue
             self._models[digest] = model

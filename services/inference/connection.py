@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from aiohttp import ClientError
@@ -17,6 +19,22 @@ _DESCRIBE_SECONDS = 4.0  # less than the probes in k8s/base wait
 _FRESH_SECONDS = 2.0
 # A service that has not answered for so long needs a restart.
 _LOST_SECONDS = 600.0
+_limits: ContextVar[tuple[asyncio.Timeout, ...]] = ContextVar("limits", default=())
+
+
+@asynccontextmanager
+async def time_limit(seconds: float) -> AsyncIterator[None]:
+    """Limit the time of the calls in a `with` block. Calls that it ends are counted as `timeout`, not as `cancelled`.
+
+    Raises:
+        TimeoutError: They take longer.
+    """
+    async with asyncio.timeout(seconds) as limit:
+        token = _limits.set((*_limits.get(), limit))
+        try:
+            yield
+        finally:
+            _limits.reset(token)
 
 
 class Connection:
@@ -60,6 +78,9 @@ class Connection:
         # A service that ends in the middle of a response causes a ClientError, which is no OSError.
         except (ClientError, OSError, EOFError, TimeoutError) as error:
             raise InferenceUnreachableError(f"{self.name} does not answer; try again") from error
+        except asyncio.CancelledError:
+            outcome = "timeout" if any(limit.expired() for limit in _limits.get()) else "cancelled"
+            raise
         finally:
             seconds = time.perf_counter() - started
             metrics.inference_seconds.labels(self._short_name, method, outcome).observe(seconds)
@@ -81,7 +102,7 @@ class Connection:
     async def describe_soon(self) -> Mapping[str, Any] | None:
         """Call `describe`; return None if the service does not answer within the time of a probe."""
         try:
-            async with asyncio.timeout(_DESCRIBE_SECONDS):
+            async with time_limit(_DESCRIBE_SECONDS):
                 return await self.describe()
         except (TimeoutError, InferenceUnavailableError, InferenceFailedError):
             return None

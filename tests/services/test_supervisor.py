@@ -43,10 +43,35 @@ from pathlib import Path
 from services import supervisor
 from services.settings import Settings
 
-folder, port, seconds, run = sys.argv[1:]
+folder, port, seconds, run, change = sys.argv[1:]
 supervisor._command = lambda _service, _number, _listener, options: [sys.executable, "-c", run, *options]
 supervisor.worker_counts = lambda _: {"Generator": 2, supervisor.GATEWAY: 1}
+exec(change)
 supervisor.serve(Settings(_env_file=None, data_dir=Path(folder), port=int(port), shutdown_seconds=int(seconds)))
+"""
+FOURTH_START_FAILS = """
+import errno
+starts, start = [], supervisor.subprocess.Popen
+
+def start_or_fail(*arguments, **options):
+    starts.append(None)
+    if len(starts) == 4:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+    return start(*arguments, **options)
+
+supervisor.subprocess.Popen = start_or_fail
+"""
+LOOP_FAILS_ONCE = """
+wait = supervisor._Supervisor._wait
+
+def wait_or_fail(self, seconds):
+    request = Path(folder).parent / "fail"
+    if request.exists():
+        request.unlink()
+        raise RuntimeError("unexpected")
+    wait(self, seconds)
+
+supervisor._Supervisor._wait = wait_or_fail
 """
 
 
@@ -74,13 +99,19 @@ def gone(pid: int) -> bool:
 
 
 def run_until(
-    settings: Settings, program: Path, ready: Any, signals: tuple[signal.Signals, ...] = (signal.SIGTERM,)
+    settings: Settings,
+    program: Path,
+    ready: Any,
+    signals: tuple[signal.Signals, ...] = (signal.SIGTERM,),
+    *,
+    change: str = "",
+    status: int = 0,
 ) -> float:
     """Run the supervisor in a process of its own, signal it when it is ready; the seconds that it then took to end."""
     started = str(program.parent / "started")
     run = f"import os; note = lambda: open(os.path.join({started!r}, str(os.getpid())), 'w').close(); "
     run += f"exec(open({str(program)!r}).read())"
-    arguments = [str(settings.data_dir), str(settings.port), str(settings.shutdown_seconds), run]
+    arguments = [str(settings.data_dir), str(settings.port), str(settings.shutdown_seconds), run, change]
     command = [sys.executable, "-c", SUPERVISOR, *arguments]
     with subprocess.Popen(command, cwd=Path(__file__).parents[2]) as process:
         try:
@@ -89,7 +120,7 @@ def run_until(
             for number in signals:
                 process.send_signal(number)
                 time.sleep(0.5)
-            assert process.wait(timeout=120) == 0
+            assert process.wait(timeout=120) == status
             return time.monotonic() - signalled_at
         finally:
             process.kill()
@@ -147,6 +178,43 @@ def test_a_process_that_dies_is_started_again(settings: Settings, programs: Path
 
     run_until(settings, programs, another)
     assert all(gone(pid) for pid in pids(programs))
+
+
+def test_process_that_cannot_be_started_for_a_moment_is_started_later(settings: Settings, programs: Path) -> None:
+    programs.write_text("import time; note(); time.sleep(600)")
+    first: list[int] = []
+
+    def another() -> bool:
+        if len(pids(programs)) == 3 and not first:
+            first.extend(pids(programs))
+            os.kill(first[0], signal.SIGKILL)
+        return len(pids(programs)) == 4 and not any(gone(pid) for pid in first[1:])
+
+    run_until(settings, programs, another, change=FOURTH_START_FAILS)
+    assert all(gone(pid) for pid in pids(programs))
+
+
+def test_processes_are_stopped_properly_after_an_error_of_the_supervisor(settings: Settings, programs: Path) -> None:
+    ended = programs.parent / "ended"
+    ended.mkdir()
+    programs.write_text(
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit())\n"
+        f"try:\n    note(); time.sleep(600)\nfinally:\n    open({str(ended)!r} + f'/{{os.getpid()}}', 'w').close()"
+    )
+
+    def ready() -> bool:
+        if len(pids(programs)) < 3:
+            return False
+        (programs.parent / "fail").touch()
+        return True
+
+    run_until(settings, programs, ready, (), change=LOOP_FAILS_ONCE, status=1)
+    assert {int(path.name) for path in ended.iterdir()} == set(pids(programs))
+
+
+def test_pause_before_a_start_grows_to_half_a_minute_however_often_a_process_ends() -> None:
+    assert [supervisor._pause(deaths) for deaths in (1, 2, 3, 4, 10, 5000)] == [0, 1, 2, 4, 30, 30]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import os
@@ -16,12 +17,14 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+import torch
 
 from dermis.bundle import Bundle, open_bundle
 from dermis.bundle.folder import exists
-from dermis.errors import DermisError, StorageError
+from dermis.classifier.graph_trial import try_graph
+from dermis.errors import BundleError, DermisError, StorageError
 from flaky_storage import EndpointConnectionError, failing
-from services.errors import InferenceFailedError, InferenceUnavailableError
+from services.errors import InferenceFailedError, InferenceUnavailableError, LoadPostponedError
 from services.inference.client import ClassifierClient, GeneratorClient, InferenceClients
 from services.inference.samples import Options, Samples, from_bytes, pack_rows
 from services.models import ServedModels
@@ -173,6 +176,85 @@ def test_process_ends_while_the_remote_storage_of_its_bundle_cannot_be_reached(
     with failing(lambda *_: PermissionError(13, "refused")):  # no restart repairs this
         assert (loaded(), served()) == ([], [])
     assert loaded() == [tiny_bundle.digest] == [bundle.digest for bundle in served()]
+
+
+def _read_error(error: Exception) -> Exception:
+    """An error of reading the file of a bundle, as the bundle reports it."""
+    problem = BundleError("/models/tiny/generator.safetensors: cannot be read")
+    problem.__cause__ = error
+    return problem
+
+
+def _trial_error() -> Exception:
+    """The error of a bundle whose graph cannot be tried, because no process can be started."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "run", _fail_to_fork)
+        with pytest.raises(BundleError, match="could not be created") as caught:
+            try_graph(b"never tried", "/models/tiny/classifier.onnx", size=8, feature_dim=4, rows=1)
+    return caught.value
+
+
+def _fail_to_fork(*_: object, **__: object) -> None:
+    raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000 bytes"), True),
+        (RuntimeError("can't start new thread"), True),
+        (OSError(errno.EMFILE, "Too many open files"), True),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (_read_error(OSError(errno.ESTALE, "Stale file handle")), True),
+        (_read_error(OSError(errno.EIO, "Input/output error")), True),
+        (_read_error(MemoryError()), True),
+        (_trial_error(), True),
+        (_read_error(PermissionError(errno.EACCES, "Permission denied")), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (BundleError("/models/tiny/bundle.json: says out of memory"), False),
+    ],
+    ids=str,
+)
+def test_process_ends_only_if_it_cannot_load_a_model_for_a_reason_that_can_pass(
+    error: Exception, passes: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from services.inference import base
+
+    for name in ("exit_with_parent", "restrict_new_files"):
+        monkeypatch.setattr(base, name, lambda: None)
+    monkeypatch.setattr(base.logs, "configure", lambda *_: None)
+    monkeypatch.setattr(base, "locate", lambda _: ["/models/tiny"])
+
+    class Service(base.InferenceService[str]):
+        logger = logging.getLogger("test")
+        failure = "model not loaded"
+
+        def load(self, source: Bundle | str) -> tuple[str, str]:
+            raise error
+
+    if passes:
+        with pytest.raises((StorageError, LoadPostponedError), match="/models/tiny.* at the moment"):
+            Service()
+        assert "at the moment" in caplog.records[-1].error  # type: ignore[attr-defined]
+    else:
+        assert asyncio.run(Service.describe.func(Service()))["problems"]  # type: ignore[attr-defined]
+    assert caplog.records[-1].location == "/models/tiny"  # type: ignore[attr-defined]
+
+
+def test_gateway_ends_if_it_cannot_open_a_bundle_for_too_little_memory(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dermis.bundle.folder.open_regular", fail)
+        with pytest.raises(LoadPostponedError, match="cannot be loaded at the moment"):
+            ServedModels([tiny_bundle.location])
+    assert ServedModels([tiny_bundle.location]).bundles
 
 
 def test_every_inference_client_has_a_service_with_process_count(tmp_path: Path) -> None:

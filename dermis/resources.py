@@ -1,0 +1,31 @@
+"""Recognise errors whose cause is that the machine lacks memory or threads, whichever library raises them."""
+
+from __future__ import annotations
+
+import errno
+import re
+import sys
+
+from dermis.errors import DermisError
+
+# Texts of torch ("CUDA error: out of memory", "can't allocate memory"), of CUDA's libraries, ONNX Runtime, FAISS and Python.
+_TEXTS = re.compile(
+    r"out of memory|not enough memory|(cannot|can't|failed to|unable to) allocate (\w+ )?memory|alloc_failed|bad_alloc|"
+    r"bad allocation|can't start new thread",
+    re.IGNORECASE,
+)
+
+
+def lacks_resources(error: BaseException) -> bool:
+    """Whether an error of another library says that there is too little memory, or that no thread can be started.
+
+    The same call can succeed when other programs have ended. It is False for an error of dermis, whose text can quote a file.
+    """
+    if isinstance(error, MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    torch = sys.modules.get("torch")  # not imported here: without it nothing has raised its errors
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    return not isinstance(error, DermisError) and _TEXTS.search(str(error)) is not None
