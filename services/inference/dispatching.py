@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import _bentoml_impl.server.app  # type: ignore[import-untyped]
 from bentoml._internal.marshal.dispatcher import CorkDispatcher
@@ -57,6 +58,10 @@ class BatchDispatcher(CorkDispatcher[Any, Any]):
         known, new = cls._seconds_per_row, seconds / len(results)
         cls._seconds_per_row = new if known is None else known + _NEW_WEIGHT * (new - known)
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._sizes: WeakKeyDictionary[asyncio.Future[Any], int] = WeakKeyDictionary()  # of calls whose rest waits
+
     async def controller(self) -> None:
         """Run batches until the task is cancelled."""
         while True:
@@ -76,16 +81,18 @@ class BatchDispatcher(CorkDispatcher[Any, Any]):
     def _next_batch(self) -> tuple[Any, ...]:
         """Take rows of the waiting calls. Those that have rows left wait again, with the time at which they came."""
         calls = sorted((job for job in self._queue if not job.future.done()), key=lambda job: job.enqueue_time)
-        sizes = [self.get_batch_size(job.data) for job in calls]
+        remaining = [self.get_batch_size(job.data) for job in calls]
+        sizes = [self._sizes.get(job.future, size) for job, size in zip(calls, remaining, strict=True)]
         aged = calls and calls[0].enqueue_time <= time.time() - _AGED * self.max_latency
-        rows = shares(sizes, self._most_rows(), _AGED_SHARE if aged else _OLDEST_SHARE)
+        rows = shares(sizes, remaining, self._most_rows(), _AGED_SHARE if aged else _OLDEST_SHARE)
         batch, waiting = [], []
-        for job, size, taken in zip(calls, sizes, rows, strict=True):
+        for job, whole, size, taken in zip(calls, sizes, remaining, rows, strict=True):
             if taken == size:
                 batch.append(job)
             elif taken:
                 first, second = self.split_job(job, [0, taken, size])
                 job.future.add_done_callback(partial(_cancel, second.future))  # if the first part fails
+                self._sizes[second.future] = whole
                 batch.append(first)
                 waiting.append(second)
             else:
@@ -111,22 +118,24 @@ def _cancel(rest: asyncio.Future[Any], _whole: asyncio.Future[Any]) -> None:
     rest.cancel()
 
 
-def shares(sizes: Sequence[int], most: int, oldest: float) -> list[int]:
+def shares(sizes: Sequence[int], remaining: Sequence[int], most: int, oldest: float) -> list[int]:
     """Divide the rows of a batch among calls.
 
-    The oldest call has a share of the rows, so none waits forever. Of the other rows, calls with few have all that they need
-    before calls with more: the mean time of calls is shortest in this order (shortest remaining processing time, Schrage 1968).
+    The oldest call has a share of the rows, so none waits forever. Of the other rows, small calls have all that they need
+    before larger ones, so a person who waits for one image does not wait for a dataset. The order is by the size of the whole
+    call: by its remaining rows, shards of datasets that have few left would delay calls for some images.
 
     Args:
         sizes: Rows of each call, the oldest first.
+        remaining: Those of them that are not computed yet.
         most: Rows of the batch.
         oldest: Share of the rows for the oldest call.
     """
     taken = [0] * len(sizes)
     if sizes:
-        taken[0] = min(sizes[0], max(1, int(oldest * most)))
+        taken[0] = min(remaining[0], max(1, int(oldest * most)))
     for number in sorted(range(len(sizes)), key=sizes.__getitem__):
-        taken[number] += min(sizes[number] - taken[number], most - sum(taken))
+        taken[number] += min(remaining[number] - taken[number], most - sum(taken))
     return taken
 
 

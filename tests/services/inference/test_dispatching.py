@@ -158,16 +158,39 @@ def test_batches_are_kept_short_but_keep_the_device_busy() -> None:
     run(scenario())
 
 
-@given(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 64), st.floats(0, 1))
-def test_rows_of_a_batch_are_shared(sizes: list[int], most: int, oldest: float) -> None:
-    taken = shares(sizes, most, oldest)
-    assert sum(taken) == min(most, sum(sizes))
-    assert all(0 <= rows <= size for rows, size in zip(taken, sizes, strict=True))
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=12), st.integers(1, 64), st.floats(0, 1))
+def test_rows_of_a_batch_are_shared(calls: list[tuple[int, int]], most: int, oldest: float) -> None:
+    sizes = [remaining + computed for remaining, computed in calls]
+    remaining = [rows for rows, _ in calls]
+    taken = shares(sizes, remaining, most, oldest)
+    assert sum(taken) == min(most, sum(remaining))
+    assert all(0 <= rows <= rest for rows, rest in zip(taken, remaining, strict=True))
     if sizes:
-        assert taken[0] >= min(sizes[0], max(1, int(oldest * most))), "the oldest call could wait forever"
-    others = sorted(zip(sizes[1:], taken[1:], strict=True), key=lambda call: (call[0], -call[1]))
-    incomplete = next((number for number, (size, rows) in enumerate(others) if rows < size), len(others))
-    assert not any(rows for _, rows in others[incomplete + 1 :]), "a call has rows before a smaller one has all"
+        assert taken[0] >= min(remaining[0], max(1, int(oldest * most))), "the oldest call could wait forever"
+    others = sorted(zip(sizes[1:], remaining[1:], taken[1:], strict=True), key=lambda call: call[0])
+    incomplete = [size for size, rest, rows in others if rows < rest]
+    assert not any(rows for size, _, rows in others if incomplete and size > incomplete[0]), (
+        "a call has rows before a smaller one has all"
+    )
+
+
+def test_shard_that_is_nearly_complete_does_not_delay_a_smaller_call() -> None:
+    async def scenario() -> None:
+        model, first = await busy_model(max_rows=4)
+        shard = model.call(*range(100, 106))
+        await asyncio.sleep(0)
+        model.ready.set()
+        await first
+        model.ready.clear()
+        await started(model, 2)
+        four = model.call(1, 2, 3, 4)
+        await asyncio.sleep(0)
+        model.ready.set()
+        assert (await four).tolist() == [2, 4, 6, 8]
+        await shard
+        assert model.batches == [[0], [100, 101, 102, 103], [104, 1, 2, 3], [105, 4]]
+
+    run(scenario())
 
 
 def test_rest_of_a_failed_call_is_not_computed() -> None:
