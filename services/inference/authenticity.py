@@ -24,6 +24,7 @@ from dermis.bundle.folder import exists
 from dermis.bundle.index import DESCRIPTOR
 from dermis.cpus import available_cpus
 from services import metrics
+from services.callers import CALLER_GONE, caller_has_disconnected
 from services.inference import pixels
 from services.inference.base import InferenceService, batch_api, inference_service, part_folder
 from services.inference.dispatching import BatchDispatcher
@@ -88,6 +89,8 @@ class AuthenticityService(InferenceService[Checker]):
         Returns:
             The fields of an `Exposure`, or "problem" with the reason why there is none.
         """
+        if caller_has_disconnected():  # while the call waited for the only thread
+            return {"problem": CALLER_GONE}
         checker = self._models.get(digest)
         if checker is None:
             return {"problem": pixels.missing_message("index", digest)}

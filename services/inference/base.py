@@ -16,6 +16,7 @@ import bentoml
 from dermis.bundle import Bundle, open_bundle
 from dermis.errors import DermisError
 from services import logs, tracing
+from services.callers import CallerMiddleware
 from services.data_folder import restrict_new_files
 from services.models import check_signer, locate, passing_error, signers_of, without_place
 from services.parent_watchdog import exit_with_parent
@@ -34,7 +35,7 @@ ServiceT = TypeVar("ServiceT")
 def inference_service(
     name: str, workers: int, *, call_seconds: float = CALL_SECONDS, **options: Any
 ) -> Callable[[type[ServiceT]], type[ServiceT]]:
-    """Decorator that makes a class an inference service.
+    """Decorator that makes a class an inference service. Its calls know whether their callers are still there.
 
     Args:
         name: The BentoML name, which is also a key of `services.inference.worker_counts`.
@@ -56,6 +57,7 @@ def inference_service(
         service = decorator(inner)
         if tracing.exporter_names():
             service.add_asgi_middleware(tracing.TraceCalls, service=name)
+        service.add_asgi_middleware(CallerMiddleware)
         made: type[ServiceT] = service
         return made
 

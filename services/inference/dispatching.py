@@ -11,7 +11,9 @@ from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import _bentoml_impl.server.app  # type: ignore[import-untyped]
-from bentoml._internal.marshal.dispatcher import CorkDispatcher
+from bentoml._internal.marshal.dispatcher import CorkDispatcher, Job
+
+from services.callers import caller_has_disconnected, leave_request, when_caller_disconnects
 
 logger = logging.getLogger("dermis.dispatching")
 
@@ -32,6 +34,8 @@ class BatchDispatcher(CorkDispatcher[Any, Any]):
     one, so batches grow with the load. BentoML's own rule waits for further calls although the model is idle, makes a dozen
     small batches first to measure them, and looks every millisecond whether it may begin, which takes some percent of a
     processor while a batch runs.
+
+    Calls whose callers have disconnected leave the queue, so that nobody waits for results that nobody reads.
 
     Calls that do not fit in one batch share it (`shares`): those for a few images do not wait for shards before them. Where
     `busy_rows` is known, batches are kept short: on a processor a batch of 64 images takes seconds.
@@ -63,10 +67,27 @@ class BatchDispatcher(CorkDispatcher[Any, Any]):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._sizes: WeakKeyDictionary[asyncio.Future[Any], int] = WeakKeyDictionary()  # of calls whose rest waits
+        # Of calls whose rest waits: the future and the rows of the whole call.
+        self._wholes: WeakKeyDictionary[asyncio.Future[Any], tuple[asyncio.Future[Any], int]] = WeakKeyDictionary()
+
+    async def inbound_call(self, data: Any) -> Any:
+        """Wait for the results of a call; there are none if its caller disconnects before they are computed."""
+        future: asyncio.Future[Any] = self._loop.create_future()
+        when_caller_disconnects(future.cancel)
+        self._queue.append(Job(time.time(), data, future))
+        async with self._wake_event:
+            self._wake_event.notify_all()
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if not caller_has_disconnected():
+                raise
+            logger.info("call dropped because its caller has disconnected", extra={"rows": self.get_batch_size(data)})
+            return []
 
     async def controller(self) -> None:
         """Run batches until the task is cancelled."""
+        leave_request()  # the first call has started this task, which is for the calls of all callers
         while True:
             try:
                 async with self._wake_event:
@@ -83,21 +104,22 @@ class BatchDispatcher(CorkDispatcher[Any, Any]):
 
     def _next_batch(self) -> tuple[Any, ...]:
         """Take rows of the waiting calls. Those that have rows left wait again, with the time at which they came."""
-        calls = sorted((job for job in self._queue if not job.future.done()), key=lambda job: job.enqueue_time)
+        calls = sorted((job for job in self._queue if not self._is_done(job)), key=lambda job: job.enqueue_time)
         remaining = [self.get_batch_size(job.data) for job in calls]
-        sizes = [self._sizes.get(job.future, size) for job, size in zip(calls, remaining, strict=True)]
+        wholes = [self._wholes.get(job.future, (job.future, size)) for job, size in zip(calls, remaining, strict=True)]
         aged = calls and calls[0].enqueue_time <= time.time() - _AGED * self.max_latency
         most = self._most_rows()
         filled = most if self.busy_rows is None else min(most, _FILLED_ROUNDS * self.busy_rows)
+        sizes = [size for _, size in wholes]
         rows = shares(sizes, remaining, most, filled, _AGED_SHARE if aged else _OLDEST_SHARE)
         batch, waiting = [], []
-        for job, whole, size, taken in zip(calls, sizes, remaining, rows, strict=True):
+        for job, whole, size, taken in zip(calls, wholes, remaining, rows, strict=True):
             if taken == size:
                 batch.append(job)
             elif taken:
                 first, second = self.split_job(job, [0, taken, size])
                 job.future.add_done_callback(partial(_cancel, second.future))  # if the first part fails
-                self._sizes[second.future] = whole
+                self._wholes[second.future] = whole
                 batch.append(first)
                 waiting.append(second)
             else:
@@ -105,6 +127,11 @@ class BatchDispatcher(CorkDispatcher[Any, Any]):
         self._queue.clear()
         self._queue.extend(waiting)
         return tuple(batch)
+
+    def _is_done(self, job: Job[Any, Any]) -> bool:
+        """Whether a call has ended, or the whole of which it is the rest. The end of the whole takes a while to reach it."""
+        whole, _ = self._wholes.get(job.future, (job.future, 0))
+        return job.future.done() or whole.done()
 
     def _most_rows(self) -> int:
         if self.busy_rows is None or not self._seconds_per_row:

@@ -20,7 +20,7 @@ from dermis.classifier.onnx_session import find_classifier
 from dermis.cpus import available_cpus
 from dermis.errors import BundleError
 from dermis.explain.attribution import Explainer, Method, missing_packages
-from services.callers import CallerDisconnectedError, CallerMiddleware, check_caller
+from services.callers import CallerDisconnectedError, check_caller
 from services.inference import heat_maps
 from services.inference.base import (
     LOAD_ERRORS,
@@ -108,6 +108,3 @@ class ExplainerService(InferenceService[Bundle | str]):
                 fields = {"classifier": digest[:12], "seconds": time.perf_counter() - started}
                 self.logger.info("network loaded", extra=fields)
             return self._explainers[digest]
-
-
-ExplainerService.add_asgi_middleware(CallerMiddleware)  # type: ignore[attr-defined]  # the class is a BentoML service now

@@ -13,6 +13,7 @@ import numpy as np
 from dermis.bundle import Bundle
 from dermis.cpus import available_cpus
 from services import metrics
+from services.callers import CALLER_GONE, caller_has_disconnected
 from services.inference import samples
 from services.inference.base import InferenceService, batch_api, inference_service, opened
 from services.inference.dispatching import BatchDispatcher
@@ -84,6 +85,8 @@ class GeneratorService(InferenceService["Synthesizer"]):
         Returns:
             Images uint8 [N, H, W, 3], or a text with the reason why there are none.
         """
+        if caller_has_disconnected():  # while the call waited for the only thread
+            return CALLER_GONE
         synthesizer = self._models.get(digest)
         if synthesizer is None:
             return samples.missing_message(digest)
@@ -105,6 +108,8 @@ class GeneratorService(InferenceService["Synthesizer"]):
         Returns:
             float32 [N, num_ws, w_dim], or a text with the reason why there are none.
         """
+        if caller_has_disconnected():
+            return CALLER_GONE
         synthesizer = self._models.get(digest)
         if synthesizer is None:
             return samples.missing_message(digest)

@@ -17,6 +17,7 @@ import numpy as np
 from dermis.bundle import Bundle
 from dermis.cpus import available_cpus
 from dermis.errors import RequestError
+from services.callers import CallerDisconnectedError, check_caller
 from services.inference import projections
 from services.inference.base import LOAD_ERRORS, InferenceService, inference_service, lower_priority, opened
 from services.models import without_place
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from dermis.projection.projector import ImageProjector
 
 CALL_SECONDS = 3600.0
+_MAX_CANCELLED = 1000
 _settings = settings_of_process()
 
 
@@ -45,7 +47,7 @@ class ProjectorService(InferenceService[Bundle]):
         self._loading = threading.Lock()
         self._steps: dict[str, int] = {}
         self._previews: dict[str, list[dict[str, Any]]] = {}
-        self._cancelled: set[str] = set()
+        self._cancelled: dict[str, None] = {}  # the latest ones, changed on the event loop only
         super().__init__()
 
     def load(self, source: Bundle | str) -> tuple[str, Bundle]:
@@ -57,7 +59,7 @@ class ProjectorService(InferenceService[Bundle]):
     def project(  # BentoML reads these types
         self, digest: str, images: np.ndarray, labels: list[int], task: dict[str, Any], ticket: str
     ) -> dict[str, Any]:
-        """Project images.
+        """Project images. The call ends early when it is cancelled or its caller closes the connection, because others wait.
 
         Args:
             digest: Digest of the bundle.
@@ -74,22 +76,31 @@ class ProjectorService(InferenceService[Bundle]):
         if bundle is None:
             return {"problem": f"the projector has no model {digest[:12]}; restart the service to load it"}
 
-        def on_steps(steps: int) -> None:
+        def check() -> None:
+            check_caller()
             if ticket in self._cancelled:
                 raise _CancelledError
+
+        def on_steps(steps: int) -> None:
+            check()
             self._steps[ticket] = steps
 
         def on_previews(previews: list[projections.ProjectionPreview]) -> None:
             self._previews[ticket] = [asdict(preview) for preview in previews]
 
         try:
+            check()  # the call may have waited for the only thread,
             projector = self._projector(bundle)
+            check()  # and for the networks
             known_labels = [None if label < 0 else label for label in labels]
             results = projections.project_images(
                 projector, images, known_labels, projections.ProjectionTask.from_dict(task), on_steps, on_previews
             )
         except _CancelledError:
             return {"problem": "the projection was cancelled"}
+        except CallerDisconnectedError:
+            self.logger.info("projection cancelled because its caller has disconnected")
+            return {"problem": "the projection was cancelled because its caller has disconnected"}
         except RequestError as error:
             return {"refused": error.message, "field": error.field}
         except ImportError as error:
@@ -100,7 +111,6 @@ class ProjectorService(InferenceService[Bundle]):
         finally:
             self._steps.pop(ticket, None)
             self._previews.pop(ticket, None)
-            self._cancelled.discard(ticket)
         return {"projected": [asdict(result) for result in results]}
 
     @bentoml.api
@@ -115,9 +125,10 @@ class ProjectorService(InferenceService[Bundle]):
 
     @bentoml.api
     async def cancel(self, ticket: str) -> None:
-        """End a call at its next step."""
-        if ticket in self._steps:
-            self._cancelled.add(ticket)
+        """End a call at its next step, or before its first one if it waits for another call or has not arrived yet."""
+        self._cancelled[ticket] = None
+        if len(self._cancelled) > _MAX_CANCELLED:
+            del self._cancelled[next(iter(self._cancelled))]
 
     def _projector(self, bundle: Bundle) -> ImageProjector:
         with self._loading:

@@ -16,12 +16,11 @@ from dermis.authenticity.index import Nearest
 from dermis.authenticity.verdict import Verdicts, verdicts_of
 from dermis.bundle import Bundle
 from dermis.bundle.index import IndexDescription
-from dermis.classifier.preprocess import batch
-from dermis.imaging import Images, as_rgb
+from dermis.imaging import Images
 from dermis.perceptual_hash import fingerprints
 from services.gateway.auth.authentication import check_scope, requires
 from services.gateway.auth.principal import Principal
-from services.gateway.comparing import comparisons, index_of, nearest_of
+from services.gateway.comparing import comparisons, index_of, inputs_of, nearest_of
 from services.gateway.dependencies import (
     Context,
     ContextDep,
@@ -191,15 +190,14 @@ async def _compare_generated(
     bundle = await served_bundle(context, principal, body.model)
     index = index_of(bundle)
     rows = rows_of(body, bundle, class_of_each(body, bundle, context.settings.max_images))
-    images = np.stack(
-        await generate_within_limits(
-            context,
-            request,
-            principal,
-            bundle,
-            len(rows),
-            lambda: context.inference.generator.images(rows),
-            comparisons(len(rows)),
-        )
+    images = await generate_within_limits(
+        context,
+        request,
+        principal,
+        bundle,
+        len(rows),
+        lambda: context.inference.generator.images(rows),
+        comparisons(len(rows)),
     )
-    return bundle, index, await nearest_of(context, bundle, batch(as_rgb(images), index.resolution), Comparison())
+    inputs = await inputs_of(context, images, index)
+    return bundle, index, await nearest_of(context, bundle, inputs, Comparison())

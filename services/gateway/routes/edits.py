@@ -20,7 +20,7 @@ from dermis.dataset.request import EditOption, classes_of
 from dermis.directions.edit import bundle_offset
 from dermis.errors import RequestError
 from dermis.image_metadata import ImageOrigin, edits_in_words, origin_of
-from dermis.imaging import MEDIA_TYPES, Images, animation, contact_sheet
+from dermis.imaging import MEDIA_TYPES, animation, contact_sheet
 from services.gateway.auth.authentication import check_scope, requires
 from services.gateway.auth.principal import Principal
 from services.gateway.dependencies import (
@@ -38,7 +38,7 @@ from services.gateway.sampling import Encode, check_classes, check_cutoff, check
 from services.gateway.schemas.common import model_ref
 from services.gateway.schemas.directions import DirectionList, ModelDirection
 from services.gateway.schemas.edits import EditedImage, EditedList, EditedProjection, EditsRequest
-from services.inference.samples import Options, Samples, pack_rows
+from services.inference.samples import Image, Options, Samples, pack_rows
 from services.jobs.projection import ProjectionOptions
 
 router = APIRouter(tags=["edits"])
@@ -102,7 +102,7 @@ async def edit_images(request: Request, context: ContextDep, principal: _Sender)
         ws = _edited_latents(body, bundle, strengths, projected)
         generate = partial(context.inference.generator.draw, bundle, ws, body.noise)
     count = body.sources * len(strengths)
-    images = np.stack(await generate_within_limits(context, request, principal, bundle, count, generate))
+    images = await generate_within_limits(context, request, principal, bundle, count, generate)
     response_headers = model_header(bundle) | {"Vary": "Accept"}
     if media_type != _JSON:
         data = await context.image_threads.run(_picture, images, strengths, media_type, body, bundle, encode_image)
@@ -202,14 +202,14 @@ def _origin_of_sheet(body: EditsRequest, bundle: Bundle) -> ImageOrigin:
 
 
 def _picture(
-    images: Images,
+    generated: Sequence[Image],
     strengths: list[float | None],
     media_type: str,
     body: EditsRequest,
     bundle: Bundle,
     encode_image: Encode,
 ) -> bytes:
-    count = len(strengths)
+    count, images = len(strengths), np.stack(generated)
     if media_type == _GIF:
         frames = [contact_sheet(images[place::count], columns=8, padding=0) for place in range(count)]
         return animation(np.stack([*frames, *frames[-2:0:-1]]), body.frame_ms, _origin_of_sheet(body, bundle))
@@ -221,7 +221,7 @@ def _picture(
 
 
 def _edited(
-    body: EditsRequest, bundle: Bundle, strengths: list[float | None], images: Images, encode_image: Encode
+    body: EditsRequest, bundle: Bundle, strengths: list[float | None], images: Sequence[Image], encode_image: Encode
 ) -> list[EditedImage]:
     edited: list[EditedImage] = []
     for place, image in enumerate(images):

@@ -19,12 +19,10 @@ from dermis.authenticity.training_map import SMALLEST_COUNT, TrainingMap
 from dermis.authenticity.verdict import verdicts_of
 from dermis.bundle import Bundle
 from dermis.bundle.index import IndexDescription
-from dermis.classifier.preprocess import batch
 from dermis.errors import RequestError
-from dermis.imaging import as_rgb
 from services.gateway.auth.authentication import check_scope, requires
 from services.gateway.auth.principal import Principal
-from services.gateway.comparing import comparisons, index_of, nearest_of
+from services.gateway.comparing import comparisons, index_of, inputs_of, nearest_of
 from services.gateway.dependencies import (
     Context,
     ContextDep,
@@ -183,10 +181,9 @@ async def place_projections(request: Request, context: ContextDep, principal: _R
         raise RequestError("projections", message, "request-too-large")
     latents = await projected_latents(context, principal, body.projections, bundle)
     generate = partial(context.inference.generator.draw, bundle, latents, "const")
-    images = np.stack(
-        await generate_within_limits(context, request, principal, bundle, count, generate, comparisons(count))
-    )
-    positions = await _positions_of(context, bundle, batch(as_rgb(images), index.resolution), _STEP)
+    images = await generate_within_limits(context, request, principal, bundle, count, generate, comparisons(count))
+    inputs = await inputs_of(context, images, index)
+    positions = await _positions_of(context, bundle, inputs, _STEP)
     return _answer(bundle, index, _placed(positions))
 
 
@@ -204,7 +201,7 @@ async def _place_samples(request: Request, context: Context, principal: Principa
         context, request, principal, bundle, len(names), generate, comparisons(len(names))
     )
     known = await _map_of(context, bundle)
-    nearest = await nearest_of(context, bundle, batch(as_rgb(np.stack(images)), index.resolution), Comparison())
+    nearest = await nearest_of(context, bundle, await inputs_of(context, images, index), Comparison())
     verdicts = verdict_rows(verdicts_of(nearest, index, step=0.01), [False] * len(names))
     samples = None
     if body.images:

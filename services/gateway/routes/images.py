@@ -14,18 +14,17 @@ from starlette.responses import Response
 
 from dermis.bundle import Bundle
 from dermis.bundle.index import IndexDescription
-from dermis.classifier.preprocess import batch
 from dermis.dataset.privacy import exact_below_of, passed
 from dermis.dataset.request import GateOptions, classes_of
 from dermis.errors import RequestError
 from dermis.image_metadata import SOURCE_TYPE_PREFIX, ImageOrigin, origin_of, png_texts
-from dermis.imaging import MEDIA_TYPES, ImageFormat, as_rgb, contact_sheet
+from dermis.imaging import MEDIA_TYPES, ImageFormat, contact_sheet
 from dermis.latents import MAX_INDEX
 from dermis.pixel_archive import MEDIA_TYPE as PIXELS
 from dermis.pixel_archive import pixel_archive
 from services.gateway.auth.authentication import check_scope, requires
 from services.gateway.auth.principal import Principal
-from services.gateway.comparing import comparisons, index_of, nearest_of
+from services.gateway.comparing import comparisons, index_of, inputs_of, nearest_of
 from services.gateway.dependencies import (
     Context,
     ContextDep,
@@ -123,7 +122,7 @@ async def _gate_results(
     context: Context, bundle: Bundle, index: IndexDescription, images: Sequence[Image], options: GateOptions
 ) -> list[bool]:
     """Whether each image meets the condition of a gate."""
-    inputs = await context.image_threads.run(lambda: batch(as_rgb(np.stack(images)), index.resolution))
+    inputs = await inputs_of(context, images, index)
     comparison = Comparison(exact_below_of(index, options), options.detect_copies)
     nearest = await nearest_of(context, bundle, inputs, comparison)
     return [bool(result) for result in passed(nearest, index, options)]

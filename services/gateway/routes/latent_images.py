@@ -152,10 +152,11 @@ async def _answer(
         noise_of = (first.seed, first.index) if body.noise_mode == "random" else None
         return await context.inference.generator.draw(bundle, ws, body.noise_mode, noise_of)
 
-    images = np.stack(await generate_within_limits(context, request, principal, bundle, len(places), generate))
+    generated = await generate_within_limits(context, request, principal, bundle, len(places), generate)
     origin = origin_of(bundle)  # without seed and index, which name the image of a sample
 
     def encoded() -> bytes:
+        images = np.stack(generated)
         if media_type == _GIF:
             return animation(np.concatenate([images, images[-2:0:-1]]), body.frame_ms, origin)
         if media_type != _JSON:

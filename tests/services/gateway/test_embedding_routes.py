@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,9 +17,12 @@ pytest.importorskip("faiss", reason="FAISS is not installed")
 from dermis.authenticity.checker import Checker
 from dermis.authenticity.training_map import ROUNDING, SMALLEST_COUNT, TrainingMap, training_map
 from dermis.bundle import Bundle
+from dermis.classifier.preprocess import batch
 from dermis.imaging import Images, decode, encode
 from service_kit import Service, draw, service
+from services.gateway import comparing
 from services.gateway.auth.principal import DEFAULT_SCOPES
+from services.gateway.routes import embeddings
 from services.inference.authenticity import shown_fields
 from services.inference.samples import Options, pack_rows
 from tiny_index import make_complete_and_plain_bundle, noise
@@ -103,6 +107,27 @@ def test_generated_images_are_placed_and_compared(everybody: Caller, trusted: Ca
     assert "image" not in trusted.send("POST", json=BODY).json()["data"][0]
     refused = trusted.send("POST", json=BODY | {"images": True})
     assert (refused.status_code, "images" in refused.json()["detail"]) == (403, True)
+
+
+def test_images_are_resized_in_threads(everybody: Caller, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the event loop every other call would wait for it."""
+    threads: list[str] = []
+
+    def recorded(*arguments: Any) -> Images:
+        threads.append(threading.current_thread().name)
+        return batch(*arguments)
+
+    async def latents(*_: Any) -> np.ndarray:
+        return np.zeros((2, bundle.generator.num_ws, bundle.generator.w_dim), np.float32)
+
+    monkeypatch.setattr(comparing, "batch", recorded)
+    monkeypatch.setattr(embeddings, "projected_latents", latents)
+    projections = {"projections": [{"id": "pr_" + "0" * 32, "image": image} for image in (0, 1)]}
+    calls = [("authenticity", BODY), ("embeddings", BODY), ("embeddings/projections", projections)]
+    for path, body in [*calls, ("images", BODY | {"privacy": {"gate": "authentic"}})]:
+        answer = everybody.send("POST", f"/v1/{path}", json=body)
+        assert answer.status_code == 200, answer.text
+    assert len(threads) == 4 and all(name.startswith("dermis-images") for name in threads)
 
 
 def test_training_images_are_counted_and_never_placed(trusted: Caller, bundle: Bundle) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -13,7 +14,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import services.service  # noqa: F401  it makes BentoML use the dispatcher
+from services import callers
+from services.inference.base import batch_api, inference_service
 from services.inference.dispatching import BatchDispatcher, shares
+
+doubled: list[list[int]] = []
+may_double = asyncio.Event()
+
+
+@inference_service("Doubler", 1)
+class Doubler:
+    """A service that doubles rows, as soon as `may_double` is set."""
+
+    @batch_api
+    async def double(self, rows: np.ndarray) -> list[Any]:
+        doubled.append(rows.tolist())
+        await may_double.wait()
+        return [int(2 * row) for row in rows]
 
 
 class OverloadedError(Exception):
@@ -37,6 +54,7 @@ class Model:
         self._call: Callable[[Any], Awaitable[Any]] = self.dispatcher(self._run)
 
     async def _run(self, batch: Any) -> list[Any]:
+        assert not callers.caller_has_disconnected(), "a batch is of several callers"
         self.batches.append([int(row) for rows in batch for row in rows])
         await self.ready.wait()
         if -1 in self.batches[-1]:
@@ -68,8 +86,44 @@ async def three_calls(model: Model) -> list[asyncio.Task[Any]]:
     return calls
 
 
+class Request:
+    """A request for an ASGI application whose caller closes the connection when `left` is set."""
+
+    def __init__(self, app: Any, path: str = "", body: bytes = b"") -> None:
+        self.left = asyncio.Event()
+        self.answer: Any = None
+        self._messages = [{"type": "http.request", "body": body}]
+        scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": []}
+        self.task = asyncio.ensure_future(app(scope, self._receive, self._send))
+
+    async def _receive(self) -> Any:
+        if self._messages:
+            return self._messages.pop()
+        await self.left.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Any) -> None:
+        if message.get("body"):
+            self.answer = json.loads(message["body"])
+
+
+def request(model: Model, *rows: int) -> Request:
+    """A call of a model in a request. Its answer is None if it has none."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        results = await model.call(*rows)
+        await send({"type": "http.response.body", "body": json.dumps([int(row) for row in results]).encode()})
+
+    return Request(callers.CallerMiddleware(app))
+
+
 def run(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(test)
+    async def limited() -> None:
+        async with asyncio.timeout(20):
+            await test
+
+    asyncio.run(limited())
 
 
 def test_calls_that_arrive_while_a_batch_runs_are_the_next_one() -> None:
@@ -257,6 +311,75 @@ def test_calls_that_have_waited_too_long_are_refused() -> None:
             await late
         assert (await model.call(3)).tolist() == [6]
         assert model.batches == [[1], [3]]
+
+    run(scenario())
+
+
+@pytest.fixture
+def _watched_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(callers, "_WATCH_AFTER_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("_watched_at_once")
+def test_calls_whose_callers_have_disconnected_are_in_no_batch() -> None:
+    async def scenario() -> None:
+        model = Model(max_rows=2)
+        first = request(model, 0)  # starts the task that makes the batches
+        await started(model, 1)
+        abandoned = request(model, 1, 2, 3)
+        await asyncio.sleep(0.05)
+        wanted = request(model, 4, 5)
+        abandoned.left.set()
+        first.left.set()
+        await asyncio.gather(abandoned.task, first.task)
+        model.ready.set()
+        await wanted.task
+        assert (first.answer, abandoned.answer, wanted.answer) == ([], [], [8, 10])
+        assert model.batches == [[0], [4, 5]]
+
+    run(scenario())
+
+
+@pytest.mark.usefixtures("_watched_at_once")
+def test_rest_of_a_call_whose_caller_has_disconnected_is_not_computed() -> None:
+    async def scenario() -> None:
+        model = Model(max_rows=2)
+        abandoned = request(model, *range(10, 20))
+        await started(model, 1)
+        wanted = model.call(1)
+        for batches in (2, 3):  # parts of parts
+            model.ready.set()
+            await started(model, batches)
+            model.ready.clear()
+        abandoned.left.set()
+        await abandoned.task
+        model.ready.set()
+        assert (await wanted).tolist() == [2] and (await model.call(3)).tolist() == [6]
+        assert model.batches == [[10, 11], [12, 1], [13, 14], [3]]
+
+    run(scenario())
+
+
+@pytest.mark.usefixtures("_watched_at_once")
+def test_services_drop_requests_whose_callers_have_disconnected() -> None:
+    async def scenario() -> None:
+        app = Doubler.to_asgi(is_main=False)  # type: ignore[attr-defined]
+        async with app.router.lifespan_context(app):
+
+            def send(row: int) -> Request:
+                return Request(app, "/double", json.dumps({"rows": [row]}).encode())
+
+            first = send(1)
+            while not doubled:
+                await asyncio.sleep(0.01)
+            abandoned, wanted = send(2), send(3)
+            await asyncio.sleep(0.1)
+            abandoned.left.set()
+            await abandoned.task
+            may_double.set()
+            await asyncio.gather(first.task, wanted.task)
+            assert (first.answer, abandoned.answer, wanted.answer) == ([2], [], [6])
+            assert doubled == [[1], [3]]
 
     run(scenario())
 
