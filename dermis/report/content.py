@@ -345,11 +345,13 @@ def _fidelity(plan: DatasetPlan, compared: Mapping[str, FeatureComparison], prob
                 name,
                 rounded(typical.low),
                 rounded(typical.high),
-                0.95,
+                rounded(result.real_typical),
                 "share",
             ),
         ]
-    notes = ("A lower distance is better. The reference is that of as many held-out real images.",)
+    notes = (
+        "A lower distance is better. The reference is that of as many held-out real images, for typical images that of all.",
+    )
     return _of_features(numbers, compared, problem, notes)
 
 
@@ -389,12 +391,13 @@ def _of_features(
 ) -> ReportSection:
     """Make a section of features; without held-out images it has no reference, so it is measured partly."""
     section = _section(numbers, problem, images=sum(each.images for each in compared.values()) or None, notes=notes)
-    if section.status != "measured" or all(each.real_distance is not None for each in compared.values()):
+    if section.status != "measured" or all(each.reference is not None for each in numbers):
         return section
     return replace(
         section,
         status="partly measured",
-        reason="the statistics of real images have no held-out images of a class, so it is not known what real images have",
+        reason="the statistics of real images have no held-out images of a class, or are of an earlier version, so it is not "
+        "known what real images have",
         remedy=f"make them again with held-out images: `{REFERENCE_COMMAND} --held-out HELD_OUT`",
     )
 
