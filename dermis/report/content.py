@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from dermis.artefacts import NAMES, wilson_interval
+from dermis.authenticity.attack import INTERVAL
 from dermis.authenticity.verdict import FALSE_ALARMS
 from dermis.bundle.reference import MINIMUM_GROUP, read_features
 from dermis.dataset.plan import DatasetPlan, request_in_words
@@ -475,7 +476,7 @@ def _privacy(plan: DatasetPlan, privacy: PrivacyReport | None) -> ReportSection:
     )
     notes = [
         "Distances to the nearest training image; the reference is that of training images to each other.",
-        f"An AUC of 0.5 is guessing. The attack uses these {images:,} images; it finds less with fewer images.",
+        f"An AUC of 0.5 is guessing. The attack uses these {images:,} images; it finds less with fewer images. {INTERVAL}.",
     ]
     if not all(has_percentile(images, percentile) for percentile in SHOWN):
         notes.append("Percentiles that lie between the two nearest or the two farthest images are left out.")

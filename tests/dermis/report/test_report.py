@@ -287,6 +287,7 @@ def test_numbers_of_a_small_gated_dataset_claim_no_more_than_it_can_show(bundle:
     assert {"nearest distance, 25 %", "nearest distance, 75 %"} <= set(numbers)
     assert not {"nearest distance, 1 %", "nearest distance, 95 %"} & set(numbers)  # they need more than 12 images
     assert numbers["AUC of the distance attack"]["reference"] is None
+    assert any("counts images as independent" in note for note in report["privacy"]["notes"])
     complete = [numbers["authentic before the gate"], numbers["authentic after the gate"]]
     complete += next(each for each in report["scorecard"] if each["id"] == "completeness")["numbers"]
     assert all(each["value"] is not None and each["low"] is None for each in complete)
