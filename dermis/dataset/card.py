@@ -283,7 +283,8 @@ def _privacy_section(plan: DatasetPlan, privacy: PrivacyReport | None) -> str:
         attack_text = (
             "An attacker classifies a real image as a training image if a synthetic image is near it:\n"
             f"AUC {attack.auc:.3f} (0.5 is guessing; 95 % interval {attack.low:.3f} to {attack.high:.3f}), of "
-            f"{attack.members:,} training and {attack.held_out:,} held-out images.\n{INTERVAL}.\nA privacy audit counts patients."
+            f"{attack.members:,} training and {attack.held_out:,} held-out images.\n{INTERVAL}.\n"
+            "A privacy audit counts patients."
         )
     baseline = f"The baseline: {privacy.stands_on}.\n" if privacy.stands_on else ""
     if privacy.weakness is not None:
