@@ -25,7 +25,7 @@ from dermis.synthesizer import Synthesizer
 from training.data.isic import load_isic
 from training.evaluation.copies import recompressed
 from training.evaluation.features import labels_in_proportion, real_features
-from training.evaluation.holdout import groups_of
+from training.evaluation.holdout import groups_of, without_ids
 from training.evaluation.privacy import bundle_labels, pixel_space
 from training.evaluation.sets import Generation, generated_batches, load_spaces
 
@@ -91,6 +91,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, PrivacyAudit]:
             non_members_sha256=others.sha256,
             spaces={space.name: space.identity for space in extractors},
             seed=0,
+            members_without_ids=without_ids(members),
+            non_members_without_ids=without_ids(others),
         )
         patients = groups if groups is not None else [str(i) for i in range(len(real))]
         evidence = Evidence(spaces, patients, (), [Attribute("class", real, classes.tolist())], planted)

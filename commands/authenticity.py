@@ -311,6 +311,8 @@ def _document(
 
 def _report(document: dict[str, Any]) -> str:
     """Write the report in Markdown."""
+    from dermis.authenticity.attack import INTERVAL
+
     audit, samples = document["projections"], document["samples"]
     cosine, attack = audit["cosine_distance"], samples["exposure"]["attack"]
     share = audit["too_close_to_target"] / audit["count"]
@@ -343,10 +345,10 @@ def _report(document: dict[str, Any]) -> str:
     if attack is None:
         paragraphs.append("The index has no held-out images, so membership inference was not measured.")
     else:
-        verdict = "better than guessing" if attack["low"] > 0.5 else "no better than guessing"
         paragraphs.append(
-            f"Membership inference by distance: AUC {attack['auc']:.3f} (95 % interval {attack['low']:.3f} to "
-            f"{attack['high']:.3f}; {attack['members']:,} training and {attack['held_out']:,} held-out images), {verdict}."
+            f"Membership inference by distance: AUC {attack['auc']:.3f} (0.5 is guessing; 95 % interval {attack['low']:.3f} to "
+            f"{attack['high']:.3f}; {attack['members']:,} training and {attack['held_out']:,} held-out images). {INTERVAL}; "
+            "`dermis privacy audit` counts patients."
         )
     return "\n\n".join(paragraphs) + "\n"
 

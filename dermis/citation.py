@@ -321,7 +321,8 @@ def _gate(manifest: Manifest, images: int) -> list[str]:
     if attack is not None:
         sentences.append(
             f"A membership attack by nearest distances had an AUC of {attack.auc:.3f} (95 % interval {attack.low:.3f} to "
-            f"{attack.high:.3f}; chance 0.5; {attack.members:,} training and {attack.held_out:,} held-out images)."
+            f"{attack.high:.3f} with images counted as independent; chance 0.5; {attack.members:,} training and "
+            f"{attack.held_out:,} held-out images)."
         )
     return sentences
 

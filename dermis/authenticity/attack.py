@@ -4,6 +4,9 @@ The attacker, who has only generated images, classifies a real image as a traini
 score is the negative distance to the nearest generated image. The AUC of training against held-out images is 0.5 for a
 generator that discloses nothing, and 1 for one that copies. (The black-box attack of Chen et al., arXiv 1909.03935, section
 4.2.)
+
+An index does not say which images are of one patient, so intervals count images as independent, and nothing is concluded
+from them. `dermis.privacy` attacks with patients.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from dermis.authenticity.index import Floats, Index, import_faiss
 
 MAX_ATTACKED_IMAGES = 10_000  # largest number of training images, and of held-out images, in an attack
 MIN_IMAGES = 20  # images of each kind that an attack needs
+INTERVAL = "The interval counts images as independent, so it is too narrow if patients have several images"
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,8 @@ class Attack:
 
     Attributes:
         auc: AUC of training against held-out images.
-        low: Lower end of its 95 % interval.
-        high: Upper end of its 95 % interval.
+        low: Lower end of its 95 % interval, which counts images as independent.
+        high: Upper end of this interval.
         members: Number of training images.
         held_out: Number of held-out images.
     """
@@ -38,14 +42,11 @@ class Attack:
     members: int
     held_out: int
 
-    @property
-    def succeeds(self) -> bool:
-        """Whether the attack is significantly better than guessing."""
-        return self.low > 0.5
-
 
 def attack(members: Floats, held_out: Floats, *, seed: int = 0) -> Attack:
     """Measure how well distances separate training images from held-out ones.
+
+    The interval is too narrow if patients have several images, as every image is resampled by itself.
 
     Args:
         members: Distances [M] of training images to the nearest generated image.

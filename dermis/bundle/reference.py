@@ -60,6 +60,8 @@ class BaselineSample:
     images: int
     fd: float
     coverage: float
+    typical: float | None = None
+    """Share at most `typical_distance` from the mean; None in a reference that was made before this was measured."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ class _Baseline(_Part):
     images: int = Field(ge=2)
     fd: float
     coverage: float = Field(ge=0, le=1)
+    typical: float | None = Field(None, ge=0, le=1)
 
 
 class _Class(_Part):
@@ -242,7 +245,7 @@ def _class(name: str, document: _Class, where: str) -> ClassReference:
         skin_tone_median=document.skin_tone_median,
         cells=tuple(document.cells),
         typical_distance=document.typical_distance,
-        baseline=tuple(BaselineSample(each.images, each.fd, each.coverage) for each in document.baseline),
+        baseline=tuple(BaselineSample(**each.model_dump()) for each in document.baseline),
     )
 
 

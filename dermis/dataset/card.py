@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from dermis.authenticity.attack import INTERVAL
 from dermis.bundle.citation import METHOD_CITATION
 from dermis.bundle.classifier import DEFAULT_THRESHOLD, NOTICE
 from dermis.dataset.columns import feature_kinds, features_code, features_yaml
@@ -279,11 +280,11 @@ def _privacy_section(plan: DatasetPlan, privacy: PrivacyReport | None) -> str:
         "Whether an attacker can tell training images from others was not measured: the index has no held-out images."
     )
     if attack is not None:
-        beyond = "correct more often than by chance" if attack.succeeds else "no better than chance"
         attack_text = (
-            f"An attacker who classifies a real image as a training image if a synthetic image is near it is {beyond}:\n"
-            f"AUC {attack.auc:.3f} (95 % interval {attack.low:.3f} to {attack.high:.3f}), of {attack.members:,} training and "
-            f"{attack.held_out:,} held-out images."
+            "An attacker classifies a real image as a training image if a synthetic image is near it:\n"
+            f"AUC {attack.auc:.3f} (0.5 is guessing; 95 % interval {attack.low:.3f} to {attack.high:.3f}), of "
+            f"{attack.members:,} training and {attack.held_out:,} held-out images.\n{INTERVAL}.\n"
+            "A privacy audit counts patients."
         )
     baseline = f"The baseline: {privacy.stands_on}.\n" if privacy.stands_on else ""
     if privacy.weakness is not None:

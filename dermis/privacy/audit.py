@@ -38,6 +38,19 @@ MIN_IMAGES = 50  # of members and of non-members
 
 
 @dataclass(frozen=True)
+class WithoutIds:
+    """Numbers of images whose patient is not known.
+
+    Attributes:
+        patient: Images without a patient id.
+        patient_and_lesion: Those of them that have no lesion id either: each counts as a patient of its own.
+    """
+
+    patient: int = 0
+    patient_and_lesion: int = 0
+
+
+@dataclass(frozen=True)
 class Subject:
     """What was audited, and with which images. It names no image, patient or path.
 
@@ -57,6 +70,8 @@ class Subject:
         spaces: Identity of each feature space by name.
         seed: Seed of everything random.
         truncation_psi: Truncation of the samples; None for a dataset.
+        members_without_ids: Numbers of members without an id; None if they were not counted, as in earlier audits.
+        non_members_without_ids: The same numbers for held-out images.
     """
 
     scope: Scope
@@ -74,6 +89,8 @@ class Subject:
     spaces: Mapping[str, str]
     seed: int
     truncation_psi: float | None = None
+    members_without_ids: WithoutIds | None = None
+    non_members_without_ids: WithoutIds | None = None
 
 
 @dataclass(frozen=True)
@@ -292,12 +309,36 @@ def _outcomes_of_images(subject: Subject) -> list[Outcome]:
     if subject.member_patients is None or subject.non_member_patients is None:
         finding = "Patients are not known: each image counts as a patient, so intervals may be too narrow."
         outcomes.append(Outcome("patients", "warn", finding))
+    elif finding := _without_patient(subject):
+        outcomes.append(Outcome("patients", "warn", finding))
     else:
         finding = (
             f"{subject.member_patients:,} patients of members, {subject.non_member_patients:,} of held-out images."
         )
         outcomes.append(Outcome("patients", "pass", finding))
     return outcomes
+
+
+def _without_patient(subject: Subject) -> str:
+    """State how many images have no patient id, and as what they count; empty if all have one.
+
+    No share is tolerated: one patient can have all of these images, and images in both sets.
+    """
+    members, others = (each or WithoutIds() for each in (subject.members_without_ids, subject.non_members_without_ids))
+    missing = members.patient + others.patient
+    alone = members.patient_and_lesion + others.patient_and_lesion
+    if not missing:
+        return ""
+    parts = []
+    if alone:
+        parts.append(f"{alone:,} of these count as patients of their own")
+    if missing > alone:
+        parts.append(f"{missing - alone:,} count with the other images of their lesion only")
+    return (
+        f"{members.patient:,} of {subject.members:,} members and {others.patient:,} of {subject.non_members:,} held-out images "
+        f"have no patient id: {' and '.join(parts)}. All intervals and tests rest on this, so intervals may be too narrow, and "
+        "a patient may be in both sets."
+    )
 
 
 def _fair_split(control: SplitControl) -> Outcome:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from dermis.metrics.classification import Estimate
 from dermis.privacy.attacks import AttackResult, Recognised
-from dermis.privacy.audit import PrivacyAudit
+from dermis.privacy.audit import PrivacyAudit, WithoutIds
 from dermis.privacy.verdict import rules_of
 
 _MEANING = {
@@ -60,8 +60,8 @@ def _head(audit: PrivacyAudit) -> str:
     what = "bundle" if subject.scope == "bundle" else "dataset"
     status = verdict.status if verdict.complete else f"{verdict.status} (incomplete)"
     patients = [
-        "patients not known" if count is None else f"{count:,} patients"
-        for count in (subject.member_patients, subject.non_member_patients)
+        _patients(subject.member_patients, subject.members_without_ids),
+        _patients(subject.non_member_patients, subject.non_members_without_ids),
     ]
     rows = [
         ("bundle", f"{subject.bundle_name}, digest {subject.bundle_digest}"),
@@ -80,6 +80,13 @@ def _head(audit: PrivacyAudit) -> str:
         f"**Verdict: {status}** - {_MEANING[verdict.status]}.\n\n"
         f"{text[:1].upper()}{text[1:]}.\n\n" + _table(("", ""), rows) + (f"\n\nRemarks:\n{remarks}" if remarks else "")
     )
+
+
+def _patients(count: int | None, without: WithoutIds | None) -> str:
+    if count is None:
+        return "patients not known"
+    alone = 0 if without is None else without.patient_and_lesion
+    return f"{count:,} patients" + (f" (of which {alone:,} are images without an id)" if alone else "")
 
 
 def _rules(audit: PrivacyAudit) -> str:

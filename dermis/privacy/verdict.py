@@ -43,7 +43,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "patients",
-        "patients (or lesions) of the images are known, so that intervals and tests count patients",
+        "the patients of all images are known, so that intervals and tests count patients",
         "they are not known: each image counts as a patient",
         "never",
     ),

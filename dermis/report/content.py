@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from dermis.artefacts import NAMES, wilson_interval
+from dermis.authenticity.attack import INTERVAL
 from dermis.authenticity.verdict import FALSE_ALARMS
 from dermis.bundle.reference import MINIMUM_GROUP, read_features
 from dermis.dataset.plan import DatasetPlan, request_in_words
@@ -345,11 +346,13 @@ def _fidelity(plan: DatasetPlan, compared: Mapping[str, FeatureComparison], prob
                 name,
                 rounded(typical.low),
                 rounded(typical.high),
-                0.95,
+                rounded(result.real_typical),
                 "share",
             ),
         ]
-    notes = ("A lower distance is better. The reference is that of as many held-out real images.",)
+    notes = (
+        "A lower distance is better. The reference is that of as many held-out real images, for typical images that of all.",
+    )
     return _of_features(numbers, compared, problem, notes)
 
 
@@ -389,12 +392,13 @@ def _of_features(
 ) -> ReportSection:
     """Make a section of features; without held-out images it has no reference, so it is measured partly."""
     section = _section(numbers, problem, images=sum(each.images for each in compared.values()) or None, notes=notes)
-    if section.status != "measured" or all(each.real_distance is not None for each in compared.values()):
+    if section.status != "measured" or all(each.reference is not None for each in numbers):
         return section
     return replace(
         section,
         status="partly measured",
-        reason="the statistics of real images have no held-out images of a class, so it is not known what real images have",
+        reason="the statistics of real images have no held-out images of a class, or are of an earlier version, so it is not "
+        "known what real images have",
         remedy=f"make them again with held-out images: `{REFERENCE_COMMAND} --held-out HELD_OUT`",
     )
 
@@ -472,7 +476,7 @@ def _privacy(plan: DatasetPlan, privacy: PrivacyReport | None) -> ReportSection:
     )
     notes = [
         "Distances to the nearest training image; the reference is that of training images to each other.",
-        f"An AUC of 0.5 is guessing. The attack uses these {images:,} images; it finds less with fewer images.",
+        f"An AUC of 0.5 is guessing. The attack uses these {images:,} images; it finds less with fewer images. {INTERVAL}.",
     ]
     if not all(has_percentile(images, percentile) for percentile in SHOWN):
         notes.append("Percentiles that lie between the two nearest or the two farthest images are left out.")

@@ -46,13 +46,15 @@ class FeatureComparison:
     distance: Estimate
     """Fréchet distance."""
     typical: Estimate
-    """Share of the images that are as near to the real mean as 95 % of the real images."""
+    """Share of the images that are as near to the real mean as 95 % of the real training images."""
     coverage: Estimate
     """Share of the real images that the images account for, cell by cell."""
     spread: Estimate
     """Total variance relative to that of the real images."""
     real_distance: float | None
     real_coverage: float | None
+    real_typical: float | None
+    """Share of all held-out images. New images are farther from the mean than those that it was computed from."""
 
 
 class _Comparer:
@@ -125,6 +127,7 @@ def compare(features: Floats, real: ClassFeatures, reference: ClassReference) ->
         spread=estimate(comparer.spread),
         real_distance=distance,
         real_coverage=coverage,
+        real_typical=max(reference.baseline, key=lambda each: each.images).typical if reference.baseline else None,
     )
 
 
@@ -140,7 +143,8 @@ def statistics_of(features: Floats) -> tuple[ClassFeatures, tuple[int, ...], flo
     """Compute the statistics of the features [N, dim] of real images of one class.
 
     Returns:
-        The statistics, the number of images in each cell, and the 95th percentile of the Mahalanobis distances.
+        The statistics, the number of images in each cell, and the 95th percentile of the Mahalanobis distances. More than
+        5 % of other images of the same distribution are beyond it, as mean and covariance fit these images.
     """
     if len(features) < MINIMUM_GROUP:
         raise ValueError(f"{len(features)} images; statistics need at least {MINIMUM_GROUP}")
@@ -198,6 +202,7 @@ def baseline(
                 size,
                 float(np.mean([comparer.distance(draw) for draw in draws])),
                 float(np.mean([comparer.coverage(draw) for draw in draws])),
+                float(np.mean([comparer.typical(draw) for draw in draws])),
             )
         )
     return tuple(samples)

@@ -232,4 +232,5 @@ def test_audit_reports_its_measurements(bundle: Bundle, folder: Path, tmp_path: 
     assert document["samples"]["exposure"]["attack"]["held_out"] == 30
     report = (tmp_path / "a" / "REPORT.md").read_text()
     assert "5 training images were projected" in report and "Membership inference" in report
+    assert "counts images as independent" in report and "than guessing" not in report, "patients are not known"
     assert decode((tmp_path / "a" / "pairs.png").read_bytes()).ndim == 3

@@ -19,11 +19,14 @@ COMBINED = "two of these, drawn at random"
 UNCHANGED = "unchanged"
 
 
-def changed_copies(images: Images, count: int, seed: int) -> Iterator[tuple[str, Images]]:
+def changed_copies(images: Images, others: Images, count: int, seed: int) -> Iterator[tuple[str, Images]]:
     """Yield every kind of change by name, with changed copies uint8 [count, R, R, 3] of randomly drawn images.
+
+    An image is joined with another one of `images`, of which either can be recognised, and with one of `others`.
 
     Args:
         images: Images uint8 [N, R, R, 3] that are to be recognised.
+        others: Images uint8 [M, R, R, 3] that are not.
         count: Copies of each kind.
         seed: Seed of everything random. The copies of one kind do not depend on the other kinds.
     """
@@ -33,13 +36,17 @@ def changed_copies(images: Images, count: int, seed: int) -> Iterator[tuple[str,
     for number, (name, function) in enumerate(functions.items(), 1):
         rng = np.random.default_rng([seed, number])
         yield name, np.stack([np.ascontiguousarray(function(images[k], rng)) for k in drawn])
-    for number, (name, join) in enumerate(JOINS.items(), 1 + len(functions)):
+    joined = [
+        *((f"{name}, of two training images", join, images) for name, join in JOINS.items()),
+        *((f"{name} with a new image", join, others) for name, join in JOINS.items()),
+    ]
+    for number, (name, join, partners) in enumerate(joined, 1 + len(functions)):
         rng = np.random.default_rng([seed, number])
-        others = rng.choice(len(images), len(drawn))
+        chosen = rng.choice(len(partners), len(drawn))
         turns = rng.integers(0, 4, len(drawn))
         copies = [
-            turned(join(images[k], images[other]), int(turn))
-            for k, other, turn in zip(drawn, others, turns, strict=True)
+            turned(join(images[k], partners[other]), int(turn))
+            for k, other, turn in zip(drawn, chosen, turns, strict=True)
         ]
         yield name, np.stack(copies)
 
@@ -59,7 +66,8 @@ def measure(score: Score, known: Images, others: Images, *, count: int, seed: in
     """
     false_alarms = float((score(others) >= COPY).mean())
     found = {
-        name: round(float((score(copies) >= COPY).mean()), 4) for name, copies in changed_copies(known, count, seed)
+        name: round(float((score(copies) >= COPY).mean()), 4)
+        for name, copies in changed_copies(known, others, count, seed)
     }
     return {
         "images": min(count, len(known)),

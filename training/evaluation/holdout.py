@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dermis.errors import DataError
+from dermis.privacy.audit import WithoutIds
 from training.data.images import ImageDataset, content_digest
 from training.data.splits import group_of
 
@@ -65,6 +66,12 @@ def groups_of(dataset: ImageDataset, holdout: ImageDataset | None = None) -> lis
     if len(records) < sum(len(each.ids) for each in sets) or not any(r.patient_id or r.lesion_id for r in records):
         return None
     return group_of(records)
+
+
+def without_ids(images: ImageDataset) -> WithoutIds:
+    """Count the images that `groups_of` groups by their lesion only, or gives a group of their own."""
+    without_patient = [record for record in images.records if not record.patient_id]
+    return WithoutIds(len(without_patient), sum(not record.lesion_id for record in without_patient))
 
 
 def _together(dataset: ImageDataset, holdout: ImageDataset) -> str:

@@ -32,7 +32,7 @@ from training.data.images import ImageDataset
 from training.data.sources import MANIFEST, Record
 from training.evaluation.copies import recompressed
 from training.evaluation.features import labels_in_proportion, real_features
-from training.evaluation.holdout import check_holdout, groups_of
+from training.evaluation.holdout import check_holdout, groups_of, without_ids
 from training.evaluation.sets import Generation, generated_batches
 from training.gan.state import load_stored_discriminator
 
@@ -155,6 +155,8 @@ def audit_privacy(
         spaces={space.name: space.identity for space in spaces},
         seed=options.seed,
         truncation_psi=options.truncation_psi if dataset is None else None,
+        members_without_ids=without_ids(members),
+        non_members_without_ids=without_ids(non_members),
     )
     evidence = Evidence(
         features,

@@ -170,6 +170,7 @@ def test_gate_redraws_copies_and_records_distance_of_each_image(bundle: Bundle, 
     assert parse_manifest(manifest.to_json(), "x") == manifest
     card = (tmp_path / "a" / "README.md").read_text()
     assert "## Privacy" in card and "has not been checked" not in card
+    assert "counts images as independent" in card and "chance" not in card, "patients are not known"
     assert report.stands_on in card and f"radii of the training images ({report.limit:.4f})" in card
 
 

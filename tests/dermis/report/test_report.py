@@ -25,6 +25,7 @@ from dermis.bundle.reference import (
     FeatureSpace,
     ReferenceDescription,
     read_features,
+    read_reference_files,
     write_reference_folder,
 )
 from dermis.classifier.onnx_session import Classifier
@@ -211,6 +212,30 @@ def test_coverage_counts_the_modes_that_are_reached() -> None:
     assert whole.real_distance is not None and half.distance.low > 2 * whole.real_distance
 
 
+def test_typical_images_are_compared_with_held_out_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("dermis.report.features.REPLICATES", 20)
+    random = np.random.default_rng(1)
+    training, held_out, generated = (random.normal(size=(n, 64)).astype(np.float32) for n in (3200, 2000, 10_000))
+    statistics, cells, typical = statistics_of(training)
+    samples = baseline(held_out, statistics, cells, typical)
+    real = ClassReference(3200, None, {}, {}, 0.0, cells, typical, samples)
+    result = compare(generated, statistics, real)
+    assert result.real_typical is not None
+    assert result.typical.low < result.real_typical < result.typical.high < 0.95
+    assert compare(generated[:100], statistics, replace(real, baseline=())).real_typical is None
+
+    description = ReferenceDescription(SIDE, {"a": real}, (), {}, FeatureSpace("0" * 64, 64))
+    write_reference_folder(tmp_path / "r", description, {"a": statistics})
+    file = tmp_path / "r" / "reference.json"
+    assert read_reference_files(tmp_path / "r")[0].classes["a"].baseline == samples
+    document = json.loads(file.read_text())
+    for each in document["classes"]["a"]["baseline"]:
+        del each["typical"]
+    file.write_text(json.dumps(document))
+    earlier = read_reference_files(tmp_path / "r")[0].classes["a"]
+    assert compare(generated[:100], statistics, earlier).real_typical is None
+
+
 def test_report_says_what_was_not_measured_and_never_passes_it(tmp_path: Path) -> None:
     plain = make_bundle(tmp_path / "b")
     wanted = DatasetRequest.model_validate({"model": "tiny", "classes": {"malignant": 2, "benign": 1}})
@@ -262,6 +287,7 @@ def test_numbers_of_a_small_gated_dataset_claim_no_more_than_it_can_show(bundle:
     assert {"nearest distance, 25 %", "nearest distance, 75 %"} <= set(numbers)
     assert not {"nearest distance, 1 %", "nearest distance, 95 %"} & set(numbers)  # they need more than 12 images
     assert numbers["AUC of the distance attack"]["reference"] is None
+    assert any("counts images as independent" in note for note in report["privacy"]["notes"])
     complete = [numbers["authentic before the gate"], numbers["authentic after the gate"]]
     complete += next(each for each in report["scorecard"] if each["id"] == "completeness")["numbers"]
     assert all(each["value"] is not None and each["low"] is None for each in complete)

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from dermis.authenticity.copy_network import REGIONS
+from dermis.authenticity.transformations import JOINS
 from dermis.errors import TrainingError
 from dermis.files import try_lock
 from kept_logger import keep_curves
 from tiny_copies import KNOWN, SIDE, colour_fields, dataset, make_detector
 from training.copies.config import CopiesConfig
+from training.copies.measure import changed_copies
 from training.copies.run import train_copy_detector
 from training.copies.views import views_of
 
@@ -90,6 +92,15 @@ def test_views_name_the_image_that_each_region_shows() -> None:
         assert set(views.targets[row, halves]) == {views.targets[row, 0], views.second[row]}
     for row in set(range(4)) - set(joined):
         assert (views.targets[row] == [0, 3, 2, 1][row]).all()
+
+
+def test_training_images_are_joined_with_new_ones() -> None:
+    known, others = (np.full((30, 16, 16, 3), value, np.uint8) for value in (0, 200))
+    copies = dict(changed_copies(known, others, 20, seed=0))
+    for join in JOINS:
+        joined = copies[f"{join} with a new image"]
+        assert len(joined) == 20 and all({0, 200} <= set(np.unique(image)) for image in joined)
+        assert copies[f"{join}, of two training images"].max() == 0
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from dermis.dataset.reading import read_samples
 from dermis.dataset.verify import verify
 from dermis.errors import BundleError, DataError, DermisError, RequestError, StorageError
 from dermis.features import FeatureExtractor
+from dermis.privacy.audit import PrivacyAudit
 from dermis.synthesizer import Synthesizer
 from tiny import make_bundle
 
@@ -104,6 +105,33 @@ def test_audit_of_a_bundle_is_written_attached_and_shown(folders: tuple[Path, Pa
     again = tmp_path / "again"
     _run(folders, again)
     assert json.loads((again / "audit.json").read_text()) == document, "the result depends on the seed only"
+
+
+@pytest.mark.parametrize("lesions", [False, True])
+def test_images_without_a_patient_are_counted_and_warned_of(
+    folders: tuple[Path, Path, Path], tmp_path: Path, lesions: bool
+) -> None:
+    for folder in folders[1:]:
+        rows = [line.split(",") for line in (folder / "metadata.csv").read_text().splitlines()]
+        for number, row in enumerate(rows):
+            row[2] = row[2] if number < 2 else ""
+            row.append("lesion_id" if number == 0 else f"{folder.name}{number // 4}" if lesions else "")
+        (folder / "metadata.csv").write_text("\n".join(map(",".join, rows)) + "\n")
+    _run(folders, tmp_path / "out")
+    document = json.loads((tmp_path / "out" / "audit.json").read_text())
+    text = (tmp_path / "out" / "AUDIT.md").read_text()
+    outcome = next(outcome for outcome in document["outcomes"] if outcome["rule"] == "patients")
+    assert outcome["status"] == "warn"
+    assert "79 of 80 members and 79 of 80 held-out images have no patient id" in outcome["finding"]
+    count_as = (
+        "158 count with the other images of their lesion" if lesions else "158 of these count as patients of their own"
+    )
+    assert count_as in outcome["finding"] and outcome["finding"] in text
+    assert lesions or "80 patients (of which 79 are images without an id)" in text
+    counts = {"patient": 79, "patient_and_lesion": 0 if lesions else 79}
+    assert document["subject"]["members_without_ids"] == document["subject"]["non_members_without_ids"] == counts
+    del document["subject"]["members_without_ids"], document["subject"]["non_members_without_ids"]
+    assert PrivacyAudit.from_json(document).subject.members_without_ids is None, "as in earlier audits"
 
 
 def test_dataset_of_copies_fails(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
