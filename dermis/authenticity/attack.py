@@ -11,6 +11,7 @@ from them. `dermis.privacy` attacks with patients.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -56,17 +57,30 @@ def attack(members: Floats, held_out: Floats, *, seed: int = 0) -> Attack:
     Raises:
         ValueError: There are fewer than 20 of either.
     """
-    from dermis.metrics.classification import (
+    from dermis.metrics.classification import (  # its package imports torch, which the gateway does not need
         auc,
         bootstrap,
-    )  # its package imports torch, which the gateway does not need
+    )
 
     if min(len(members), len(held_out)) < MIN_IMAGES:
         raise ValueError(f"{len(members)} and {len(held_out)} images; at least {MIN_IMAGES} of each are needed")
-    labels = np.concatenate([np.ones(len(members), np.int64), np.zeros(len(held_out), np.int64)])
+    labels = _labels(len(members), len(held_out))
     scores = -np.concatenate([members, held_out]).astype(np.float64)
-    estimate = bootstrap(labels, scores, {"auc": auc}, seed=seed)["auc"]
+    weights = _resampled(len(members), len(held_out), seed)
+    estimate = bootstrap(labels, scores, {"auc": auc}, seed=seed, weights=weights)["auc"]
     return Attack(estimate.value, estimate.low, estimate.high, len(members), len(held_out))
+
+
+def _labels(members: int, held_out: int) -> NDArray[np.int64]:
+    return np.concatenate([np.ones(members, np.int64), np.zeros(held_out, np.int64)])
+
+
+@functools.lru_cache(maxsize=1)
+def _resampled(members: int, held_out: int, seed: int) -> NDArray[np.uint8]:
+    """The replicates of the bootstrap, which are those of every dataset and take more time than all else."""
+    from dermis.metrics.classification import REPLICATES, resampled
+
+    return resampled(_labels(members, held_out), None, REPLICATES, seed).astype(np.uint8)
 
 
 def identifiability(radii: Floats, to_generated: Floats) -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,6 +115,7 @@ def bootstrap(
     groups: Sequence[str] | None = None,
     replicates: int = REPLICATES,
     seed: int = 0,
+    weights: NDArray[Any] | None = None,
 ) -> dict[str, Estimate]:
     """Compute metrics with their intervals.
 
@@ -127,17 +129,20 @@ def bootstrap(
         groups: Patient of each image; None counts every image as a patient.
         replicates: Number of replicates.
         seed: Seed of the resampling.
+        weights: What `resampled` returns for these arguments, of any type, if it is known.
 
     Raises:
         ValueError: One of the classes is missing.
     """
     if len(set(labels.tolist())) < 2:
         raise ValueError("metrics need images of both classes")
-    weights = resampled(labels, groups, replicates, seed)
+    if weights is None:
+        weights = resampled(labels, groups, replicates, seed)
     estimates = {}
     for name, metric in metrics.items():
         value = float(metric(labels, probabilities, np.ones((1, len(labels))))[0])
-        parts = [metric(labels, probabilities, weights[i : i + _ROWS]) for i in range(0, replicates, _ROWS)]
+        rows = (weights[i : i + _ROWS].astype(np.float64, copy=False) for i in range(0, replicates, _ROWS))
+        parts = [metric(labels, probabilities, each) for each in rows]
         replicate_values = np.concatenate(parts)
         if metric is calibration_error:
             replicate_values = np.clip(replicate_values - replicate_values.mean() + value, 0, 1)

@@ -33,7 +33,7 @@ from services.settings import settings_of_process
 _settings = settings_of_process()
 
 
-@inference_service("Authenticity", _settings.authenticity_workers)
+@inference_service("Authenticity", _settings.authenticity_workers, threads=2)  # one of them for `expose`
 class AuthenticityService(InferenceService[Checker]):
     """The indexes of all served bundles that have one."""
 
