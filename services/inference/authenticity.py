@@ -89,7 +89,7 @@ class AuthenticityService(InferenceService[Checker]):
         Returns:
             The fields of an `Exposure`, or "problem" with the reason why there is none.
         """
-        if caller_has_disconnected():  # while the call waited for the only thread
+        if caller_has_disconnected():  # while the call waited for a thread
             return {"problem": CALLER_GONE}
         checker = self._models.get(digest)
         if checker is None:
