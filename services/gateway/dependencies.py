@@ -119,6 +119,40 @@ async def limited_time(context: Context, detail: str) -> AsyncIterator[None]:
         raise ProblemError("overloaded", detail, headers={"Retry-After": "5"}) from None
 
 
+async def sender_disconnected(request: Request) -> None:
+    """Return when the sender has closed the connection. The body must have been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+@asynccontextmanager
+async def while_connected(request: Request) -> AsyncIterator[None]:
+    """Cancel the work in a `with` block when the sender closes the connection. The body must have been read.
+
+    Raises:
+        ProblemError: The sender has closed the connection. Nobody reads this.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    disconnected = False
+
+    async def watch() -> None:
+        nonlocal disconnected
+        await sender_disconnected(request)
+        disconnected = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if disconnected and task.uncancel() == 0:
+            raise ProblemError("bad-request", "the sender closed the connection before the answer was ready") from None
+        raise
+    finally:
+        watcher.cancel()
+
+
 async def served_bundle(context: Context, principal: Principal, model: str | None) -> Bundle:
     """The served bundle with this name; the default one for None.
 

@@ -15,7 +15,7 @@ from dermis.errors import RequestError
 from dermis.image_metadata import ImageOrigin
 from dermis.imaging import ImageFormat, Images, encode
 from services.gateway.auth.principal import Principal
-from services.gateway.dependencies import Context, limited_time
+from services.gateway.dependencies import Context, limited_time, while_connected
 from services.image_signing import NO_CERTIFICATE
 from services.inference.samples import Image
 
@@ -69,6 +69,8 @@ async def generate_within_limits(
 ) -> list[Image]:
     """Return the images of `generate`, within the limits of calls and of time and the quota of the sender.
 
+    If the sender closes the connection before, the images are not made, and not counted.
+
     Args:
         context: The context of the routes.
         request: The request.
@@ -79,13 +81,14 @@ async def generate_within_limits(
         kept: What the request needs of further quotas, by name; it stays counted if the generator fails.
 
     Raises:
-        ProblemError: If too many calls or images are waiting, or if it takes too long.
+        ProblemError: If too many calls or images are waiting, if it takes too long, or if the sender closes the connection.
         QuotaExceededError: If a quota of the sender's tenant would be exceeded. Nothing was counted.
     """
     waiting = context.limits.image_wait(bundle.digest)
     with context.limits.images.hold(principal.tenant), waiting.hold(principal.tenant, count) as begin:
         async with (
             context.quotas.counted(request, principal, {"images_per_day": count}, kept or {}),
+            while_connected(request),
             limited_time(context, "the generator is busy; try again, or request fewer images"),
         ):
             begin()

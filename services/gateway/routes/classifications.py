@@ -28,6 +28,7 @@ from services.gateway.dependencies import (
     count_pixels,
     limited_time,
     model_header,
+    sender_disconnected,
     served_bundle,
 )
 from services.gateway.openapi import UPLOAD_PROBLEMS, content, headers, image_body, problems
@@ -127,7 +128,7 @@ async def classify_images(
             logits = await context.inference.classifier.logits(bundle, inputs)
         pictures: Sequence[EncodedHeatMap | None] = [None] * len(inputs)
         if heat_map is not None:
-            pictures = await context.heat_maps.make(bundle, heat_map, inputs, lambda: _disconnected(request))
+            pictures = await context.heat_maps.make(bundle, heat_map, inputs, lambda: sender_disconnected(request))
     scores = scores_of(logits, classifier.temperature)
     pairs = zip(scores.probabilities.tolist(), scores.calibrated.tolist(), strict=True)
     data = [
@@ -157,12 +158,6 @@ async def classify_images(
         notice=NOTICE,
     )
     return Response(response_body.model_dump_json(by_alias=True), media_type=_JSON, headers=response_headers)
-
-
-async def _disconnected(request: Request) -> None:
-    """Return when the caller has closed the connection. The body must have been read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _heat_map(method: Method, picture: EncodedHeatMap) -> ClassificationHeatMap:

@@ -9,19 +9,21 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import AsyncMock
 
 import pytest
+from starlette.requests import Request
 
 from dermis.bundle import Bundle
 from service_kit import service, wait_for
 from services.gateway import events as events_module
 from services.gateway.events import EventStream, progress_events
 from services.gateway.limits import GatewayLimits, Limiter, MinuteLimiter, WaitLimiter
+from services.gateway.sampling import generate_within_limits
 from services.problems import ProblemError
 from services.settings import Settings
 
@@ -127,6 +129,53 @@ def test_event_stream_reads_a_dataset_after_changes_only(monkeypatch: pytest.Mon
         "succeeded 8",
     ]
     assert reads == [("queued", 0), ("queued", 0), ("running", 0), ("running", 4), ("succeeded", 8)]
+
+
+def test_images_for_a_sender_who_has_left_are_not_made() -> None:
+    """The generator is busy: the call is cancelled there, no longer counted, and leaves its place to others."""
+    ended: list[str] = []
+
+    @asynccontextmanager
+    async def counted(*_: object) -> AsyncIterator[None]:
+        try:
+            yield
+        except ProblemError as problem:
+            ended.append(problem.kind)
+            raise
+
+    async def generate() -> list[Any]:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+        return []
+
+    async def scenario() -> None:
+        limits, left = GatewayLimits.of(Settings(_env_file=None, max_waiting_image_calls=1)), asyncio.Event()
+        context: Any = SimpleNamespace(
+            limits=limits,
+            quotas=SimpleNamespace(counted=counted),
+            settings=SimpleNamespace(image_timeout_seconds=60),
+        )
+
+        async def receive() -> dict[str, Any]:
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        sender: Any = SimpleNamespace(tenant="a")
+        bundle: Any = SimpleNamespace(digest="x")
+        request = Request({"type": "http"}, receive)
+        call = asyncio.create_task(generate_within_limits(context, request, sender, bundle, 4, generate))
+        await asyncio.sleep(0.05)
+        left.set()
+        with pytest.raises(ProblemError, match="closed the connection"):
+            await asyncio.wait_for(call, 10)
+        with limits.images.hold("a"):
+            pass
+
+    asyncio.run(scenario())
+    assert ended == ["cancelled", "bad-request"]
 
 
 def test_stalled_calls_keep_no_others_waiting(
