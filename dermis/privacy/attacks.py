@@ -43,6 +43,7 @@ FALSE_POSITIVES = (0.01, 0.001)
 PERMUTATIONS = 10_000
 HALVES = 200
 TAIL = 0.98
+LEARNED = "learned"
 _RANKS = (1, 2, 5, 10)
 _FOLDS = 5
 _ROWS = 100  # replicates computed at a time
@@ -158,6 +159,17 @@ def learned_scores(
         generated: Number of generated images.
         seed: Seed of the folds.
     """
+    values = cross_validated(learned_columns(neighbours, generated), labels, patients, seed=seed)
+    return Scores(LEARNED, "samples", "all", values)
+
+
+def learned_columns(neighbours: Sequence[Neighbours], generated: int) -> Floats:
+    """Compute what the learned attack sees of each image, [N, columns]. It does not depend on who is a member.
+
+    Args:
+        neighbours: The neighbours in each space.
+        generated: Number of generated images.
+    """
     columns = []
     for each in neighbours:
         floor = _floor(each)
@@ -166,8 +178,39 @@ def learned_scores(
         ratio = np.log(np.maximum(each.to_real[:, 0], floor)) - np.log(np.maximum(each.to_generated[:, 0], floor))
         columns += [ratio, *(np.maximum(ratio - np.quantile(ratio, share), 0) for share in (0.95, 0.99))]
         columns.append(density_ratio(each, generated))
-    values = cross_validated(np.stack(columns, axis=1), labels, patients, seed=seed)
-    return Scores("learned", "samples", "all", values)
+    return np.stack(columns, axis=1)
+
+
+def learned_scores_for_halves(
+    neighbours: Sequence[Neighbours],
+    labels: Labels,
+    patients: Patients,
+    choice: NDArray[np.int64],
+    *,
+    generated: int,
+    seed: int,
+) -> Scores:
+    """Compute scores of the learned attack for the bounds on epsilon.
+
+    The score of an image of another patient than those of `choice` does not depend on the label of any such image: it is that
+    of one classifier that was fitted to the patients of `choice` and stays fixed. Their own scores are cross-validated among
+    themselves and serve only to choose the attack and its threshold.
+
+    Args:
+        neighbours: The neighbours in each space.
+        labels: 1 for members, 0 for non-members.
+        patients: Patient of each image.
+        choice: The first half of `dermis.privacy.epsilon.patient_halves`.
+        generated: Number of generated images.
+        seed: Seed of the folds.
+    """
+    x = _standardised(learned_columns(neighbours, generated))
+    fit = np.isin(patients, patients[choice])
+    values = np.zeros(len(labels))
+    values[fit] = cross_validated(x[fit], labels[fit], patients[fit], seed=seed)
+    coefficients = fit_logistic(x[fit], labels[fit])
+    values[~fit] = x[~fit] @ coefficients[1:] + coefficients[0]
+    return Scores(LEARNED, "samples", "all", values)
 
 
 def cross_validated(features: Floats, labels: Labels, patients: Patients, *, seed: int) -> Floats:
@@ -185,8 +228,7 @@ def cross_validated(features: Floats, labels: Labels, patients: Patients, *, see
     Returns:
         Log odds of label 1, [N].
     """
-    spread = features.std(axis=0)
-    x = (features - features.mean(axis=0)) / np.where(spread > 1e-12, spread, 1.0)
+    x = _standardised(features)
     folds = _folds(labels, patients, seed)
     values = np.zeros(len(labels))
     for fold in range(_FOLDS):
@@ -196,6 +238,12 @@ def cross_validated(features: Floats, labels: Labels, patients: Patients, *, see
         coefficients = fit_logistic(x[~test], labels[~test])
         values[test] = x[test] @ coefficients[1:] + coefficients[0]
     return values
+
+
+def _standardised(features: Floats) -> Floats:
+    spread = features.std(axis=0)
+    x: Floats = (features - features.mean(axis=0)) / np.where(spread > 1e-12, spread, 1.0)
+    return x
 
 
 def _folds(labels: Labels, patients: Patients, seed: int) -> NDArray[np.int64]:

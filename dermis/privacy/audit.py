@@ -15,6 +15,7 @@ from dermis.metrics.classification import REPLICATES, Labels, resampled
 from dermis.metrics.neighbours import Features, nearest
 from dermis.privacy import verdict as rules
 from dermis.privacy.attacks import (
+    LEARNED,
     Access,
     AttackResult,
     Neighbours,
@@ -22,13 +23,14 @@ from dermis.privacy.attacks import (
     Scores,
     Space,
     learned_scores,
+    learned_scores_for_halves,
     measure_attacks,
     neighbours_of,
     sample_scores,
 )
 from dermis.privacy.controls import SplitControl, split_control
 from dermis.privacy.disclosure import Disclosures, disclosures
-from dermis.privacy.epsilon import DELTA, EpsilonBound, epsilon_bound
+from dermis.privacy.epsilon import DELTA, EpsilonBound, epsilon_bound, patient_halves
 from dermis.privacy.power import Power, plant, power_of
 from dermis.privacy.questions import Answer, Attribute, answer_questions
 from dermis.privacy.verdict import Outcome, Scope, Status, Verdict, verdict_of
@@ -202,9 +204,7 @@ def run_audit(
         )
         for space, each in zip(spaces, neighbours, strict=True)
     )
-    epsilon = epsilon_bound(
-        {f"{each.attack} ({each.space})": each.values for each in scores}, labels, patients, delta=delta, seed=seed
-    )
+    epsilon = _bound(scores, neighbours, labels, patients, len(spaces[0].generated), delta=delta, seed=seed)
     answers = answer_questions(spaces, neighbours, evidence.attributes, labels, patients, level=level, seed=seed)
     power = _power(evidence, neighbours, labels, patients, max(2 * len(scores), 1), seed)
     outcomes = (
@@ -229,6 +229,24 @@ def run_audit(
         answers,
         (*evidence.remarks, *useless),
     )
+
+
+def _bound(
+    scores: Sequence[Scores],
+    neighbours: Sequence[Neighbours],
+    labels: Labels,
+    patients: Patients,
+    generated: int,
+    *,
+    delta: float,
+    seed: int,
+) -> EpsilonBound | None:
+    """Compute the bounds on epsilon from all attacks; the learned one is fitted anew, to the first half of the patients."""
+    halves = patient_halves(labels, patients, seed)
+    learned = learned_scores_for_halves(neighbours, labels, patients, halves[0], generated=generated, seed=seed)
+    fixed = [each for each in scores if each.attack != LEARNED]
+    used = {f"{each.attack} ({each.space})": each.values for each in (*fixed, *_useful([learned])[0])}
+    return epsilon_bound(used, labels, patients, delta=delta, seed=seed, halves=halves)
 
 
 def _useful(scores: Sequence[Scores]) -> tuple[list[Scores], list[str]]:

@@ -84,24 +84,26 @@ def epsilon_bound(
     delta: float = DELTA,
     confidence: float = CONFIDENCE,
     seed: int = 0,
+    halves: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None,
 ) -> EpsilonBound | None:
     """Compute both bounds.
 
     Args:
-        scores: Scores [N] by attack.
+        scores: Scores [N] by attack. Those of the second half must not depend on the labels of the second half.
         labels: 1 for members, 0 for non-members.
         patients: Patient of each image.
         delta: The delta of the first bound.
         confidence: Probability for each bound that it is not above the true epsilon.
-        seed: Seed of the halves, of the images of each patient, and of the pairs.
+        seed: Seed of the halves and of the pairs.
+        halves: Result of `patient_halves`, for scores that were fitted to the first half; None to draw them.
 
     Returns:
         The bounds; None without scores, or if a half has fewer than 20 members or non-members.
     """
     if not scores:
         return None
-    rng = np.random.default_rng(seed)
-    choice, test = _halves(labels, patients, rng)
+    rng = np.random.default_rng([seed, 1])  # other numbers than those of the halves
+    choice, test = patient_halves(labels, patients, seed) if halves is None else halves
     if min(int((labels[half] == label).sum()) for half in (choice, test) for label in (0, 1)) < MIN_PATIENTS:
         return None
     error = 1 - confidence
@@ -164,10 +166,13 @@ def bound_from_guesses(right: int, guesses: int, *, error: float) -> float:
     return max(0.0, math.log(low / (1 - low))) if low < 1 else math.inf
 
 
-def _halves(
-    labels: Labels, patients: Patients, rng: np.random.Generator
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Draw one image of each patient and divide these, members and non-members separately, into two halves."""
+def patient_halves(labels: Labels, patients: Patients, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Draw one image of each patient and divide these, members and non-members separately, into two halves.
+
+    Returns:
+        The half on which the attack is chosen, and the half on which the bound is computed: numbers of images.
+    """
+    rng = np.random.default_rng(seed)
     shuffled = rng.permutation(len(labels))
     _, first = np.unique(patients[shuffled], return_index=True)
     images = rng.permutation(shuffled[first])

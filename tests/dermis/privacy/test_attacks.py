@@ -14,10 +14,17 @@ from numpy.typing import NDArray
 
 from dermis.errors import DataError
 from dermis.metrics.neighbours import nearest
-from dermis.privacy.attacks import Scores, Space, holm, neighbours_of, permutation_p
+from dermis.privacy.attacks import (
+    Scores,
+    Space,
+    holm,
+    learned_scores_for_halves,
+    neighbours_of,
+    permutation_p,
+)
 from dermis.privacy.audit import Evidence, PrivacyAudit, Subject, run_audit
 from dermis.privacy.disclosure import disclosures
-from dermis.privacy.epsilon import bound_from_guesses, epsilon_bound
+from dermis.privacy.epsilon import bound_from_guesses, epsilon_bound, patient_halves
 from dermis.privacy.power import detectable_share
 from dermis.privacy.questions import Attribute, linkability
 from dermis.privacy.report import audit_report
@@ -245,6 +252,44 @@ def test_what_was_not_measured_never_passes(statuses: dict[str, str]) -> None:
     assert verdict.complete == measured and (measured or (verdict.status == "warn" and "incomplete" in verdict.text))
     failed = verdict_of([*outcomes, Outcome("epsilon", "fail", "")], "bundle")
     assert failed.status == "fail"
+
+
+def test_scores_behind_the_bounds_do_not_depend_on_labels_of_the_half_that_is_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Otherwise the guesses about the second half know its answers, and the counts are not binomial."""
+    members, held_out, generated = (_population(seed, 120) for seed in (1, 2, 3))
+    captured: dict[str, object] = {}
+    monkeypatch.setattr(
+        "dermis.privacy.audit.epsilon_bound",
+        lambda scores, labels, patients, **options: captured.update(options, scores=scores),
+    )
+    _audit(members, held_out, generated)
+    space = Space("one", members, held_out, generated)
+    labels, patients = np.repeat(np.array([1, 0]), 120), np.arange(240) // 2  # two images of each patient
+    neighbours = [neighbours_of(space, patients)]
+    choice, test = patient_halves(labels, patients, 0)
+    flipped = labels.copy()
+    for label in (0, 1):
+        half = patients[test[labels[test] == label]][::2]
+        flipped[np.isin(patients, half)] = 1 - label
+    assert (flipped != labels).sum() >= 60 and flipped.sum() == labels.sum()
+    before, after = (
+        learned_scores_for_halves(neighbours, each, patients, choice, generated=120, seed=0).values
+        for each in (labels, flipped)
+    )
+    assert np.array_equal(before, after)
+
+    parts = (slice(None, DIM // 2), slice(DIM // 2, None))
+    own = np.unique([f"patient-{i}" for i in range(240)], return_inverse=True)[1]
+    neighbours = [
+        neighbours_of(Space("", members[:, part], held_out[:, part], generated[:, part]), own) for part in parts
+    ]
+    halves = patient_halves(labels, own, 0)
+    expected = learned_scores_for_halves(neighbours, labels, own, halves[0], generated=120, seed=0).values
+    used, scores = captured["halves"], captured["scores"]
+    assert isinstance(used, tuple) and all(map(np.array_equal, used, halves))
+    assert isinstance(scores, dict) and np.array_equal(scores["learned (all)"], expected)
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)
