@@ -77,6 +77,19 @@ class Subject:
     seed: int
     truncation_psi: float | None = None
 
+    @property
+    def unit(self) -> str:
+        """What the bounds on epsilon are about: an image only if it is known that every patient has exactly one."""
+        single = (self.member_patients, self.non_member_patients) == (self.members, self.non_members)
+        return "one patient (each has one image)" if single else "all images of one patient"
+
+    @property
+    def doubt(self) -> str:
+        """Why the bounds on epsilon are not guaranteed, as the end of a sentence; "" if they are."""
+        if None not in (self.member_patients, self.non_member_patients):
+            return ""
+        return "; neither is guaranteed, because it is not known which images are of one patient"
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -212,7 +225,7 @@ def run_audit(
         _fair_split(control),
         *_outcomes_of_attacks(attacks, subject.scope, control),
         _disclosures(near, control),
-        _epsilon(epsilon, control),
+        _epsilon(epsilon, control, subject),
         *(_question(answers, name, control) for name in ("singling out", "linkability", "inference")),
         _detectable(power),
     )
@@ -408,12 +421,13 @@ def _by_interval(rule: str, text: str, low: float, limit: float, control: SplitC
     return Outcome(rule, "fail" if low > limit else "warn", f"{text}.")
 
 
-def _epsilon(bound: EpsilonBound | None, control: SplitControl) -> Outcome:
+def _epsilon(bound: EpsilonBound | None, control: SplitControl, subject: Subject) -> Outcome:
     if bound is None:
         return Outcome("epsilon", "not measured", "There are too few patients for two halves, or no attack.")
     text = (
-        f"With {bound.joint_confidence:.0%} confidence for both, epsilon is at least {bound.from_rates:.2f} for adding or "
-        f"removing one image (delta {bound.delta:g}) and at least {bound.from_pairs:.2f} for replacing one image by another"
+        f"With {bound.joint_confidence:.0%} confidence for both, epsilon for {subject.unit} is at least "
+        f"{bound.from_rates:.2f} for adding or removing (delta {bound.delta:g}) and at least {bound.from_pairs:.2f} for "
+        f"replacing{subject.doubt}"
     )
     if control.separates:
         return Outcome(

@@ -60,6 +60,7 @@ def _audit(
     classes: tuple[list[str], list[str]] | None = None,
     generator_scores: tuple[Scores, ...] = (),
     scope: str = "dataset",
+    images_each: int = 1,
 ) -> PrivacyAudit:
     spaces = [
         Space(name, members[:, part], held_out[:, part], generated[:, part])
@@ -73,11 +74,11 @@ def _audit(
         dataset_digest=None,
         generated=len(generated),
         members=len(members),
-        member_patients=len(members),
+        member_patients=len(members) // images_each,
         members_sha256="1" * 64,
         members_are_training_set=True,
         non_members=len(held_out),
-        non_member_patients=len(held_out),
+        non_member_patients=len(held_out) // images_each,
         non_members_sha256="2" * 64,
         spaces={"one": "one", "two": "two"},
         seed=0,
@@ -87,9 +88,8 @@ def _audit(
         classes = (rng.choice(["a", "b"], real).tolist(), rng.choice(["a", "b"], len(generated)).tolist())
     copies = _noisy(members[: round(0.02 * len(members))], seed=9)
     planted = {"one": copies[:, : DIM // 2], "two": copies[:, DIM // 2 :]}
-    evidence = Evidence(
-        spaces, [f"patient-{i}" for i in range(real)], generator_scores, [Attribute("class", *classes)], planted
-    )
+    patients = [f"patient-{i // images_each}" for i in range(real)]
+    evidence = Evidence(spaces, patients, generator_scores, [Attribute("class", *classes)], planted)
     return run_audit(subject, evidence, replicates=200)
 
 
@@ -214,7 +214,7 @@ def test_result_round_trips_and_refuses_newer_formats() -> None:
     former = PrivacyAudit.from_json(values | {"format_version": 1})
     assert audit.epsilon is not None
     text = audit_report(audit)
-    assert "together with 95 % confidence" in text.replace("95%", "95 %") and "for replacing one image" in text
+    assert "together with 95 % confidence" in text.replace("95%", "95 %") and "for replacing one patient" in text
     assert "earlier version" in audit_report(former) and "earlier version" not in text
     assert "patient-" not in text + json.dumps(values)
     assert text.index("**Verdict:") < text.index("## Rules") < text.index("## Attacks") < text.index("## Limits")
@@ -310,6 +310,28 @@ def test_epsilon_of_randomized_response_is_not_exceeded(epsilon: float, seed: in
         above += (bound.from_rates > epsilon, bound.from_pairs > 2 * epsilon)
     # With probability 0.9999 a Binomial(40, 0.05) is at most 9. A pair of two independent answers has twice the epsilon.
     assert above.max() <= 9
+
+
+def test_bounds_are_stated_for_all_images_of_a_patient() -> None:
+    """One image more or less changes the answer about a patient by 1: epsilon 0.5. All ten have ten times that."""
+    rng, each, patients = np.random.default_rng(0), 10, 100
+    answers = np.repeat([each] * patients + [0] * patients, each) + np.repeat(rng.laplace(0, 2, 2 * patients), each)
+    audit = _audit(
+        *(_population(seed, count * each) for seed, count in ((1, patients), (2, patients), (3, 10))),
+        generator_scores=(Scores("answer", "generator", "count", answers),),
+        scope="bundle",
+        images_each=each,
+    )
+    assert audit.epsilon is not None and 1 < audit.epsilon.from_rates < 5
+    finding = next(outcome.finding for outcome in audit.outcomes if outcome.rule == "epsilon")
+    text = audit_report(audit).partition("## Epsilon")[2].partition("## The three")[0]
+    for stated in (finding, text):
+        assert "all images of one patient" in stated and "one image of" not in stated and "guaranteed" not in stated
+        assert "for one image" not in stated and "an image" not in stated and "removing one image" not in stated
+    unknown = replace(audit.subject, member_patients=None, non_member_patients=None)
+    assert "neither is guaranteed" in audit_report(replace(audit, subject=unknown)).partition("## Epsilon")[2]
+    single = replace(audit.subject, member_patients=1000, non_member_patients=1000)
+    assert "one patient (each has one image)" in audit_report(replace(audit, subject=single))
 
 
 def test_bounds_are_large_for_certain_attacks_and_zero_for_guesses() -> None:
