@@ -14,15 +14,15 @@ Three attacks use generated images alone:
     density ratio  log p_G(x) - log p_R(x), the densities of generated and of other real images around x (van Breugel et al.,
                    arXiv 2302.12580), both by a Gaussian kernel
     learned        a classifier of members and non-members on distances to the nearest generated and real images of several
-                   ranks in all feature spaces; the score of an image is that of a classifier that was fitted to other
-                   patients
+                   ranks in all feature spaces whose networks do not know the members; the score of an image is that of a
+                   classifier that was fitted to other patients
 
 The reference density p_R uses members and non-members alike, without the image's own patient, so that it treats both equally.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,6 +58,8 @@ class Space:
     members: Features
     non_members: Features
     generated: Features
+    knows_members: bool = False
+    """Whether its network may have been trained on the members, so that it can tell them apart without any generated image."""
 
     @property
     def real(self) -> Features:
@@ -299,7 +301,7 @@ class AttackResult:
     space: str
     auc: Estimate
     control_auc: Estimate
-    """AUC of the strongest classifier of members and non-members that sees the images and no generated one."""
+    """AUC of the strongest classifier of members and non-members that the attack must beat. It sees the images only."""
     excess_auc: Estimate
     """`auc` less the control's AUC, which counts as 0.5 if it is smaller."""
     halves_auc: Estimate
@@ -319,15 +321,31 @@ class AttackResult:
 
 @dataclass(frozen=True)
 class SplitScores:
-    """Scores [N] of the strongest control, and whether it tells members from non-members."""
+    """Scores [N] of a control, and whether it tells members from non-members."""
 
     values: Floats
     separates: bool
 
 
+@dataclass(frozen=True)
+class Controls:
+    """The controls of all attacks.
+
+    `common` is the strongest in the spaces that do not know the members. `own` are those of the spaces that do: there an attack
+    can succeed by what the network of the space knows, although the sets are alike and the generator discloses nothing.
+    """
+
+    common: SplitScores
+    own: Mapping[str, SplitScores]
+
+    def of(self, space: str) -> list[SplitScores]:
+        """Return those that an attack in a space must beat."""
+        return [self.common, *(control for name, control in self.own.items() if name == space)]
+
+
 def measure_attacks(
     attacks: Sequence[Scores],
-    control: SplitScores,
+    controls: Controls,
     labels: Labels,
     patients: Patients,
     weights: Floats,
@@ -335,11 +353,11 @@ def measure_attacks(
     seed: int,
     permutations: int = PERMUTATIONS,
 ) -> tuple[AttackResult, ...]:
-    """Measure the success of attacks against their control.
+    """Measure the success of attacks against their controls.
 
     Args:
         attacks: Scores of each attack.
-        control: The control.
+        controls: The controls.
         labels: 1 for members, 0 for non-members, [N].
         patients: Patient of each image.
         weights: Replicates of the bootstrap, [R, N].
@@ -351,12 +369,18 @@ def measure_attacks(
     p_values = permutation_p([each.values for each in attacks], labels, patients, seed=seed, permutations=permutations)
     adjusted = holm(p_values.ravel()).reshape(p_values.shape)
     held_out = int((labels == 0).sum())
-    control_auc = replicates_of(auc, labels, control.values, weights)
-    control_found = None
-    if held_out >= 1 / FALSE_POSITIVES[0]:
-        control_found = replicates_of(_found_at(FALSE_POSITIVES[0]), labels, control.values, weights)
+    metrics = [auc, *([_found_at(FALSE_POSITIVES[0])] if held_out >= 1 / FALSE_POSITIVES[0] else [])]
+    measured = {
+        id(control): [replicates_of(metric, labels, control.values, weights) for metric in metrics]
+        for control in (controls.common, *controls.own.values())
+    }
     results = []
     for i, each in enumerate(attacks):
+        to_beat = controls.of(each.space)
+        separates = any(control.separates for control in to_beat)
+        control_auc, *control_found = (
+            np.maximum.reduce(values) for values in zip(*(measured[id(control)] for control in to_beat), strict=True)
+        )
         own = replicates_of(auc, labels, each.values, weights)
         excess = estimate(own - np.maximum(control_auc, 0.5))
         recognised, excess_found = [], None
@@ -368,8 +392,8 @@ def measure_attacks(
             found = replicates_of(_found_at(rate), labels, each.values, weights)
             expected = (int(rate * held_out + 1e-9) + 1) / (held_out + 1)
             recognised.append(Recognised(rate, estimate(found), expected))
-            if rate == FALSE_POSITIVES[0] and control_found is not None:
-                excess_found = estimate(found - np.maximum(control_found, expected))
+            if rate == FALSE_POSITIVES[0] and control_found:
+                excess_found = estimate(found - np.maximum(control_found[0], expected))
         results.append(
             AttackResult(
                 attack=each.attack,
@@ -385,8 +409,8 @@ def measure_attacks(
                 p_few=float(p_values[i, 1]),
                 adjusted_average=float(adjusted[i, 0]),
                 adjusted_few=float(adjusted[i, 1]),
-                beats_control_average=not control.separates or excess.low > 0,
-                beats_control_few=not control.separates or (excess_found is not None and excess_found.low > 0),
+                beats_control_average=not separates or excess.low > 0,
+                beats_control_few=not separates or (excess_found is not None and excess_found.low > 0),
             )
         )
     return tuple(results)

@@ -61,7 +61,9 @@ def _audit(
     generator_scores: tuple[Scores, ...] = (),
     scope: str = "dataset",
     images_each: int = 1,
+    shift: float | None = None,
 ) -> PrivacyAudit:
+    """With `shift` the spaces are pixels and that of a classifier, in which members and generated images are shifted."""
     spaces = [
         Space(name, members[:, part], held_out[:, part], generated[:, part])
         for name, part in (("one", slice(None, DIM // 2)), ("two", slice(DIM // 2, None)))
@@ -89,6 +91,10 @@ def _audit(
     copies = _noisy(members[: round(0.02 * len(members))], seed=9)
     planted = {"one": copies[:, : DIM // 2], "two": copies[:, DIM // 2 :]}
     patients = [f"patient-{i // images_each}" for i in range(real)]
+    if shift is not None:
+        known, shifted = ((each + shift).astype(np.float32) for each in (members, generated))
+        spaces = [Space("pixels", members, held_out, generated), Space("classifier", known, held_out, shifted, True)]
+        planted = {"pixels": copies, "classifier": copies}
     evidence = Evidence(spaces, patients, generator_scores, [Attribute("class", *classes)], planted)
     return run_audit(subject, evidence, replicates=200)
 
@@ -188,6 +194,19 @@ def test_attack_on_sets_of_different_populations_does_not_count() -> None:
     statuses = _statuses(audit)
     assert {statuses[rule] for rule in ("samples-average", "samples-few", "epsilon")} == {"not measured"}
     assert (audit.verdict.status, audit.verdict.complete) == ("warn", False)
+
+
+def test_classifier_that_was_trained_on_the_members_hides_no_copies() -> None:
+    members, held_out, generated = _population(11, 2000), _population(12, HELD_OUT), _population(13, 1960)
+    audit = _audit(members, held_out, np.concatenate([generated, _noisy(members[100:140])]), shift=0.5)
+    statuses = _statuses(audit)
+    assert (statuses["fair-split"], statuses["samples-few"]) == ("pass", "fail") and audit.control.space == "pixels"
+    in_classifier = [each for each in audit.attacks if each.space == "classifier"]
+    assert len(in_classifier) == 2 and min(each.auc.value for each in in_classifier) > 0.9, "they seem to succeed"
+    assert not any(each.beats_control_average or each.beats_control_few for each in in_classifier)
+    assert max(each.auc.value for each in audit.attacks if each not in in_classifier) < 0.6
+    assert statuses["epsilon"] == statuses["singling-out"] == "pass" and statuses["samples-average"] != "fail"
+    assert [each.excess is None for each in audit.disclosures] == [False, True]
 
 
 def test_attack_on_the_generator_is_judged_by_its_own_rule() -> None:
