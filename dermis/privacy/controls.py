@@ -22,14 +22,15 @@ from dermis.privacy.attacks import (
     Patients,
     Space,
     SplitScores,
-    cross_validated,
     estimate,
-    permutation_p,
+    refitted_p,
     replicates_of,
 )
+from dermis.privacy.classifiers import CrossValidatedRidge
 
 COMPONENTS = 64
 LEVEL = 0.05
+PERMUTATIONS = 2000  # enough for a decision at this level
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,11 @@ def split_control(
         weights: Replicates of the bootstrap, [R, N].
         seed: Seed of folds and permutations.
     """
-    scores = [cross_validated(principal_components(space.real), labels, patients, seed=seed) for space in spaces]
-    p_values = permutation_p(scores, labels, patients, seed=seed)[:, 0]
+    ridges = [CrossValidatedRidge(principal_components(space.real), patients, seed=seed) for space in spaces]
+    scores = [ridge.scores(labels[None].astype(np.float64))[0] for ridge in ridges]
+    p_values = np.array(
+        [refitted_p(ridge.scores, labels, patients, seed=seed, permutations=PERMUTATIONS)[0] for ridge in ridges]
+    )
     fair = [i for i, space in enumerate(spaces) if not space.knows_members] or list(range(len(spaces)))
     best = max(fair, key=lambda i: float(auc(labels, scores[i])[0]))
     p = float(min(1.0, p_values[fair].min() * len(fair)))

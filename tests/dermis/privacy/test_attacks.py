@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy.stats import norm
 
 from dermis.errors import DataError
 from dermis.metrics.neighbours import nearest
@@ -23,6 +24,7 @@ from dermis.privacy.attacks import (
     permutation_p,
 )
 from dermis.privacy.audit import Evidence, PrivacyAudit, Subject, run_audit
+from dermis.privacy.controls import split_control
 from dermis.privacy.disclosure import disclosures
 from dermis.privacy.epsilon import bound_from_guesses, epsilon_bound, patient_halves
 from dermis.privacy.power import detectable_share
@@ -207,6 +209,30 @@ def test_classifier_that_was_trained_on_the_members_hides_no_copies() -> None:
     assert max(each.auc.value for each in audit.attacks if each not in in_classifier) < 0.6
     assert statuses["epsilon"] == statuses["singling-out"] == "pass" and statuses["samples-average"] != "fail"
     assert [each.excess is None for each in audit.disclosures] == [False, True]
+
+
+def _split_p(simulations: int) -> NDArray[np.float64]:
+    """p-values of the classifier of the split, of features that have nothing to do with the sets."""
+    labels, patients = np.repeat(np.array([1, 0]), 100), np.arange(200)
+    values = []
+    for seed in range(simulations):
+        x = np.random.default_rng([seed, 7]).normal(size=(200, 8)).astype(np.float32)
+        space = Space("one", x[:100], x[100:], x[:1])
+        values.append(split_control([space], labels, patients, np.ones((2, 200)), seed=seed)[0].p)
+    return np.array(values)
+
+
+def test_p_of_the_classifier_of_the_split_is_uniform() -> None:
+    """The normal quantiles of its p-values have a variance of 1; without fitting again it is about 1.6."""
+    assert norm.ppf(np.clip(_split_p(200), 1e-3, 1 - 1e-3)).var() < 1.35
+
+
+@pytest.mark.full
+def test_p_of_the_classifier_of_the_split_is_uniform_in_many_audits() -> None:
+    p_values = _split_p(400)
+    assert norm.ppf(np.clip(p_values, 1e-3, 1 - 1e-3)).var() < 1.3
+    assert (p_values < 0.05).sum() <= 39 and (p_values < 0.01).sum() <= 13
+    assert 160 <= (p_values < 0.5).sum() <= 240, "nor are they too large"
 
 
 def test_attack_on_the_generator_is_judged_by_its_own_rule() -> None:
