@@ -32,7 +32,7 @@ from dermis.image_reading import read_image
 from dermis.imaging import Images
 from dermis.metrics.classification import auc
 from dermis.perceptual_hash import Hashes, fingerprints, turned_and_mirrored
-from dermis.privacy.attacks import cross_validated
+from dermis.privacy.classifiers import cross_validated
 from services.gateway.compared import SAME_BITS, ComparedImages
 from services.jobs.table import JobTable
 

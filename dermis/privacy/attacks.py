@@ -14,15 +14,15 @@ Three attacks use generated images alone:
     density ratio  log p_G(x) - log p_R(x), the densities of generated and of other real images around x (van Breugel et al.,
                    arXiv 2302.12580), both by a Gaussian kernel
     learned        a classifier of members and non-members on distances to the nearest generated and real images of several
-                   ranks in all feature spaces; the score of an image is that of a classifier that was fitted to other
-                   patients
+                   ranks in all feature spaces whose networks do not know the members; the score of an image is that of a
+                   classifier that was fitted to other patients
 
 The reference density p_R uses members and non-members alike, without the image's own patient, so that it treats both equally.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,8 +32,10 @@ from numpy.typing import NDArray
 
 from dermis.metrics.classification import Estimate, Floats, Labels, auc, sensitivity_at_specificity
 from dermis.metrics.neighbours import Features, squared_distances
+from dermis.privacy.classifiers import CrossValidatedRidge, cross_validated, fit_logistic, standardised
 
 Access = Literal["samples", "generator"]
+Refit = Callable[[Floats], Floats]
 Patients = NDArray[np.int64]
 """Number of the patient of each image, members first, then non-members."""
 
@@ -43,10 +45,11 @@ FALSE_POSITIVES = (0.01, 0.001)
 PERMUTATIONS = 10_000
 HALVES = 200
 TAIL = 0.98
+LEARNED = "learned"
 _RANKS = (1, 2, 5, 10)
-_FOLDS = 5
 _ROWS = 100  # replicates computed at a time
-_PENALTY = 0.01
+_BLOCK = 1 << 22  # numbers computed at a time
+_ENOUGH = 100  # permutations as extreme as the observation
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Space:
     members: Features
     non_members: Features
     generated: Features
+    knows_members: bool = False
+    """Whether its network may have been trained on the members, so that it can tell them apart without any generated image."""
 
     @property
     def real(self) -> Features:
@@ -76,12 +81,16 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores [N] of an attack, members first."""
+    """Scores [N] of an attack, members first.
+
+    `refit` returns the scores [R, N] that it would have for other labels [R, N]; None if they do not depend on labels.
+    """
 
     attack: str
     access: Access
     space: str
     values: Floats
+    refit: Refit | None = None
 
 
 def neighbours_of(space: Space, patients: Patients, *, to_real: Floats | None = None) -> Neighbours:
@@ -158,6 +167,18 @@ def learned_scores(
         generated: Number of generated images.
         seed: Seed of the folds.
     """
+    ridge = CrossValidatedRidge(learned_columns(neighbours, generated), patients, seed=seed)
+    values = ridge.scores(labels[None].astype(np.float64))[0]
+    return Scores(LEARNED, "samples", "all", values, ridge.scores)
+
+
+def learned_columns(neighbours: Sequence[Neighbours], generated: int) -> Floats:
+    """Compute what the learned attack sees of each image, [N, columns]. It does not depend on who is a member.
+
+    Args:
+        neighbours: The neighbours in each space.
+        generated: Number of generated images.
+    """
     columns = []
     for each in neighbours:
         floor = _floor(each)
@@ -166,63 +187,39 @@ def learned_scores(
         ratio = np.log(np.maximum(each.to_real[:, 0], floor)) - np.log(np.maximum(each.to_generated[:, 0], floor))
         columns += [ratio, *(np.maximum(ratio - np.quantile(ratio, share), 0) for share in (0.95, 0.99))]
         columns.append(density_ratio(each, generated))
-    values = cross_validated(np.stack(columns, axis=1), labels, patients, seed=seed)
-    return Scores("learned", "samples", "all", values)
+    return np.stack(columns, axis=1)
 
 
-def cross_validated(features: Floats, labels: Labels, patients: Patients, *, seed: int) -> Floats:
-    """Score each image by a logistic regression that was fitted to other patients.
+def learned_scores_for_halves(
+    neighbours: Sequence[Neighbours],
+    labels: Labels,
+    patients: Patients,
+    choice: NDArray[np.int64],
+    *,
+    generated: int,
+    seed: int,
+) -> Scores:
+    """Compute scores of the learned attack for the bounds on epsilon.
 
-    Five folds of whole patients, with members and non-members in equal proportions; both classes have equal weight, and the
-    squared coefficients of standardised features are penalised.
+    The score of an image of another patient than those of `choice` does not depend on the label of any such image: it is that
+    of one classifier that was fitted to the patients of `choice` and stays fixed. Their own scores are cross-validated among
+    themselves and serve only to choose the attack and its threshold.
 
     Args:
-        features: [N, columns].
-        labels: 0 or 1, [N].
-        patients: Patient of each row.
+        neighbours: The neighbours in each space.
+        labels: 1 for members, 0 for non-members.
+        patients: Patient of each image.
+        choice: The first half of `dermis.privacy.epsilon.patient_halves`.
+        generated: Number of generated images.
         seed: Seed of the folds.
-
-    Returns:
-        Log odds of label 1, [N].
     """
-    spread = features.std(axis=0)
-    x = (features - features.mean(axis=0)) / np.where(spread > 1e-12, spread, 1.0)
-    folds = _folds(labels, patients, seed)
+    x = standardised(learned_columns(neighbours, generated))
+    fit = np.isin(patients, patients[choice])
     values = np.zeros(len(labels))
-    for fold in range(_FOLDS):
-        test = folds == fold
-        if not test.any():
-            continue
-        coefficients = fit_logistic(x[~test], labels[~test])
-        values[test] = x[test] @ coefficients[1:] + coefficients[0]
-    return values
-
-
-def _folds(labels: Labels, patients: Patients, seed: int) -> NDArray[np.int64]:
-    rng = np.random.default_rng(seed)
-    fold_of_patient = np.zeros(patients.max() + 1, np.int64)
-    for label in (0, 1):
-        names = rng.permutation(np.unique(patients[labels == label]))
-        fold_of_patient[names] = np.arange(len(names)) % _FOLDS
-    return np.asarray(fold_of_patient[patients])
-
-
-def fit_logistic(x: Floats, labels: Labels, penalty: float = _PENALTY) -> Floats:
-    """Fit a logistic regression with balanced classes; return the intercept and the coefficients, [1 + columns]."""
-    from scipy.optimize import minimize
-
-    weights = np.where(labels == 1, 0.5 / max(labels.sum(), 1), 0.5 / max((1 - labels).sum(), 1))
-    signs = 2.0 * labels - 1
-
-    def loss(coefficients: Floats) -> tuple[float, Floats]:
-        margins = signs * (x @ coefficients[1:] + coefficients[0])
-        slopes = -weights * signs / (1 + np.exp(np.clip(margins, -500, 500)))
-        value = weights @ np.logaddexp(0, -margins) + penalty / 2 * coefficients[1:] @ coefficients[1:]
-        return float(value), np.concatenate([[slopes.sum()], x.T @ slopes + penalty * coefficients[1:]])
-
-    result = minimize(loss, np.zeros(x.shape[1] + 1), jac=True, method="L-BFGS-B", options={"maxiter": 200})
-    fitted: Floats = result.x
-    return fitted
+    values[fit] = cross_validated(x[fit], labels[fit], patients[fit], seed=seed)
+    coefficients = fit_logistic(x[fit], labels[fit])
+    values[~fit] = x[~fit] @ coefficients[1:] + coefficients[0]
+    return Scores(LEARNED, "samples", "all", values)
 
 
 # -- how successful an attack is
@@ -251,7 +248,7 @@ class AttackResult:
     space: str
     auc: Estimate
     control_auc: Estimate
-    """AUC of the strongest classifier of members and non-members that sees the images and no generated one."""
+    """AUC of the strongest classifier of members and non-members that the attack must beat. It sees the images only."""
     excess_auc: Estimate
     """`auc` less the control's AUC, which counts as 0.5 if it is smaller."""
     halves_auc: Estimate
@@ -271,15 +268,31 @@ class AttackResult:
 
 @dataclass(frozen=True)
 class SplitScores:
-    """Scores [N] of the strongest control, and whether it tells members from non-members."""
+    """Scores [N] of a control, and whether it tells members from non-members."""
 
     values: Floats
     separates: bool
 
 
+@dataclass(frozen=True)
+class Controls:
+    """The controls of all attacks.
+
+    `common` is the strongest in the spaces that do not know the members. `own` are those of the spaces that do: there an attack
+    can succeed by what the network of the space knows, although the sets are alike and the generator discloses nothing.
+    """
+
+    common: SplitScores
+    own: Mapping[str, SplitScores]
+
+    def of(self, space: str) -> list[SplitScores]:
+        """Return those that an attack in a space must beat."""
+        return [self.common, *(control for name, control in self.own.items() if name == space)]
+
+
 def measure_attacks(
     attacks: Sequence[Scores],
-    control: SplitScores,
+    controls: Controls,
     labels: Labels,
     patients: Patients,
     weights: Floats,
@@ -287,11 +300,11 @@ def measure_attacks(
     seed: int,
     permutations: int = PERMUTATIONS,
 ) -> tuple[AttackResult, ...]:
-    """Measure the success of attacks against their control.
+    """Measure the success of attacks against their controls.
 
     Args:
         attacks: Scores of each attack.
-        control: The control.
+        controls: The controls.
         labels: 1 for members, 0 for non-members, [N].
         patients: Patient of each image.
         weights: Replicates of the bootstrap, [R, N].
@@ -300,15 +313,29 @@ def measure_attacks(
     """
     if not attacks:
         return ()
-    p_values = permutation_p([each.values for each in attacks], labels, patients, seed=seed, permutations=permutations)
+    p_values = np.empty((len(attacks), 2))
+    fixed = [i for i, each in enumerate(attacks) if each.refit is None]
+    if fixed:
+        p_values[fixed] = permutation_p(
+            [attacks[i].values for i in fixed], labels, patients, seed=seed, permutations=permutations
+        )
+    for i, each in enumerate(attacks):
+        if each.refit is not None:
+            p_values[i] = refitted_p(each.refit, labels, patients, seed=seed, permutations=permutations)
     adjusted = holm(p_values.ravel()).reshape(p_values.shape)
     held_out = int((labels == 0).sum())
-    control_auc = replicates_of(auc, labels, control.values, weights)
-    control_found = None
-    if held_out >= 1 / FALSE_POSITIVES[0]:
-        control_found = replicates_of(_found_at(FALSE_POSITIVES[0]), labels, control.values, weights)
+    metrics = [auc, *([_found_at(FALSE_POSITIVES[0])] if held_out >= 1 / FALSE_POSITIVES[0] else [])]
+    measured = {
+        id(control): [replicates_of(metric, labels, control.values, weights) for metric in metrics]
+        for control in (controls.common, *controls.own.values())
+    }
     results = []
     for i, each in enumerate(attacks):
+        to_beat = controls.of(each.space)
+        separates = any(control.separates for control in to_beat)
+        control_auc, *control_found = (
+            np.maximum.reduce(values) for values in zip(*(measured[id(control)] for control in to_beat), strict=True)
+        )
         own = replicates_of(auc, labels, each.values, weights)
         excess = estimate(own - np.maximum(control_auc, 0.5))
         recognised, excess_found = [], None
@@ -320,8 +347,8 @@ def measure_attacks(
             found = replicates_of(_found_at(rate), labels, each.values, weights)
             expected = (int(rate * held_out + 1e-9) + 1) / (held_out + 1)
             recognised.append(Recognised(rate, estimate(found), expected))
-            if rate == FALSE_POSITIVES[0] and control_found is not None:
-                excess_found = estimate(found - np.maximum(control_found, expected))
+            if rate == FALSE_POSITIVES[0] and control_found:
+                excess_found = estimate(found - np.maximum(control_found[0], expected))
         results.append(
             AttackResult(
                 attack=each.attack,
@@ -337,8 +364,8 @@ def measure_attacks(
                 p_few=float(p_values[i, 1]),
                 adjusted_average=float(adjusted[i, 0]),
                 adjusted_few=float(adjusted[i, 1]),
-                beats_control_average=not control.separates or excess.low > 0,
-                beats_control_few=not control.separates or (excess_found is not None and excess_found.low > 0),
+                beats_control_average=not separates or excess.low > 0,
+                beats_control_few=not separates or (excess_found is not None and excess_found.low > 0),
             )
         )
     return tuple(results)
@@ -389,8 +416,7 @@ def permutation_p(
     which is limited so that a single image does not dominate.
 
     If the patients were divided at random, the tests are exact for scores that do not depend on the division, as those of the
-    distance, the density ratio, the projection and the discriminator. Scores of `cross_validated` (the learned attack, the
-    classifier of the split) depend on the labels of other patients, so their tests are approximations.
+    distance, the density ratio, the projection and the discriminator. For others see `refitted_p`.
     """
     from scipy.stats import rankdata
 
@@ -420,16 +446,60 @@ def permutation_p(
     return p
 
 
-def tail_excess(scores: Floats) -> Floats:
-    """Return by how much each score exceeds the 98th percentile, at most three times that percentile's gap to the median.
+def refitted_p(
+    refit: Refit, labels: Labels, patients: Patients, *, seed: int, permutations: int = PERMUTATIONS
+) -> Floats:
+    """Compute the p-values [2] of `permutation_p` for scores that depend on labels, which are fitted anew each time.
 
-    If none exceeds it, the images with the largest score have 1 and the others 0.
+    So these tests are exact too. Drawing ends as soon as both statistics were as large as observed in 100 permutations: with
+    l permutations until the 100th such one, 100 / l is a valid p-value (Besag and Clifford, Biometrika 78, 1991).
     """
-    middle, tail = np.quantile(scores, [0.5, TAIL])
-    excess: Floats = np.clip(scores - tail, 0, 3 * max(tail - middle, np.finfo(float).tiny))
-    if not excess.any():  # more than 2 % of the images have the largest score, as exact copies do
-        excess = ((scores == tail) & (scores > middle)).astype(np.float64)
-    return excess
+    rng = np.random.default_rng(seed)
+    names, group = np.unique(patients, return_inverse=True)
+    of_group = np.zeros(len(names), bool)
+    of_group[group[labels == 1]] = True
+    shuffled = rng.permutation(len(labels))  # equal scores have the order of this, which has nothing to do with labels
+
+    def statistics(assigned: Floats) -> Floats:
+        scores, members = refit(assigned)[:, shuffled], assigned[:, shuffled]
+        order = np.argsort(scores, axis=1, kind="stable")
+        ranks = np.take_along_axis(members, order, axis=1) @ np.arange(1, len(labels) + 1) / len(labels)
+        excess = tail_excess(scores)
+        sums = np.stack([ranks, (excess * members).sum(axis=1)], axis=1)
+        totals = np.stack([np.full(len(scores), (len(labels) + 1) / 2), excess.sum(axis=1)], axis=1)
+        count = members.sum(axis=1, keepdims=True)
+        difference: Floats = sums / np.maximum(count, 1) - (totals - sums) / np.maximum(len(labels) - count, 1)
+        return difference
+
+    observed = statistics(labels[None].astype(np.float64))
+    as_large = np.zeros((0, 2), bool)
+    block = max(1, min(_ROWS, _BLOCK // len(labels)))
+    while len(as_large) < permutations and as_large.sum(axis=0).min() < _ENOUGH:
+        rows = min(block, permutations - len(as_large))
+        drawn = rng.permuted(np.tile(of_group, (rows, 1)), axis=1)[:, group].astype(np.float64)
+        as_large = np.concatenate([as_large, statistics(drawn) >= observed - 1e-12])
+    reached = np.cumsum(as_large, axis=0)
+    return np.array(
+        [
+            _ENOUGH / (1 + np.searchsorted(counts, _ENOUGH))
+            if counts[-1] >= _ENOUGH
+            else (1 + counts[-1]) / (1 + permutations)
+            for counts in reached.T
+        ]
+    )
+
+
+def tail_excess(scores: Floats) -> Floats:
+    """Return by how much each score [..., N] exceeds the 98th percentile, divided by that percentile's gap to the median.
+
+    It is at most 3. If no score of a row exceeds it, the images with the largest score have 1 and the others 0.
+    """
+    middle, tail = np.quantile(scores, [0.5, TAIL], axis=-1, keepdims=True)
+    gap = np.maximum(tail - middle, np.finfo(float).tiny)
+    excess: Floats = np.clip(scores - tail, 0, 3 * gap) / gap
+    # If none exceeds it, more than 2 % of the images have the largest score, as exact copies do.
+    equal = (scores == tail) & (scores > middle)
+    return np.where(excess.any(axis=-1, keepdims=True), excess, equal)
 
 
 def holm(p_values: Floats) -> Floats:

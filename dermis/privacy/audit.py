@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,20 +15,23 @@ from dermis.metrics.classification import REPLICATES, Labels, resampled
 from dermis.metrics.neighbours import Features, nearest
 from dermis.privacy import verdict as rules
 from dermis.privacy.attacks import (
+    LEARNED,
     Access,
     AttackResult,
+    Controls,
     Neighbours,
     Patients,
     Scores,
     Space,
     learned_scores,
+    learned_scores_for_halves,
     measure_attacks,
     neighbours_of,
     sample_scores,
 )
 from dermis.privacy.controls import SplitControl, split_control
 from dermis.privacy.disclosure import Disclosures, disclosures
-from dermis.privacy.epsilon import DELTA, EpsilonBound, epsilon_bound
+from dermis.privacy.epsilon import DELTA, EpsilonBound, epsilon_bound, patient_halves
 from dermis.privacy.power import Power, plant, power_of
 from dermis.privacy.questions import Answer, Attribute, answer_questions
 from dermis.privacy.verdict import Outcome, Scope, Status, Verdict, verdict_of
@@ -91,6 +94,19 @@ class Subject:
     truncation_psi: float | None = None
     members_without_ids: WithoutIds | None = None
     non_members_without_ids: WithoutIds | None = None
+
+    @property
+    def unit(self) -> str:
+        """What the bounds on epsilon are about: an image only if it is known that every patient has exactly one."""
+        single = (self.member_patients, self.non_member_patients) == (self.members, self.non_members)
+        return "one patient (each has one image)" if single else "all images of one patient"
+
+    @property
+    def doubt(self) -> str:
+        """Why the bounds on epsilon are not guaranteed, as the end of a sentence; "" if they are."""
+        if None not in (self.member_patients, self.non_member_patients):
+            return ""
+        return "; neither is guaranteed, because it is not known which images are of one patient"
 
 
 @dataclass(frozen=True)
@@ -200,36 +216,27 @@ def run_audit(
     labels, patients = _labels(spaces[0], evidence.patients)
     weights = resampled(labels, [str(patient) for patient in patients], replicates, seed)
     neighbours = [neighbours_of(space, patients) for space in spaces]
-    control, split = split_control(spaces, labels, patients, weights, seed=seed)
+    control, controls = split_control(spaces, labels, patients, weights, seed=seed)
     scores = [each for pair in zip(spaces, neighbours, strict=True) for each in sample_scores(*pair)]
-    scores.append(learned_scores(neighbours, labels, patients, generated=len(spaces[0].generated), seed=seed))
+    # What a space that knows the members shows can be its own knowledge. Only attacks in one space have a control for that.
+    fair = [i for i, space in enumerate(spaces) if not space.knows_members] or list(range(len(spaces)))
+    of_fair = [neighbours[i] for i in fair]
+    scores.append(learned_scores(of_fair, labels, patients, generated=len(spaces[0].generated), seed=seed))
     scores += evidence.generator_scores
     scores, useless = _useful(scores)
-    attacks = measure_attacks(scores, split, labels, patients, weights, seed=seed)
+    attacks = measure_attacks(scores, controls, labels, patients, weights, seed=seed)
     level = 1 - rules.WARN_LEVEL
-    near = tuple(
-        disclosures(
-            space.name,
-            each,
-            labels,
-            patients,
-            to_planted=nearest(space.real, evidence.planted[space.name], 1)[0][:, 0] if evidence.planted else None,
-            level=1 - (1 - level) / len(spaces),
-            seed=seed,
-        )
-        for space, each in zip(spaces, neighbours, strict=True)
-    )
-    epsilon = epsilon_bound(
-        {f"{each.attack} ({each.space})": each.values for each in scores}, labels, patients, delta=delta, seed=seed
-    )
-    answers = answer_questions(spaces, neighbours, evidence.attributes, labels, patients, level=level, seed=seed)
-    power = _power(evidence, neighbours, labels, patients, max(2 * len(scores), 1), seed)
+    near = _near(evidence, neighbours, controls, labels, patients, level=1 - (1 - level) / len(spaces), seed=seed)
+    evidence = replace(evidence, spaces=[spaces[i] for i in fair])
+    epsilon = _bound(scores, evidence, of_fair, labels, patients, delta=delta, seed=seed)
+    answers = answer_questions(evidence.spaces, of_fair, evidence.attributes, labels, patients, level=level, seed=seed)
+    power = _power(evidence, of_fair, labels, patients, max(2 * len(scores), 1), seed)
     outcomes = (
         *_outcomes_of_images(subject),
         _fair_split(control),
         *_outcomes_of_attacks(attacks, subject.scope, control),
         _disclosures(near, control),
-        _epsilon(epsilon, control),
+        _epsilon(epsilon, control, subject),
         *(_question(answers, name, control) for name in ("singling out", "linkability", "inference")),
         _detectable(power),
     )
@@ -246,6 +253,54 @@ def run_audit(
         answers,
         (*evidence.remarks, *useless),
     )
+
+
+def _near(
+    evidence: Evidence,
+    neighbours: Sequence[Neighbours],
+    controls: Controls,
+    labels: Labels,
+    patients: Patients,
+    *,
+    level: float,
+    seed: int,
+) -> tuple[Disclosures, ...]:
+    """Count near pairs in all spaces; a space that tells the sets apart by itself is not measured."""
+    results = []
+    for space, each in zip(evidence.spaces, neighbours, strict=True):
+        planted = evidence.planted.get(space.name)
+        to_planted = None if planted is None else nearest(space.real, planted, 1)[0][:, 0]
+        found = disclosures(space.name, each, labels, patients, to_planted=to_planted, level=level, seed=seed)
+        if space.name in controls.own and controls.own[space.name].separates:
+            reason = (
+                "its network, which may have been trained on the members, distinguishes them from the held-out images"
+            )
+            found = replace(found, excess=None, reason=reason)
+        results.append(found)
+    return tuple(results)
+
+
+def _bound(
+    scores: Sequence[Scores],
+    evidence: Evidence,
+    neighbours: Sequence[Neighbours],
+    labels: Labels,
+    patients: Patients,
+    *,
+    delta: float,
+    seed: int,
+) -> EpsilonBound | None:
+    """Compute the bounds on epsilon from attacks on the generator and in the spaces of the evidence.
+
+    The learned one is fitted anew, to the first half of the patients.
+    """
+    halves = patient_halves(labels, patients, seed)
+    generated = len(evidence.spaces[0].generated)
+    learned = learned_scores_for_halves(neighbours, labels, patients, halves[0], generated=generated, seed=seed)
+    names = {space.name for space in evidence.spaces}
+    fixed = [each for each in scores if each.attack != LEARNED and (each.access == "generator" or each.space in names)]
+    used = {f"{each.attack} ({each.space})": each.values for each in (*fixed, *_useful([learned])[0])}
+    return epsilon_bound(used, labels, patients, delta=delta, seed=seed, halves=halves)
 
 
 def _useful(scores: Sequence[Scores]) -> tuple[list[Scores], list[str]]:
@@ -431,12 +486,13 @@ def _by_interval(rule: str, text: str, low: float, limit: float, control: SplitC
     return Outcome(rule, "fail" if low > limit else "warn", f"{text}.")
 
 
-def _epsilon(bound: EpsilonBound | None, control: SplitControl) -> Outcome:
+def _epsilon(bound: EpsilonBound | None, control: SplitControl, subject: Subject) -> Outcome:
     if bound is None:
         return Outcome("epsilon", "not measured", "There are too few patients for two halves, or no attack.")
     text = (
-        f"With {bound.joint_confidence:.0%} confidence for both, epsilon is at least {bound.from_rates:.2f} for adding or "
-        f"removing one image (delta {bound.delta:g}) and at least {bound.from_pairs:.2f} for replacing one image by another"
+        f"With {bound.joint_confidence:.0%} confidence for both, epsilon for {subject.unit} is at least "
+        f"{bound.from_rates:.2f} for adding or removing (delta {bound.delta:g}) and at least {bound.from_pairs:.2f} for "
+        f"replacing{subject.doubt}"
     )
     if control.separates:
         return Outcome(

@@ -1,27 +1,28 @@
 """Lower bounds on epsilon, the parameter of differential privacy, from the success of attacks.
 
-If training were (epsilon, delta)-differentially private with respect to adding or removing one image, an attack with
-true-positive rate T and false-positive rate F would satisfy (Kairouz et al., arXiv 1311.0776)
+If training were (epsilon, delta)-differentially private with respect to adding or removing all images of one patient, an attack
+with true-positive rate T and false-positive rate F would satisfy (Kairouz et al., arXiv 1311.0776)
 
     T <= e^epsilon F + delta   and   1 - F <= e^epsilon (1 - T) + delta,
 
 so epsilon >= max(log((T - delta) / F), log((1 - F - delta) / (1 - T))). T and F are replaced by their one-sided limits of
 Clopper and Pearson, each at half the permitted error (Jagielski et al., arXiv 2006.07709; Nasr et al., arXiv 2101.04535).
 The attack, its threshold and its direction are chosen on one half of the patients, and the bound is computed on the other
-half with one image of each patient, so that it is not chosen for its own result.
+half with one image of each patient, so that it is not chosen for its own result. Whoever is a member was trained on with all
+images: an attack on one of them can succeed because of the others, so nothing follows for a single image of several.
 
-Those limits assume that the attacked images are independent, but all were used in one training run. The second bound does not
+Those limits assume that the attacked patients are independent, but all were used in one training run. The second bound does not
 need this: members and non-members are paired at random, so that each of the two is the member with equal probability, and the
-attack guesses the member of r pairs. With epsilon-differential privacy with respect to the replacement of one image by
-another, each guess is right with at most the probability e^epsilon / (1 + e^epsilon) whatever the other guesses were, so the
-number of right guesses is at most Binomial(r, e^epsilon / (1 + e^epsilon)) (the argument of Steinke, Nasr and Jagielski,
-arXiv 2305.08846, theorem 5.2 with delta = 0, for pairs). The smallest epsilon that the number of right guesses does not
-contradict is the bound.
+attack guesses the member of r pairs. With epsilon-differential privacy with respect to the replacement of all images of one
+patient by those of another, each guess is right with at most the probability e^epsilon / (1 + e^epsilon) whatever the other
+guesses were, so the number of right guesses is at most Binomial(r, e^epsilon / (1 + e^epsilon)) (the argument of Steinke, Nasr
+and Jagielski, arXiv 2305.08846, theorem 5.2 with delta = 0, for pairs). The smallest epsilon that the number of right guesses
+does not contradict is the bound.
 
-So the bounds are about different relations, adding or removing one image, and replacing one image by another, of which the
-epsilon can be up to twice as large. They are stated separately. Each has a confidence of 97.5 %, so that both together have
-95 % (Bonferroni). Epsilon with respect to all images of a patient is at least as large as with respect to one image, so both
-are lower bounds for it too. A small lower bound is no proof that epsilon is small.
+So the bounds are about different relations, adding or removing a patient, and replacing one by another, of which the epsilon
+can be up to twice as large. They are stated separately. Each has a confidence of 97.5 %, so that both together have 95 %
+(Bonferroni). The unit is that of `dermis train gan --dp`. If it is not known which images are of one patient, images of one can
+be in both halves, and neither bound is guaranteed. A small lower bound is no proof that epsilon is small.
 """
 
 from __future__ import annotations
@@ -48,9 +49,10 @@ MIN_PATIENTS = 20  # of members and of non-members in each half
 class EpsilonBound:
     """Lower bounds on two epsilons, from one half of the patients with an attack chosen on the other half.
 
-    `confidence` is that of each bound for itself. `from_rates` is about adding or removing one image and allows for `delta`;
-    `true_positives` and `false_positives` are the counts it is based on. `from_pairs` is about replacing one image by another
-    (delta = 0), from `right` of `guesses` guesses about a single training run.
+    Both are about all images of one patient. `confidence` is that of each bound for itself. `from_rates` is about adding or
+    removing a patient and allows for `delta`; `true_positives` and `false_positives` are the counts it is based on, with one
+    image of each patient. `from_pairs` is about replacing one patient by another (delta = 0), from `right` of `guesses` guesses
+    about a single training run.
     """
 
     confidence: float
@@ -84,24 +86,26 @@ def epsilon_bound(
     delta: float = DELTA,
     confidence: float = CONFIDENCE,
     seed: int = 0,
+    halves: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None,
 ) -> EpsilonBound | None:
     """Compute both bounds.
 
     Args:
-        scores: Scores [N] by attack.
+        scores: Scores [N] by attack. Those of the second half must not depend on the labels of the second half.
         labels: 1 for members, 0 for non-members.
         patients: Patient of each image.
         delta: The delta of the first bound.
         confidence: Probability for each bound that it is not above the true epsilon.
-        seed: Seed of the halves, of the images of each patient, and of the pairs.
+        seed: Seed of the halves and of the pairs.
+        halves: Result of `patient_halves`, for scores that were fitted to the first half; None to draw them.
 
     Returns:
         The bounds; None without scores, or if a half has fewer than 20 members or non-members.
     """
     if not scores:
         return None
-    rng = np.random.default_rng(seed)
-    choice, test = _halves(labels, patients, rng)
+    rng = np.random.default_rng([seed, 1])  # other numbers than those of the halves
+    choice, test = patient_halves(labels, patients, seed) if halves is None else halves
     if min(int((labels[half] == label).sum()) for half in (choice, test) for label in (0, 1)) < MIN_PATIENTS:
         return None
     error = 1 - confidence
@@ -164,10 +168,13 @@ def bound_from_guesses(right: int, guesses: int, *, error: float) -> float:
     return max(0.0, math.log(low / (1 - low))) if low < 1 else math.inf
 
 
-def _halves(
-    labels: Labels, patients: Patients, rng: np.random.Generator
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Draw one image of each patient and divide these, members and non-members separately, into two halves."""
+def patient_halves(labels: Labels, patients: Patients, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Draw one image of each patient and divide these, members and non-members separately, into two halves.
+
+    Returns:
+        The half on which the attack is chosen, and the half on which the bound is computed: numbers of images.
+    """
+    rng = np.random.default_rng(seed)
     shuffled = rng.permutation(len(labels))
     _, first = np.unique(patients[shuffled], return_index=True)
     images = rng.permutation(shuffled[first])

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -100,7 +100,7 @@ def plant(
     scores = []
     for space, known in zip(spaces, neighbours, strict=True):
         generated = np.concatenate([space.generated, copies[space.name]])
-        extended = Space(space.name, space.members, space.non_members, generated)
+        extended = replace(space, generated=generated)
         scores += sample_scores(extended, neighbours_of(extended, patients, to_real=known.to_real))
     p = permutation_p([each.values for each in scores], labels, patients, seed=seed)[:, 1]
     adjusted = min(1.0, float(p.min()) * tests)

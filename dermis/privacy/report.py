@@ -162,14 +162,13 @@ def _epsilon(audit: PrivacyAudit) -> str:
     if bound is None:
         return "Not measured: there are too few patients for two halves, or no attack."
     return (
-        f"If the training was differentially private at all, then with these parameters, which hold together with "
-        f"{bound.joint_confidence:.0%} confidence:\n\n"
-        f"- for adding or removing one image: epsilon at least {bound.from_rates:.2f} at delta {bound.delta:g}, from "
+        f"If the training was differentially private for {audit.subject.unit} at all, then with these parameters, which hold "
+        f"together with {bound.joint_confidence:.0%} confidence{audit.subject.doubt}:\n\n"
+        f"- for adding or removing a patient: epsilon at least {bound.from_rates:.2f} at delta {bound.delta:g}, from "
         f"{bound.true_positives:,} of {bound.members:,} members and {bound.false_positives:,} of {bound.non_members:,} "
-        f"held-out images that the attack `{_line(bound.attack)}` took for members;\n"
-        f"- for replacing one image by another: epsilon at least {bound.from_pairs:.2f} at delta 0, from {bound.right:,} right "
-        f"guesses of {bound.guesses:,} pairs.\n\n"
-        "Epsilon for all images of a patient is at least as large as for one image."
+        f"held-out images, one of each patient, that the attack `{_line(bound.attack)}` took for members;\n"
+        f"- for replacing one patient by another: epsilon at least {bound.from_pairs:.2f} at delta 0, from {bound.right:,} "
+        f"right guesses of {bound.guesses:,} pairs."
     )
 
 

@@ -87,7 +87,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "epsilon",
-        "empirical lower bounds on epsilon, for adding or removing one image and for replacing one",
+        "empirical lower bounds on epsilon for all images of one patient, for adding or removing and for replacing them",
         f"one of them is above {WARN_EPSILON:g}",
         f"one of them is above {FAIL_EPSILON:g}",
     ),

@@ -126,6 +126,7 @@ def audit_privacy(
                 real_features(members, space, cache, bar=bar),
                 real_features(non_members, space, cache, bar=bar),
                 of_generated,
+                knows_members=space.name == CLASSIFIER,
             )
             for space, of_generated in zip(spaces, generated, strict=True)
         ]
@@ -218,7 +219,8 @@ def _remarks(bundle: Bundle, members: ImageDataset, groups: Sequence[str] | None
         remarks.append("The tables name no patients or lesions, so every image counts as one patient.")
     if bundle.classifier is not None:
         remarks.append(
-            "The feature space classifier is that of the bundle's classifier, which may have been trained on the members."
+            "The feature space classifier is that of the bundle's classifier, which may have been trained on the members, so "
+            "it is a control of the attacks in this space only."
         )
     return remarks
 

@@ -11,13 +11,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy.stats import norm
 
 from dermis.errors import DataError
 from dermis.metrics.neighbours import nearest
-from dermis.privacy.attacks import Scores, Space, holm, neighbours_of, permutation_p
+from dermis.privacy.attacks import (
+    Scores,
+    Space,
+    holm,
+    learned_scores_for_halves,
+    neighbours_of,
+    permutation_p,
+)
 from dermis.privacy.audit import Evidence, PrivacyAudit, Subject, run_audit
+from dermis.privacy.controls import split_control
 from dermis.privacy.disclosure import disclosures
-from dermis.privacy.epsilon import bound_from_guesses, epsilon_bound
+from dermis.privacy.epsilon import bound_from_guesses, epsilon_bound, patient_halves
 from dermis.privacy.power import detectable_share
 from dermis.privacy.questions import Attribute, linkability
 from dermis.privacy.report import audit_report
@@ -53,7 +62,10 @@ def _audit(
     classes: tuple[list[str], list[str]] | None = None,
     generator_scores: tuple[Scores, ...] = (),
     scope: str = "dataset",
+    images_each: int = 1,
+    shift: float | None = None,
 ) -> PrivacyAudit:
+    """With `shift` the spaces are pixels and that of a classifier, in which members and generated images are shifted."""
     spaces = [
         Space(name, members[:, part], held_out[:, part], generated[:, part])
         for name, part in (("one", slice(None, DIM // 2)), ("two", slice(DIM // 2, None)))
@@ -66,11 +78,11 @@ def _audit(
         dataset_digest=None,
         generated=len(generated),
         members=len(members),
-        member_patients=len(members),
+        member_patients=len(members) // images_each,
         members_sha256="1" * 64,
         members_are_training_set=True,
         non_members=len(held_out),
-        non_member_patients=len(held_out),
+        non_member_patients=len(held_out) // images_each,
         non_members_sha256="2" * 64,
         spaces={"one": "one", "two": "two"},
         seed=0,
@@ -80,9 +92,12 @@ def _audit(
         classes = (rng.choice(["a", "b"], real).tolist(), rng.choice(["a", "b"], len(generated)).tolist())
     copies = _noisy(members[: round(0.02 * len(members))], seed=9)
     planted = {"one": copies[:, : DIM // 2], "two": copies[:, DIM // 2 :]}
-    evidence = Evidence(
-        spaces, [f"patient-{i}" for i in range(real)], generator_scores, [Attribute("class", *classes)], planted
-    )
+    patients = [f"patient-{i // images_each}" for i in range(real)]
+    if shift is not None:
+        known, shifted = ((each + shift).astype(np.float32) for each in (members, generated))
+        spaces = [Space("pixels", members, held_out, generated), Space("classifier", known, held_out, shifted, True)]
+        planted = {"pixels": copies, "classifier": copies}
+    evidence = Evidence(spaces, patients, generator_scores, [Attribute("class", *classes)], planted)
     return run_audit(subject, evidence, replicates=200)
 
 
@@ -183,6 +198,43 @@ def test_attack_on_sets_of_different_populations_does_not_count() -> None:
     assert (audit.verdict.status, audit.verdict.complete) == ("warn", False)
 
 
+def test_classifier_that_was_trained_on_the_members_hides_no_copies() -> None:
+    members, held_out, generated = _population(11, 2000), _population(12, HELD_OUT), _population(13, 1960)
+    audit = _audit(members, held_out, np.concatenate([generated, _noisy(members[100:140])]), shift=0.5)
+    statuses = _statuses(audit)
+    assert (statuses["fair-split"], statuses["samples-few"]) == ("pass", "fail") and audit.control.space == "pixels"
+    in_classifier = [each for each in audit.attacks if each.space == "classifier"]
+    assert len(in_classifier) == 2 and min(each.auc.value for each in in_classifier) > 0.9, "they seem to succeed"
+    assert not any(each.beats_control_average or each.beats_control_few for each in in_classifier)
+    assert max(each.auc.value for each in audit.attacks if each not in in_classifier) < 0.6
+    assert statuses["epsilon"] == statuses["singling-out"] == "pass" and statuses["samples-average"] != "fail"
+    assert [each.excess is None for each in audit.disclosures] == [False, True]
+
+
+def _split_p(simulations: int) -> NDArray[np.float64]:
+    """p-values of the classifier of the split, of features that have nothing to do with the sets."""
+    labels, patients = np.repeat(np.array([1, 0]), 100), np.arange(200)
+    values = []
+    for seed in range(simulations):
+        x = np.random.default_rng([seed, 7]).normal(size=(200, 8)).astype(np.float32)
+        space = Space("one", x[:100], x[100:], x[:1])
+        values.append(split_control([space], labels, patients, np.ones((2, 200)), seed=seed)[0].p)
+    return np.array(values)
+
+
+def test_p_of_the_classifier_of_the_split_is_uniform() -> None:
+    """The normal quantiles of its p-values have a variance of 1; without fitting again it is about 1.6."""
+    assert norm.ppf(np.clip(_split_p(200), 1e-3, 1 - 1e-3)).var() < 1.35
+
+
+@pytest.mark.full
+def test_p_of_the_classifier_of_the_split_is_uniform_in_many_audits() -> None:
+    p_values = _split_p(400)
+    assert norm.ppf(np.clip(p_values, 1e-3, 1 - 1e-3)).var() < 1.3
+    assert (p_values < 0.05).sum() <= 39 and (p_values < 0.01).sum() <= 13
+    assert 160 <= (p_values < 0.5).sum() <= 240, "nor are they too large"
+
+
 def test_attack_on_the_generator_is_judged_by_its_own_rule() -> None:
     members, held_out, generated = _population(1, MEMBERS), _population(2, HELD_OUT), _population(3, MEMBERS)
     values = np.random.default_rng(0).normal(size=MEMBERS + HELD_OUT)
@@ -207,7 +259,7 @@ def test_result_round_trips_and_refuses_newer_formats() -> None:
     former = PrivacyAudit.from_json(values | {"format_version": 1})
     assert audit.epsilon is not None
     text = audit_report(audit)
-    assert "together with 95 % confidence" in text.replace("95%", "95 %") and "for replacing one image" in text
+    assert "together with 95 % confidence" in text.replace("95%", "95 %") and "for replacing one patient" in text
     assert "earlier version" in audit_report(former) and "earlier version" not in text
     assert "patient-" not in text + json.dumps(values)
     assert text.index("**Verdict:") < text.index("## Rules") < text.index("## Attacks") < text.index("## Limits")
@@ -247,6 +299,44 @@ def test_what_was_not_measured_never_passes(statuses: dict[str, str]) -> None:
     assert failed.status == "fail"
 
 
+def test_scores_behind_the_bounds_do_not_depend_on_labels_of_the_half_that_is_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Otherwise the guesses about the second half know its answers, and the counts are not binomial."""
+    members, held_out, generated = (_population(seed, 120) for seed in (1, 2, 3))
+    captured: dict[str, object] = {}
+    monkeypatch.setattr(
+        "dermis.privacy.audit.epsilon_bound",
+        lambda scores, labels, patients, **options: captured.update(options, scores=scores),
+    )
+    _audit(members, held_out, generated)
+    space = Space("one", members, held_out, generated)
+    labels, patients = np.repeat(np.array([1, 0]), 120), np.arange(240) // 2  # two images of each patient
+    neighbours = [neighbours_of(space, patients)]
+    choice, test = patient_halves(labels, patients, 0)
+    flipped = labels.copy()
+    for label in (0, 1):
+        half = patients[test[labels[test] == label]][::2]
+        flipped[np.isin(patients, half)] = 1 - label
+    assert (flipped != labels).sum() >= 60 and flipped.sum() == labels.sum()
+    before, after = (
+        learned_scores_for_halves(neighbours, each, patients, choice, generated=120, seed=0).values
+        for each in (labels, flipped)
+    )
+    assert np.array_equal(before, after)
+
+    parts = (slice(None, DIM // 2), slice(DIM // 2, None))
+    own = np.unique([f"patient-{i}" for i in range(240)], return_inverse=True)[1]
+    neighbours = [
+        neighbours_of(Space("", members[:, part], held_out[:, part], generated[:, part]), own) for part in parts
+    ]
+    halves = patient_halves(labels, own, 0)
+    expected = learned_scores_for_halves(neighbours, labels, own, halves[0], generated=120, seed=0).values
+    used, scores = captured["halves"], captured["scores"]
+    assert isinstance(used, tuple) and all(map(np.array_equal, used, halves))
+    assert isinstance(scores, dict) and np.array_equal(scores["learned (all)"], expected)
+
+
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.0]), st.integers(0, 1000))
 def test_epsilon_of_randomized_response_is_not_exceeded(epsilon: float, seed: int) -> None:
@@ -265,6 +355,28 @@ def test_epsilon_of_randomized_response_is_not_exceeded(epsilon: float, seed: in
         above += (bound.from_rates > epsilon, bound.from_pairs > 2 * epsilon)
     # With probability 0.9999 a Binomial(40, 0.05) is at most 9. A pair of two independent answers has twice the epsilon.
     assert above.max() <= 9
+
+
+def test_bounds_are_stated_for_all_images_of_a_patient() -> None:
+    """One image more or less changes the answer about a patient by 1: epsilon 0.5. All ten have ten times that."""
+    rng, each, patients = np.random.default_rng(0), 10, 100
+    answers = np.repeat([each] * patients + [0] * patients, each) + np.repeat(rng.laplace(0, 2, 2 * patients), each)
+    audit = _audit(
+        *(_population(seed, count * each) for seed, count in ((1, patients), (2, patients), (3, 10))),
+        generator_scores=(Scores("answer", "generator", "count", answers),),
+        scope="bundle",
+        images_each=each,
+    )
+    assert audit.epsilon is not None and 1 < audit.epsilon.from_rates < 5
+    finding = next(outcome.finding for outcome in audit.outcomes if outcome.rule == "epsilon")
+    text = audit_report(audit).partition("## Epsilon")[2].partition("## The three")[0]
+    for stated in (finding, text):
+        assert "all images of one patient" in stated and "one image of" not in stated and "guaranteed" not in stated
+        assert "for one image" not in stated and "an image" not in stated and "removing one image" not in stated
+    unknown = replace(audit.subject, member_patients=None, non_member_patients=None)
+    assert "neither is guaranteed" in audit_report(replace(audit, subject=unknown)).partition("## Epsilon")[2]
+    single = replace(audit.subject, member_patients=1000, non_member_patients=1000)
+    assert "one patient (each has one image)" in audit_report(replace(audit, subject=single))
 
 
 def test_bounds_are_large_for_certain_attacks_and_zero_for_guesses() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 from commands.main import app
 from dermis.bundle import open_bundle
 from dermis.errors import TrainingError
+from dermis.networks import one_hot
 from lesions import lesion
 from training.checkpoint import read_state
 from training.data.images import ImageDataset
@@ -105,6 +107,47 @@ def test_contribution_follows_from_the_name_of_the_patient_and_not_from_its_plac
     )
     for before, after in zip(whole[1:], _sampled(fewer, config, tmp_path / "b", 3), strict=True):
         assert before.seed == after.seed and torch.equal(before.images, after.images)
+
+
+def test_generated_images_do_not_depend_on_the_patients_of_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their gradients have no noise. A device whose random numbers nobody restores after a patient must not matter."""
+    config = _config(augment_p=0.8, dp_noise=0.0)
+    patient = _sampled(_dataset(4), config, tmp_path, 0)[0]
+    monkeypatch.setattr(torch.random, "fork_rng", lambda *_, **__: nullcontext())
+    losses = []
+    for patients in ([], [patient]):
+        phases = new_state(config, CPU).phases(config)
+        torch.manual_seed(7)
+        z, c = torch.randn(4, 8), torch.eye(2)[[0, 1, 0, 1]]
+        losses.append(discriminator_gradients(phases, PrivateBatch(patients, SecretRandomness(1, 0)), z, c, 0.8))
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
+def test_random_numbers_of_every_device_are_restored_after_a_patient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The images of other steps follow from them. The device is named only; the images stay on the CPU."""
+
+    class Elsewhere(torch.Tensor):
+        device = torch.device(kind)
+
+    config = _config(mirror=False)
+    patient = _sampled(_dataset(4), config, tmp_path, 0)[0]
+    moved = replace(patient, images=patient.images.as_subclass(Elsewhere))
+    asked: list[dict[str, object]] = []
+
+    def fork(**options: object) -> AbstractContextManager[None]:
+        asked.append(options)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.random, "fork_rng", fork)
+    monkeypatch.setattr("training.gan.private.gradients.one_hot", lambda labels, count, _: one_hot(labels, count, CPU))
+    phases = new_state(config, CPU).phases(config)
+    clipped_sum_of_patients(phases, [moved], 0.0)
+    assert asked == [{"devices": [torch.device(kind)], "device_type": kind}]
 
 
 def test_noise_has_the_stated_deviation_in_every_weight() -> None:

@@ -45,8 +45,9 @@ def discriminator_gradients(phases: Phases, batch: PrivateBatch, z: Tensor, c: T
     renew_spectral_norms(D)
     D.eval()
     try:
-        real = clipped_sum_of_patients(phases, batch.patients, p)
+        # First, so that no random number of theirs can depend on the patients: no noise covers this part of the gradient.
         fake_images = phases.transformed(phases.generated(z, c), p)
+        real = clipped_sum_of_patients(phases, batch.patients, p)
         fake = _zeros(D)
         losses = []
         for i in range(len(fake_images)):
@@ -69,7 +70,9 @@ def clipped_sum_of_patients(phases: Phases, patients: Sequence[PatientImages], p
     """
     total = _zeros(phases.D)
     for patient in patients:
-        with torch.random.fork_rng(devices=[patient.images.device] if patient.images.is_cuda else []):
+        device = patient.images.device
+        on_cpu = device.type == "cpu"  # whose numbers are always restored
+        with torch.random.fork_rng(devices=[] if on_cpu else [device], device_type=None if on_cpu else device.type):
             torch.manual_seed(patient.seed)
             x = patient.images.permute(0, 3, 1, 2).float() / 127.5 - 1
             if phases.config.mirror:
