@@ -23,6 +23,7 @@ _RATE_HALF_LIFE_SECONDS = 30.0
 _RATE_CALLS = 20  # the first calls say little about the rate: a generator is slow until it has warmed up
 _RATE_SECONDS = 5.0
 _RATE_IMAGES = 16
+_PERIOD_SECONDS = 3.0
 _OVERLOADED_SHARE = 0.1  # of the limit of the wait, while more images are requested than can be made
 
 
@@ -86,6 +87,16 @@ class Limiter:
 
 
 @dataclass
+class _Period:
+    """A time in which images were waiting without a pause."""
+
+    seconds: float = 0.0
+    waiting_seconds: float = 0.0  # the sum of the times of all images
+    calls: int = 0
+    completed: int = 0  # images
+
+
+@dataclass
 class _Rate:
     """Images completed per second, weighted towards the last half minute of the time that is measured."""
 
@@ -93,16 +104,12 @@ class _Rate:
     completed: float = 0.0
     seconds: float = 0.0
 
-    def add_time(self, seconds: float) -> None:
-        """Count time, and let earlier time weigh less."""
-        weight = 0.5 ** (seconds / _RATE_HALF_LIFE_SECONDS)
-        self.completed *= weight
-        self.seconds = self.seconds * weight + seconds
-
-    def add_call(self, images: int) -> None:
-        """Count a completed call."""
-        self.calls += 1
-        self.completed += images
+    def add(self, period: _Period) -> None:
+        """Count a period, and let earlier ones weigh less."""
+        weight = 0.5 ** (period.seconds / _RATE_HALF_LIFE_SECONDS)
+        self.calls += period.calls
+        self.completed = self.completed * weight + period.completed
+        self.seconds = self.seconds * weight + period.seconds
 
     @property
     def value(self) -> float | None:
@@ -118,8 +125,10 @@ class WaitLimiter:
     Only a tenant that has images waiting is refused: the wait of another one is limited by its share of the calls (`Limiter`).
 
     A number of calls says little about the time to wait: a graphics processor makes in a second what a processor makes in a
-    minute, and a call can ask for one image or for many. So the rate is measured, while many images are waiting: with few of
-    them batches are small and slow, and shards of datasets have the rest of each batch.
+    minute, and a call can ask for one image or for many. So the rate is measured, in periods with many waiting images: with few
+    of them batches are small and slow, and shards of datasets have the rest of each batch. A period ends when no image is
+    waiting or after some seconds, not when fewer are waiting: that is when images are completed, so their number would be too
+    high for the time.
 
     A queue evens out bursts. Where more is requested for a long time than can be made, it would be full all the time, and make
     each call slow without serving more of them. Whether that is so cannot be seen from a queue that refuses calls. So a second
@@ -136,7 +145,8 @@ class WaitLimiter:
         self._limit, self._clock = limit, clock
         self._images: Counter[str] = Counter()  # of all calls, by tenant; only those that have some
         self._waiting = 0  # requested from the model
-        self._full, self._short = _Rate(), _Rate()  # while the queue is half as long as it may be: normally, overloaded
+        self._full, self._short = _Rate(), _Rate()  # with a queue half as long as it may be: normally, overloaded
+        self._period = _Period()
         self._requested = 0.0  # images that would be waiting if no call was refused
         self._overloaded = False
         self._changed = self._requested_since = clock()
@@ -185,10 +195,8 @@ class WaitLimiter:
         finally:
             self._advance()
             if begun:
-                if completed:
-                    for rate in self._measured():
-                        rate.add_call(images)
                 self._waiting -= images
+                self._end_call(images if completed else 0)
             self._images[tenant] -= images
             if not self._images[tenant]:
                 del self._images[tenant]
@@ -198,8 +206,6 @@ class WaitLimiter:
         rate, own, waiting, limit = self.rate, self._images[tenant], self._images.total(), self.limit
         if rate is None or not own:
             return
-        if self._overloaded:
-            rate = self._short.value or rate  # what calls have beside datasets
         wait = waiting / rate if rate > 0 else math.inf
         if wait > limit:
             seconds = max(wait - limit, self._requested / rate if self._overloaded and rate > 0 else 0.0)
@@ -222,24 +228,30 @@ class WaitLimiter:
             self._overloaded = True
         self._requested = min(self._requested, longest) + images
 
-    def _measured(self) -> list[_Rate]:
-        """The rates that are measured at the present length of the queue."""
-        rate = self.rate
-        if not self._waiting:
-            return []
-        if rate is None:
-            return [self._full] if self._waiting >= _RATE_IMAGES else []
-        lengths = ((self._full, rate * self._limit / 2), (self._short, rate * self._limit * _OVERLOADED_SHARE / 2))
-        return [measured for measured, length in lengths if self._waiting >= min(_RATE_IMAGES, length)]
+    def _end_call(self, completed: int) -> None:
+        """Count a call that is no longer waiting, and measure the rates at the end of a period."""
+        period = self._period
+        period.calls += completed > 0
+        period.completed += completed
+        if self._waiting and period.seconds < _PERIOD_SECONDS:
+            return
+        self._period = _Period()
+        rate, waiting = self.rate, period.waiting_seconds / period.seconds if period.seconds else 0.0
+        short = _RATE_IMAGES if rate is None else rate * self._limit * _OVERLOADED_SHARE / 2
+        full = _RATE_IMAGES if rate is None else rate * self._limit / 2
+        for measured, length in ((self._full, full), (self._short, short)):
+            if waiting >= min(_RATE_IMAGES, length):
+                measured.add(period)
 
     def _advance(self) -> None:
         """Count the time since the last change."""
         now = self._clock()
         seconds = now - self._changed
         self._changed = now
+        if self._waiting:
+            self._period.seconds += seconds
+            self._period.waiting_seconds += seconds * self._waiting
         rate = self.rate
-        for measured in self._measured():
-            measured.add_time(seconds)
         if rate is not None:
             self._requested = max(0.0, self._requested - seconds * rate)
             self._overloaded &= self._requested > 0

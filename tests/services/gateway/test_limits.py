@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import math
 import random
 import threading
 from collections import deque
@@ -348,6 +349,24 @@ def test_accepted_calls_stay_fast_while_more_is_requested_than_can_be_made(rate:
     generator.request(60)  # three seconds
     generator.run(30, 16)
     assert len(generator.refused) == refused
+
+
+def test_measured_rate_is_right_where_the_queue_is_hardly_long_enough() -> None:
+    now, random_numbers = 0.0, random.Random(0)
+    limiter = WaitLimiter(5.0, clock=lambda: now)
+    calls: deque[AbstractContextManager[None]] = deque()
+    for _ in range(3000):
+        for _ in range(1 if len(calls) > 6 else 3 if len(calls) < 2 else random_numbers.choice((1, 2, 3))):
+            now += 0.01  # so that many come just before the end of a batch
+            calls.append(requested(limiter, "a", 4))
+            with suppress(ProblemError):
+                calls[-1].__enter__()
+                continue
+            calls.pop()
+        now = math.ceil(now / 0.4 + 1e-6) * 0.4  # the end of a batch of 8 images
+        for _ in range(min(2, len(calls))):
+            calls.popleft().__exit__(None, None, None)
+    assert limiter.rate == pytest.approx(20, rel=0.1)
 
 
 def test_bursts_below_the_rate_of_the_generator_are_no_overload() -> None:
