@@ -23,8 +23,9 @@ PER_UPDATE_STRATEGIES = ("fedmedian", "fedtrimmedavg", "krum", "multikrum")
 # Options that can change when a federation is continued: its length, waiting times, measurements and snapshots.
 _FREE = frozenset({
     "rounds", "clients", "min_clients", "attempts", "round_timeout", "wait_timeout", "evaluate_rounds",
-    "evaluate_images", "snapshot_rounds", "start",
+    "evaluate_images", "snapshot_rounds",
 })  # fmt: skip
+_LATER = frozenset({"start", "clients"})  # options that earlier versions did not store
 
 
 @dataclass(frozen=True)
@@ -131,13 +132,23 @@ class FederationConfig:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Options that must not change when a federation is continued."""
-        return {name: value for name, value in asdict(self).items() if name not in _FREE}
+        """Options that must not change when a federation is continued.
+
+        With differential privacy the number of clients is one of them: the accountant has counted releases for it.
+        """
+        identity = {name: value for name, value in asdict(self).items() if name not in _FREE}
+        if self.task == "classifier":
+            identity["start"] = self.start or "imagenet"
+        return identity | ({"clients": self.clients} if self.dp_noise else {})
 
     def changed_from(self, stored: Mapping[str, Any]) -> list[str]:
-        """Return the names of the options that differ from `stored`, the identity of an earlier start."""
+        """Return the names of the options that differ from `stored`, the identity of an earlier start.
+
+        Earlier versions did not store `start`, nor `clients`: such a federation can be continued with any.
+        """
         identity = self.identity
-        return sorted(name for name in identity.keys() | stored.keys() if identity.get(name) != stored.get(name))
+        names = (identity.keys() | stored.keys()) - (_LATER - stored.keys()) - _FREE.difference(identity)
+        return sorted(name for name in names if identity.get(name) != stored.get(name))
 
 
 def parse_run_config(table: Mapping[str, Any]) -> FederationConfig:

@@ -240,6 +240,22 @@ def test_resume_with_other_options_is_refused_by_name(skin: Path, tmp_path: Path
         simulate(tiny_federation(share="generator", strategy="krum"), sites, tmp_path / "out")
 
 
+def test_continued_federation_keeps_first_weights_of_its_beginning(skin: Path, tmp_path: Path) -> None:
+    """Omitted, `start` is the one that the federation began with, since clients depend on it; another one is refused."""
+    sites = tiny_sites(skin, tmp_path / "members")[:1]
+    one = tiny_federation(clients=1, min_clients=1, rounds=1)
+    simulate(one, sites, tmp_path / "first")
+    start = str(tmp_path / "first" / "bundle")
+    simulate(replace(one, start=start), sites, tmp_path / "out")
+    simulate(replace(one, rounds=2), sites, tmp_path / "out")
+    assert open_bundle(tmp_path / "out" / "bundle").provenance["federation"]["began_with"] == "bundle"
+    with pytest.raises(TrainingError, match="was started with other values of start;"):
+        simulate(replace(one, rounds=3, start=str(tmp_path / "other")), sites, tmp_path / "out")
+    with pytest.raises(TrainingError, match="was started with other values of start;"):  # as Flower's own command does
+        run_federation(local_grid(one, sites), replace(one, rounds=3), tmp_path / "out")
+    assert one.changed_from({name: value for name, value in one.identity.items() if name != "start"}) == []
+
+
 def test_generator_sharing_keeps_discriminators_at_clients(skin: Path, tmp_path: Path) -> None:
     federation = tiny_federation(share="generator")
     state = simulate(federation, tiny_sites(skin, tmp_path / "members"), tmp_path / "out")

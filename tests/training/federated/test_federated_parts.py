@@ -267,6 +267,14 @@ def test_invalid_federation_options_are_refused_by_name(options: dict[str, Any],
         FederationConfig(**options)
 
 
+def test_number_of_clients_is_fixed_with_differential_privacy_only() -> None:
+    """The accountant has counted the releases for that number."""
+    private = FederationConfig(task="classifier", options="head_only=true", dp_noise=1.0)
+    assert replace(private, clients=4).changed_from(private.identity) == ["clients"]
+    assert FederationConfig(clients=4).changed_from(FederationConfig().identity) == []
+    assert replace(private, start="imagenet").changed_from(private.identity) == []
+
+
 def test_flower_app_config_matches_federation_config() -> None:
     """The app that `flwr run` sends holds the defaults, and no code."""
     assert [path.name for path in APP.iterdir()] == ["pyproject.toml"]
