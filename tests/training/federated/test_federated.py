@@ -256,6 +256,15 @@ def test_continued_federation_keeps_first_weights_of_its_beginning(skin: Path, t
     assert one.changed_from({name: value for name, value in one.identity.items() if name != "start"}) == []
 
 
+def test_client_continues_with_other_precision(skin: Path, tmp_path: Path) -> None:
+    """As on another machine, where `precision=auto` means another one; the server's options are those of the beginning."""
+    federation, sites = tiny_federation(clients=1, min_clients=1), tiny_sites(skin, tmp_path / "members")[:1]
+    simulate(replace(federation, rounds=1, precision="auto"), sites, tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.federated.config.automatic_precision", lambda device: "bf16")
+        assert simulate(replace(federation, precision="auto"), sites, tmp_path / "out").round == 2
+
+
 def test_generator_sharing_keeps_discriminators_at_clients(skin: Path, tmp_path: Path) -> None:
     federation = tiny_federation(share="generator")
     state = simulate(federation, tiny_sites(skin, tmp_path / "members"), tmp_path / "out")
