@@ -382,6 +382,32 @@ def test_interrupted_round_leaves_state_of_last_complete_round(skin: Path, tmp_p
     assert not list((tmp_path / "out").glob("*.partial"))
 
 
+def test_round_that_was_not_measured_is_measured_at_next_start(skin: Path, tmp_path: Path) -> None:
+    """The program ends while it measures round 1: its record is kept, and what is missing is made before the next round."""
+    federation = tiny_federation(rounds=2, clients=1, min_clients=1, evaluate_rounds=1, snapshot_rounds=1)
+    grid = local_grid(federation, tiny_sites(skin, tmp_path / "m")[:1])
+    send, measured = grid.send_and_receive, list[int]()
+
+    def interrupted(messages: Iterable[Any], *, timeout: float | None = None) -> Iterable[Any]:
+        sent = list(messages)
+        if sent[0].metadata.message_type == "evaluate":
+            measured.append(1)
+            if len(measured) == 2:
+                raise KeyboardInterrupt
+        return send(sent, timeout=timeout)
+
+    grid.send_and_receive = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run_federation(grid, federation, tmp_path / "out")
+    assert [line["round"] for line in read_rounds(tmp_path / "out")] == [0, 1]
+    messages: list[str] = []
+    run_federation(grid, federation, tmp_path / "out", on_progress=messages.append)
+    lines = read_rounds(tmp_path / "out")
+    assert [line["round"] for line in lines] == [0, 1, 2]
+    assert all({"members", "measured", "seconds"} <= line.keys() for line in lines[1:])
+    assert [text.partition(":")[0] for text in messages if text.endswith("bundle")] == ["round 1", "round 2"]
+
+
 def test_missing_result_bundle_is_written_at_next_start(skin: Path, tmp_path: Path) -> None:
     """The server dies after its last round, before the bundle."""
     federation = tiny_federation(rounds=1)
