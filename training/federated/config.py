@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -188,11 +188,13 @@ def gan_config(federation: FederationConfig, device: torch.device) -> GanConfig:
     options = parse_settings(federation.options.split(), GanConfig, "options: ")
     precision = automatic_precision(device) if federation.precision == "auto" else federation.precision
     if federation.start:  # as in `dermis train gan --from`
-        options = {"augment_kimg": 100.0, "ema_rampup": None} | options
+        options = {"augment_kimg": 100.0} | options
     try:
         config = base_config(
             federation.base, federation.resolution, len(names), seed=federation.seed, precision=precision, **options
         )
+        if federation.start and "ema_rampup" not in options:  # None does not change the base's value in `base_config`
+            config = replace(config, ema_rampup=None)
         _ = config.generator, config.discriminator
     except (TrainingError, ValueError) as error:
         raise TrainingError(f"options: {str(error).removeprefix('options: ')}") from None

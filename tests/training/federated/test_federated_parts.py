@@ -30,7 +30,7 @@ from tiny_federation import local_grid, tiny_federation, tiny_sites
 from tiny_skin import make_skin
 from training.experiments.hospitals import Point, levels, markdown, reached
 from training.federated.client.app import app
-from training.federated.config import FederationConfig, parse_options, parse_run_config
+from training.federated.config import FederationConfig, gan_config, parse_options, parse_run_config
 from training.federated.deployment.fleet_proxy import fleet_proxy
 from training.federated.deployment.flower_programs import APP, superlink_command, supernode_command
 from training.federated.deployment.invitation import read_invitation, write_invitation
@@ -273,6 +273,15 @@ def test_number_of_clients_is_fixed_with_differential_privacy_only() -> None:
     assert replace(private, clients=4).changed_from(private.identity) == ["clients"]
     assert FederationConfig(clients=4).changed_from(FederationConfig().identity) == []
     assert replace(private, start="imagenet").changed_from(private.identity) == []
+
+
+def test_started_generator_has_options_of_ordinary_training() -> None:
+    """As in `dermis train gan --from`: trained weights need no short average at the start."""
+    cpu, options = torch.device("cpu"), "batch=4"
+    assert gan_config(tiny_federation(options=options), cpu).ema_rampup == 0.05
+    started = gan_config(tiny_federation(options=options, start="bundle"), cpu)
+    assert (started.ema_rampup, started.augment_kimg) == (None, 100.0)
+    assert gan_config(tiny_federation(options="ema_rampup=0.1", start="bundle"), cpu).ema_rampup == 0.1
 
 
 def test_flower_app_config_matches_federation_config() -> None:
