@@ -20,10 +20,11 @@ Optimizer = Literal["local", "shared"]
 WireDtype = Literal["fp32", "fp16", "bf16"]
 PER_UPDATE_STRATEGIES = ("fedmedian", "fedtrimmedavg", "krum", "multikrum")
 """Strategies that need the update of each client. The others need the weighted mean only."""
-# Options that can change when a federation is continued: its length, waiting times, measurements and snapshots.
+# Options that can change when a federation is continued: its length, waiting times, measurements, snapshots, and the range of
+# secure aggregation, which changes a rounding only.
 _FREE = frozenset({
     "rounds", "clients", "min_clients", "attempts", "round_timeout", "wait_timeout", "evaluate_rounds",
-    "evaluate_images", "snapshot_rounds",
+    "evaluate_images", "snapshot_rounds", "secure_clip",
 })  # fmt: skip
 _LATER = frozenset({"start", "clients"})  # options that earlier versions did not store
 
@@ -92,6 +93,11 @@ class FederationConfig:
             if self.clients < 3:
                 raise TrainingError(
                     "secure_aggregation: needs 3 clients or more; with two, each could compute the other's update"
+                )
+            if self.optimizer == "shared":
+                raise TrainingError(
+                    "optimizer: shared: Adam's step is too large for secure_aggregation, and its averages of squares "
+                    "are too small; use local"
                 )
             if self.dp_noise:
                 raise TrainingError("dp_noise: the server clips each update, which secure_aggregation hides")

@@ -175,6 +175,17 @@ def test_secure_aggregation_gives_weighted_mean_and_hides_update(skin: Path, tmp
     assert not [each for each in numbers if "G" in each or "loss" in each], "losses would describe single clients"
 
 
+def test_change_beyond_range_of_secure_aggregation_is_refused_by_name(skin: Path, tmp_path: Path) -> None:
+    """The protocol would clip it. Another range can continue."""
+    federation = tiny_federation(rounds=1, iterations=1, secure_aggregation=True, secure_clip=1e-9)
+    sites = tiny_sites(skin, tmp_path / "m")
+    with pytest.raises(
+        TrainingError, match=r"round 1: failed.* changed by .*, which secure_clip=1e-09 cannot represent"
+    ):
+        simulate(federation, sites, tmp_path / "out")
+    assert replace(federation, secure_clip=8.0).changed_from(federation.identity | {"secure_clip": 1e-9}) == []
+
+
 def test_client_requiring_secure_aggregation_refuses_open_round(skin: Path, tmp_path: Path) -> None:
     sites = [replace(site, require_secure_aggregation=True) for site in tiny_sites(skin, tmp_path / "m")]
     messages: list[str] = []
@@ -255,6 +266,7 @@ def test_differential_privacy_clips_updates_and_counts_epsilon(tmp_path: Path, m
     [
         ({"strategy": "krum", "secure_aggregation": True}, "must see each update"),
         ({"clients": 2, "secure_aggregation": True}, "needs 3 clients"),
+        ({"optimizer": "shared", "secure_aggregation": True}, "optimizer: shared: Adam's step is too large"),
         ({"dp_noise": 1.0}, "last layer of a classifier"),
         ({"min_clients": 4}, "min_clients: 4 is more"),
         ({"strategy": "best"}, "strategy: 'best' is none of"),
