@@ -26,6 +26,12 @@ _FREE = frozenset({
     "rounds", "clients", "min_clients", "attempts", "round_timeout", "wait_timeout", "evaluate_rounds",
     "evaluate_images", "snapshot_rounds", "secure_clip",
 })  # fmt: skip
+# Options of `dermis train classifier` about the end of epochs, which a federation does not have.
+_OF_EPOCHS = ("epochs", "patience", "plateau_factor", "plateau_patience", "monitor")
+# Options of federations of generators, and their only values for classifiers.
+_OF_GENERATORS: Mapping[str, Any] = {
+    "share": "both", "optimizer": "local", "base": "auto", "conditional": True, "binary": True,
+}  # fmt: skip
 _LATER = frozenset({"start", "clients"})  # options that earlier versions did not store
 
 
@@ -82,6 +88,10 @@ class FederationConfig:
             raise TrainingError("evaluate_rounds must be 0 or more, evaluate_images at least 10")
         if not all(self.class_names) or len(set(self.class_names)) < len(self.class_names):
             raise TrainingError(f"classes: must be different names separated by commas, not {self.classes!r}")
+        if self.task == "classifier":
+            for name, value in _OF_GENERATORS.items():
+                if getattr(self, name) != value:
+                    raise TrainingError(f"{name}: {getattr(self, name)}: has no effect on a classifier; omit it")
         self._check_privacy()
 
     def _check_privacy(self) -> None:
@@ -193,12 +203,11 @@ def gan_config(federation: FederationConfig, device: torch.device) -> GanConfig:
     names = federation.class_names if federation.conditional else ()
     options = parse_settings(federation.options.split(), GanConfig, "options: ")
     precision = automatic_precision(device) if federation.precision == "auto" else federation.precision
+    options = {"precision": precision} | options
     if federation.start:  # as in `dermis train gan --from`
         options = {"augment_kimg": 100.0} | options
     try:
-        config = base_config(
-            federation.base, federation.resolution, len(names), seed=federation.seed, precision=precision, **options
-        )
+        config = base_config(federation.base, federation.resolution, len(names), seed=federation.seed, **options)
         if federation.start and "ema_rampup" not in options:  # None does not change the base's value in `base_config`
             config = replace(config, ema_rampup=None)
         _ = config.generator, config.discriminator
@@ -219,4 +228,10 @@ def classifier_config(federation: FederationConfig) -> ClassifierConfig:
         TrainingError: An option does not fit; the message names it.
     """
     options = parse_settings(federation.options.split(), ClassifierConfig, "options: ")
-    return ClassifierConfig(size=federation.resolution, seed=federation.seed, **options)
+    for name in _OF_EPOCHS:
+        if name in options:
+            raise TrainingError(
+                f"options: {name}: has no effect in a federation, which has rounds of `iterations` steps at one learning rate"
+            )
+    precision = "fp32" if federation.precision == "auto" else federation.precision
+    return ClassifierConfig(size=federation.resolution, seed=federation.seed, **({"precision": precision} | options))

@@ -13,12 +13,13 @@ import torch
 
 from dermis.devices import resolve_device
 from dermis.errors import DataError, TrainingError
-from training.classifier.data import RealData, load_real
+from training.classifier.data import SHARES, RealData, load_real
 from training.data.images import ImageDataset, load_images
 from training.data.sources import Source, read_source
 from training.data.splits import split_by_patient
 from training.options import check_options
 
+CLASSIFIER_PARTS = "for which images are divided into " + ", ".join(f"{v:.0%} {name}" for name, v in SHARES.items())
 _FLOWER_KEYS = ("partition-id", "num-partitions")  # which Flower adds in simulations
 
 
@@ -126,7 +127,16 @@ def site_images(site: Site, class_names: tuple[str, ...], binary: bool, resoluti
 
 @lru_cache(maxsize=16)
 def site_classifier_data(site: Site, size: int) -> RealData:
-    """Return a site's training, validation and test images for a classifier, divided by patient."""
+    """Return a site's training, validation and test images for a classifier, divided by patient.
+
+    Raises:
+        TrainingError: The site has another share for `validation` than the default, which a classifier does not use.
+        DataError: The images cannot be used.
+    """
+    if site.validation != Site.validation:
+        raise TrainingError(
+            f"validation: {site.validation:g}: has no effect on a classifier, {CLASSIFIER_PARTS}; omit it"
+        )
     return load_real(
         site.data,
         size,

@@ -30,7 +30,13 @@ from tiny_federation import local_grid, tiny_federation, tiny_sites
 from tiny_skin import make_skin
 from training.experiments.hospitals import Point, levels, markdown, reached
 from training.federated.client.app import app
-from training.federated.config import FederationConfig, gan_config, parse_options, parse_run_config
+from training.federated.config import (
+    FederationConfig,
+    classifier_config,
+    gan_config,
+    parse_options,
+    parse_run_config,
+)
 from training.federated.deployment.fleet_proxy import fleet_proxy
 from training.federated.deployment.flower_programs import APP, superlink_command, supernode_command
 from training.federated.deployment.invitation import read_invitation, write_invitation
@@ -45,7 +51,7 @@ from training.federated.server.rounds import run_federation
 from training.federated.server.strategies import aggregate, instructions, new_strategy
 from training.federated.simulation.local_grid import LocalGrid
 from training.federated.simulation.simulate import divide, hospital_sizes, simulate
-from training.federated.site import Site, parse_node_config
+from training.federated.site import Site, parse_node_config, site_classifier_data
 
 Tensors = dict[str, torch.Tensor]
 
@@ -285,6 +291,28 @@ def test_number_of_clients_is_fixed_with_differential_privacy_only() -> None:
     assert replace(private, clients=4).changed_from(private.identity) == ["clients"]
     assert FederationConfig(clients=4).changed_from(FederationConfig().identity) == []
     assert replace(private, start="imagenet").changed_from(private.identity) == []
+
+
+def test_options_without_effect_on_classifiers_are_refused_by_name(skin: Path, tmp_path: Path) -> None:
+    """`--set epochs=`, options of generators, and the share of validation images of a site; `precision` has its effect."""
+    federation = FederationConfig(task="classifier", precision="bf16")
+    assert classifier_config(federation).precision == "bf16"
+    assert classifier_config(replace(federation, precision="auto")).precision == "fp32"
+    assert gan_config(tiny_federation(options="batch=4 precision=bf16"), torch.device("cpu")).precision == "bf16"
+    for option in ("epochs=3", "patience=2", "plateau_factor=0.5", "plateau_patience=2", "monitor=loss"):
+        with pytest.raises(TrainingError, match=f"options: {option.partition('=')[0]}: has no effect"):
+            classifier_config(replace(federation, options=option))
+    changes: tuple[dict[str, Any], ...] = ({"share": "generator"}, {"base": "paper256"}, {"conditional": False})
+    for change in changes:
+        with pytest.raises(TrainingError, match=f"{next(iter(change))}: .*has no effect on a classifier"):
+            replace(federation, **change)
+    with pytest.raises(TrainingError, match=r"validation: 0.3: has no effect on a classifier, .*15% validation"):
+        site_classifier_data(Site(skin, tmp_path, validation=0.3), 16)
+    write_invitation(tmp_path / "in.toml", new_server(tmp_path / "server", ["127.0.0.1"], 1), federation, 1)
+    join = ["federate", "join", str(tmp_path / "in.toml"), "--data", str(skin), "--key", "key", "--validation", "0.3"]
+    joined = CliRunner().invoke(commands_app, join)
+    assert isinstance(joined.exception, TrainingError)
+    assert str(joined.exception).startswith("--validation: has no effect")
 
 
 def test_started_generator_has_options_of_ordinary_training() -> None:
