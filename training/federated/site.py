@@ -143,6 +143,7 @@ def site_classifier_data(site: Site, size: int) -> RealData:
         metadata=site.metadata,
         class_column=site.class_column,
         cache=site.cache,
+        keep_digests=True,  # each message is handled by a new process
         progress=False,
     )
 
@@ -159,6 +160,6 @@ def _source(site: Site, class_names: tuple[str, ...], binary: bool) -> Source:
 
 def _labelled(source: Source, class_names: tuple[str, ...], resolution: int, cache: Path | None) -> ImageDataset:
     """Load images with the federation's labels: a site that lacks a class must not number the other classes differently."""
-    dataset = load_images(source, resolution, cache=cache, progress=False)
+    dataset = load_images(source, resolution, cache=cache, keep_digests=True, progress=False)
     labels = np.array([class_names.index(name) for name in dataset.class_names], dtype=np.int64)
     return replace(dataset, labels=labels[dataset.labels], class_names=class_names)
