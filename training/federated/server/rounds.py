@@ -217,7 +217,7 @@ def _measurement_is_due(server: _Server, line: Mapping[str, Any]) -> bool:
 
 
 def _result_is_due(server: _Server, line: Mapping[str, Any]) -> bool:
-    federation, number = server.federation, line["round"]
+    federation, number = server.federation, int(line["round"])
     if "result" in line and (server.out / line["result"]).exists():
         return False
     return number % federation.snapshot_rounds == 0 or number >= federation.rounds
