@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -47,6 +48,11 @@ def parse_sizes(text: str) -> list[float]:
     if any(size <= 0 for size in sizes):
         raise TrainingError(f"--sizes: {text!r}: give numbers above 0 separated by commas, such as 2000,12000,20000")
     return sizes
+
+
+def full_path(start: str) -> str:
+    """Return the value of --from so that it means the same in every folder: an existing file with its full path."""
+    return str(Path(start).resolve()) if start not in ("", "imagenet", "none") and Path(start).exists() else start
 
 
 def federation_config(settings: Sequence[str] | None, options: Sequence[str] | None, **values: Any) -> FederationConfig:

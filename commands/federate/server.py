@@ -18,6 +18,7 @@ from commands.federate.options import (
     StrategyOption,
     TaskOption,
     federation_config,
+    full_path,
 )
 from commands.options import AttributionOption, LicenceOption, LogOption, SettingsOption
 
@@ -148,6 +149,7 @@ def run_federation(
     from dermis.errors import TrainingError
     from training.federated.deployment.flower_programs import environment, run_command
     from training.federated.deployment.server_folder import open_server
+    from training.federated.server.global_state import as_begun
     from training.loggers import check_loggers
 
     opened, loggers = open_server(server), check_loggers(log or ())
@@ -160,17 +162,18 @@ def run_federation(
         resolution=resolution,
         strategy=strategy,
         name=name,
-        start=str(Path(start).resolve()) if start and Path(start).exists() else start,
+        start=full_path(start),
         seed=seed,
         licence=licence,
         attribution=attribution,
     )
+    out = opened.run_folder(federation.name)
+    federation = as_begun(federation, out)
     if federation.task == "classifier" and federation.start not in ("", "imagenet", "none"):
         raise TrainingError(
             f"--from: {federation.start}: each client makes the frozen layers of a classifier itself, and has no such file; "
             "give imagenet or none, or omit --from"
         )
-    out = opened.run_folder(federation.name)
     with tempfile.TemporaryDirectory() as folder:
         command = run_command(opened, federation, Path(folder) / "run.toml", loggers)
         try:

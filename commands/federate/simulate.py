@@ -19,6 +19,7 @@ from commands.federate.options import (
     StrategyOption,
     TaskOption,
     federation_config,
+    full_path,
     parse_sizes,
 )
 from commands.options import (
@@ -88,7 +89,7 @@ def simulate(
         resolution=resolution,
         strategy=strategy,
         name=name,
-        start=start,
+        start=full_path(start),
         seed=seed,
         licence=licence,
         attribution=attribution,

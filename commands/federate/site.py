@@ -81,8 +81,9 @@ def join(
     metadata: MetadataOption = None,
     class_column: ClassColumnOption = None,
     validation: Annotated[
-        float, typer.Option(help="Share of the images, by patient, that is used only for measuring.")
-    ] = 0.2,
+        float | None,
+        typer.Option(help="Share of the images, by patient, that is used only for measuring a generator; default 0.2."),
+    ] = None,
     require_secure_aggregation: Annotated[
         bool,
         typer.Option(
@@ -102,10 +103,15 @@ def join(
     from dermis.files import write_file
     from training.federated.deployment.flower_programs import environment, on_sigterm, supernode_command
     from training.federated.deployment.invitation import read_invitation
+    from training.federated.site import CLASSIFIER_PARTS
 
     content = read_invitation(invitation)
     site = _site(data, state, metadata, class_column, device, threads)
-    site = replace(site, validation=validation, require_secure_aggregation=require_secure_aggregation)
+    site = replace(site, require_secure_aggregation=require_secure_aggregation)
+    if validation is not None:
+        if content.config.task == "classifier":
+            raise TrainingError(f"--validation: has no effect on a classifier, {CLASSIFIER_PARTS}; omit it")
+        site = replace(site, validation=validation)
     if not data.exists():
         raise TrainingError(f"{data}: no such folder; --data is the folder with the images of this site")
     if not key.is_file():

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dermis.errors import DataError
 from training.data.attributes import ITA_CLASS, preferred_spellings, value_of
-from training.data.images import load_images
+from training.data.images import ImageDataset, load_images
 from training.data.sources import ReadOptions, Record, Source, read_source
 from training.data.splits import group_of, read_split, read_split_values, split_by_patient
 
@@ -84,6 +84,7 @@ def load_real(
     shares: Mapping[str, float] = SHARES,
     split_seed: int = 0,
     cache: Path | None = None,
+    keep_digests: bool = False,
     progress: bool = True,
     **options: Unpack[ReadOptions],
 ) -> RealData:
@@ -97,6 +98,7 @@ def load_real(
         shares: Share of each part.
         split_seed: Seed of the division into shares.
         cache: Folder for decoded images.
+        keep_digests: As of `load_images`.
         progress: Show progress bars.
         options: Options of `read_source`.
 
@@ -114,7 +116,9 @@ def load_real(
     spellings = preferred_spellings(value_of(record.row, "source") for record in source.records)
     decoded = {}
     for name, ids in parts.items():
-        part = _part(source.select(ids), size, cache, progress, spellings)
+        part_source = source.select(ids)
+        dataset = load_images(part_source, size, cache=cache, keep_digests=keep_digests, progress=progress)
+        part = _part(part_source, dataset, spellings)
         if 0 in part.classes.values():
             raise DataError(f"{path}: the part {name} has {part.classes}; each part needs images of both classes")
         decoded[name] = part
@@ -177,9 +181,8 @@ def _with_skin_tones(source: Source, tones: Mapping[str, str]) -> Source:
     return replace(source, records=records)
 
 
-def _part(source: Source, size: int, cache: Path | None, progress: bool, spellings: Mapping[str, str]) -> RealPart:
-    """Decode one part. spellings: the spelling of each source in lower case."""
-    dataset = load_images(source, size, cache=cache, progress=progress)
+def _part(source: Source, dataset: ImageDataset, spellings: Mapping[str, str]) -> RealPart:
+    """One part with its decoded images. spellings: the spelling of each source in lower case."""
     to_label = np.array([CLASS_NAMES.index(name) for name in dataset.class_names], dtype=np.int64)
     attributes = {name: tuple(_attribute(record, name) for record in source.records) for name in ATTRIBUTES}
     attributes["source"] = tuple(spellings.get(value.casefold(), value) for value in attributes["source"])

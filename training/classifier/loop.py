@@ -223,13 +223,25 @@ def training_step(
     loss = F.binary_cross_entropy_with_logits(logits.float(), y.float(), weight=weights)
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
-    ranks.average_([p.grad for p in network.parameters() if p.grad is not None])
+    # Each process has updated the running averages of batch norms with its own images. A checkpoint has one set of them.
+    ranks.average_([p.grad for p in network.parameters() if p.grad is not None] + _running_averages(network))
     if adjust is not None:
         adjust(network)
     state.optimizer.step()
     progress.loss_sum += float(ranks.mean(loss.detach()))
     progress.step += 1
     progress.images += config.batch
+
+
+def _running_averages(network: nn.Module) -> list[Tensor]:
+    """The means and variances of the batch norms that are not frozen."""
+    return [
+        buffer
+        for module in network.modules()
+        if module.training
+        for name, buffer in module.named_buffers(recurse=False)
+        if name in ("running_mean", "running_var")
+    ]
 
 
 def _end_epoch(
@@ -243,8 +255,6 @@ def _end_epoch(
 ) -> None:
     """Measure on the validation part, keep the network if it is the best so far, and update the learning rate."""
     progress, network = state.progress, state.network
-    # The running averages of batch norms are of the images of one process only.
-    ranks.average_([buffer for buffer in network.buffers() if buffer.is_floating_point()])
     if features is not None:
         logits = logits_of_features(network, features)
     else:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -15,7 +17,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dermis.cpus import available_cpus
-from dermis.errors import DataError
+from dermis.errors import DataError, StorageError
+from dermis.files import write_file
 from dermis.image_reading import ImageError, read_training_image
 from training.data.cache import new_array, read_array
 from training.data.sources import Record, Source
@@ -47,7 +50,14 @@ class ImageDataset:
         return int(self.images.shape[1])
 
 
-def load_images(source: Source, resolution: int, *, cache: Path | None = None, progress: bool = True) -> ImageDataset:
+def load_images(
+    source: Source,
+    resolution: int,
+    *,
+    cache: Path | None = None,
+    keep_digests: bool = False,
+    progress: bool = True,
+) -> ImageDataset:
     """Decode all images of a source as centred squares, resized by Lanczos, in the order of their ids.
 
     A StyleGAN data set without labels has one class, "unlabelled".
@@ -56,6 +66,7 @@ def load_images(source: Source, resolution: int, *, cache: Path | None = None, p
         source: The images.
         resolution: Side of the squares in pixels.
         cache: Folder where decoded images are kept between runs.
+        keep_digests: Keep the digests of the files in `cache` too, and read again only files that have changed since.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -73,7 +84,7 @@ def load_images(source: Source, resolution: int, *, cache: Path | None = None, p
             f"{source.path}: {len(missing)} of {len(records)} images are missing, the first is {missing[0]}"
         )
     labels = np.array([class_names.index(record.class_name or class_names[0]) for record in records], dtype=np.int64)
-    contents = tuple(in_threads(lambda record: hashlib.sha256(record.read_bytes()).hexdigest(), records))
+    contents = _kept_digests(records, cache) if keep_digests and cache is not None else _digests(records)
     digest = content_digest(records, contents)
     images = _cached_images(records, resolution, cache, digest, progress)
     ids = tuple(record.id for record in records)
@@ -122,6 +133,44 @@ def _check_classes(source: Source) -> None:
         columns = ", ".join(source.records[0].row)
         raise DataError(f"{where}: has no known column of classes; name one of {columns} with --class-column")
     raise DataError(f"{where}: {len(unlabelled)} rows have no {source.class_column}, the first is {unlabelled[0]}")
+
+
+def _digests(records: Sequence[Record]) -> tuple[str, ...]:
+    return tuple(in_threads(lambda record: hashlib.sha256(record.read_bytes()).hexdigest(), records))
+
+
+def _kept_digests(records: Sequence[Record], cache: Path) -> tuple[str, ...]:
+    """Return the digests of the files. Those of files that have the same place, size and time as before are not computed."""
+    # The times before the contents: a file that is changed in between is read again the next time.
+    stamps = tuple(in_threads(_stamp, records))
+    places = "\n".join(f"{record.image.path}\t{record.image.member}" for record in records if record.image)
+    file = cache / f"digests-{hashlib.sha256(places.encode(errors='backslashreplace')).hexdigest()[:16]}.json"
+    known = _read_digests(file)
+    changed = [i for i, stamp in enumerate(stamps) if stamp not in known]
+    found = dict(zip(changed, _digests([records[i] for i in changed]), strict=True))
+    contents = tuple(found[i] if i in found else known[stamp] for i, stamp in enumerate(stamps))
+    if found:
+        with suppress(StorageError):  # the digests are computed again the next time
+            write_file(file, json.dumps(dict(zip(stamps, contents, strict=True))).encode())
+    return contents
+
+
+def _stamp(record: Record) -> str:
+    try:
+        stamp = record.image.stamp() if record.image else ""
+    except OSError:
+        stamp = ""  # reading the file says what is wrong
+    return hashlib.sha256(stamp.encode()).hexdigest()
+
+
+def _read_digests(file: Path) -> dict[str, str]:
+    try:
+        digests = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(digests, dict) or not all(isinstance(value, str) for value in digests.values()):
+        return {}
+    return digests
 
 
 def _cached_images(

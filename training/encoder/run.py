@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from dermis import __version__
-from dermis.bundle import Bundle, load_generator
+from dermis.bundle import Bundle, load_generator, trained_on
 from dermis.bundle.encoder import EncoderDescription, write_encoder_folder
 from dermis.devices import describe_hardware, resolve_device
 from dermis.errors import TrainingError
@@ -25,6 +25,7 @@ from dermis.projection.perceptual import Perceptual, perceptual
 from training.data.images import ImageDataset
 from training.encoder.config import EncoderConfig
 from training.encoder.loop import EncoderProgress, latents, new_network, synthesize, train
+from training.evaluation.holdout import check_holdout
 
 FOLDER = "encoder"
 MEASURED_IMAGES = 256  # number of generated, and of held-out images to measure on
@@ -70,12 +71,13 @@ def train_encoder(
 
     Raises:
         TrainingError: The images cannot be used, or the training failed.
+        DataError: The held-out images, or images of the same patients, were trained on.
     """
     for name, images in (("images", real), ("held-out", held_out)):
         if images is not None and images.resolution != bundle.generator.img_resolution:
             raise TrainingError(f"{name}: {images.resolution} px images for a generator of another resolution")
-    if real is not None and held_out is not None and (both := set(real.contents) & set(held_out.contents)):
-        raise TrainingError(f"held-out: {len(both)} of its files are also in --images; choose other held-out images")
+    if real is not None and held_out is not None:
+        check_holdout(real, held_out, trained_on(bundle.provenance), option="--held-out", data_option="--images")
     target = resolve_device(device)
     generator = load_generator(bundle).to(target)
     network = new_network(generator, config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -20,11 +20,19 @@ Optimizer = Literal["local", "shared"]
 WireDtype = Literal["fp32", "fp16", "bf16"]
 PER_UPDATE_STRATEGIES = ("fedmedian", "fedtrimmedavg", "krum", "multikrum")
 """Strategies that need the update of each client. The others need the weighted mean only."""
-# Options that can change when a federation is continued: its length, waiting times, measurements and snapshots.
+# Options that can change when a federation is continued: its length, waiting times, measurements, snapshots, and the range of
+# secure aggregation, which changes a rounding only.
 _FREE = frozenset({
     "rounds", "clients", "min_clients", "attempts", "round_timeout", "wait_timeout", "evaluate_rounds",
-    "evaluate_images", "snapshot_rounds", "start",
+    "evaluate_images", "snapshot_rounds", "secure_clip",
 })  # fmt: skip
+# Options of `dermis train classifier` about the end of epochs, which a federation does not have.
+_OF_EPOCHS = ("epochs", "patience", "plateau_factor", "plateau_patience", "monitor")
+# Options of federations of generators, and their only values for classifiers.
+_OF_GENERATORS: Mapping[str, Any] = {
+    "share": "both", "optimizer": "local", "base": "auto", "conditional": True, "binary": True,
+}  # fmt: skip
+_LATER = frozenset({"start", "clients"})  # options that earlier versions did not store
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,10 @@ class FederationConfig:
             raise TrainingError("evaluate_rounds must be 0 or more, evaluate_images at least 10")
         if not all(self.class_names) or len(set(self.class_names)) < len(self.class_names):
             raise TrainingError(f"classes: must be different names separated by commas, not {self.classes!r}")
+        if self.task == "classifier":
+            for name, value in _OF_GENERATORS.items():
+                if getattr(self, name) != value:
+                    raise TrainingError(f"{name}: {getattr(self, name)}: has no effect on a classifier; omit it")
         self._check_privacy()
 
     def _check_privacy(self) -> None:
@@ -91,6 +103,11 @@ class FederationConfig:
             if self.clients < 3:
                 raise TrainingError(
                     "secure_aggregation: needs 3 clients or more; with two, each could compute the other's update"
+                )
+            if self.optimizer == "shared":
+                raise TrainingError(
+                    "optimizer: shared: Adam's step is too large for secure_aggregation, and its averages of squares "
+                    "are too small; use local"
                 )
             if self.dp_noise:
                 raise TrainingError("dp_noise: the server clips each update, which secure_aggregation hides")
@@ -131,13 +148,23 @@ class FederationConfig:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Options that must not change when a federation is continued."""
-        return {name: value for name, value in asdict(self).items() if name not in _FREE}
+        """Options that must not change when a federation is continued.
+
+        With differential privacy the number of clients is one of them: the accountant has counted releases for it.
+        """
+        identity = {name: value for name, value in asdict(self).items() if name not in _FREE}
+        if self.task == "classifier":
+            identity["start"] = self.start or "imagenet"
+        return identity | ({"clients": self.clients} if self.dp_noise else {})
 
     def changed_from(self, stored: Mapping[str, Any]) -> list[str]:
-        """Return the names of the options that differ from `stored`, the identity of an earlier start."""
+        """Return the names of the options that differ from `stored`, the identity of an earlier start.
+
+        Earlier versions did not store `start`, nor `clients`: such a federation can be continued with any.
+        """
         identity = self.identity
-        return sorted(name for name in identity.keys() | stored.keys() if identity.get(name) != stored.get(name))
+        names = (identity.keys() | stored.keys()) - (_LATER - stored.keys()) - _FREE.difference(identity)
+        return sorted(name for name in names if identity.get(name) != stored.get(name))
 
 
 def parse_run_config(table: Mapping[str, Any]) -> FederationConfig:
@@ -176,12 +203,13 @@ def gan_config(federation: FederationConfig, device: torch.device) -> GanConfig:
     names = federation.class_names if federation.conditional else ()
     options = parse_settings(federation.options.split(), GanConfig, "options: ")
     precision = automatic_precision(device) if federation.precision == "auto" else federation.precision
+    options = {"precision": precision} | options
     if federation.start:  # as in `dermis train gan --from`
-        options = {"augment_kimg": 100.0, "ema_rampup": None} | options
+        options = {"augment_kimg": 100.0} | options
     try:
-        config = base_config(
-            federation.base, federation.resolution, len(names), seed=federation.seed, precision=precision, **options
-        )
+        config = base_config(federation.base, federation.resolution, len(names), seed=federation.seed, **options)
+        if federation.start and "ema_rampup" not in options:  # None does not change the base's value in `base_config`
+            config = replace(config, ema_rampup=None)
         _ = config.generator, config.discriminator
     except (TrainingError, ValueError) as error:
         raise TrainingError(f"options: {str(error).removeprefix('options: ')}") from None
@@ -200,4 +228,10 @@ def classifier_config(federation: FederationConfig) -> ClassifierConfig:
         TrainingError: An option does not fit; the message names it.
     """
     options = parse_settings(federation.options.split(), ClassifierConfig, "options: ")
-    return ClassifierConfig(size=federation.resolution, seed=federation.seed, **options)
+    for name in _OF_EPOCHS:
+        if name in options:
+            raise TrainingError(
+                f"options: {name}: has no effect in a federation, which has rounds of `iterations` steps at one learning rate"
+            )
+    precision = "fp32" if federation.precision == "auto" else federation.precision
+    return ClassifierConfig(size=federation.resolution, seed=federation.seed, **({"precision": precision} | options))

@@ -13,12 +13,13 @@ import torch
 
 from dermis.devices import resolve_device
 from dermis.errors import DataError, TrainingError
-from training.classifier.data import RealData, load_real
+from training.classifier.data import SHARES, RealData, load_real
 from training.data.images import ImageDataset, load_images
 from training.data.sources import Source, read_source
 from training.data.splits import split_by_patient
 from training.options import check_options
 
+CLASSIFIER_PARTS = "for which images are divided into " + ", ".join(f"{v:.0%} {name}" for name, v in SHARES.items())
 _FLOWER_KEYS = ("partition-id", "num-partitions")  # which Flower adds in simulations
 
 
@@ -126,13 +127,23 @@ def site_images(site: Site, class_names: tuple[str, ...], binary: bool, resoluti
 
 @lru_cache(maxsize=16)
 def site_classifier_data(site: Site, size: int) -> RealData:
-    """Return a site's training, validation and test images for a classifier, divided by patient."""
+    """Return a site's training, validation and test images for a classifier, divided by patient.
+
+    Raises:
+        TrainingError: The site has another share for `validation` than the default, which a classifier does not use.
+        DataError: The images cannot be used.
+    """
+    if site.validation != Site.validation:
+        raise TrainingError(
+            f"validation: {site.validation:g}: has no effect on a classifier, {CLASSIFIER_PARTS}; omit it"
+        )
     return load_real(
         site.data,
         size,
         metadata=site.metadata,
         class_column=site.class_column,
         cache=site.cache,
+        keep_digests=True,  # each message is handled by a new process
         progress=False,
     )
 
@@ -149,6 +160,6 @@ def _source(site: Site, class_names: tuple[str, ...], binary: bool) -> Source:
 
 def _labelled(source: Source, class_names: tuple[str, ...], resolution: int, cache: Path | None) -> ImageDataset:
     """Load images with the federation's labels: a site that lacks a class must not number the other classes differently."""
-    dataset = load_images(source, resolution, cache=cache, progress=False)
+    dataset = load_images(source, resolution, cache=cache, keep_digests=True, progress=False)
     labels = np.array([class_names.index(name) for name in dataset.class_names], dtype=np.int64)
     return replace(dataset, labels=labels[dataset.labels], class_names=class_names)

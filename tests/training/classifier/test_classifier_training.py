@@ -207,11 +207,24 @@ def _one_rank(rank: int, count: int, port: int, skin: Path, out: Path) -> None:
     with joined_ranks(torch.device("cpu")) as ranks:
         # Without batch norms' statistics and dropout, two processes compute what one does.
         options = config(epochs=1, head_only=True, rotation=0, flips=False, dropout=0)
-        run(load_real(skin, SIZE, progress=False), out, options, ranks=ranks)
+        real = load_real(skin, SIZE, progress=False)
+        run(real, out, options, ranks=ranks)
+        run(real, out / "whole", config(epochs=1), ranks=ranks)
+        step, calls = loop.training_step, []
+
+        def interrupted(*args: Any) -> None:
+            step(*args)
+            calls.append(1)
+            if len(calls) == 3 and ranks.first:  # in the middle of the epoch
+                os.kill(os.getpid(), signal.SIGINT)
+
+        loop.training_step = interrupted
+        assert run(real, out / "parts", config(epochs=1), ranks=ranks).stopped
+        run(real, out / "parts", config(epochs=1), ranks=ranks, resume=True)
 
 
 @pytest.mark.full
-def test_two_processes_train_one_network(skin: Path, real: RealData, tmp_path: Path) -> None:
+def test_two_processes_train_one_network_and_resume(skin: Path, real: RealData, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -220,6 +233,9 @@ def test_two_processes_train_one_network(skin: Path, real: RealData, tmp_path: P
     one, two = (load_file(tmp_path / name / CHECKPOINT) for name in ("one", "two"))
     for name, value in one.items():
         assert torch.allclose(two[name], value, rtol=1e-4, atol=1e-6), name
+    # Batch norms see the images of one process: resumed from one checkpoint, all processes have the same averages.
+    whole, parts = (load_file(tmp_path / "two" / name / CHECKPOINT) for name in ("whole", "parts"))
+    assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
 
 
 # -- networks

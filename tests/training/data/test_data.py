@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from training.data import prepare as prepare_room
 from training.data.diagnoses import is_melanoma
 from training.data.images import load_images
 from training.data.prepare import prepare
-from training.data.sources import Source, read_source
+from training.data.sources import Record, Source, read_source
 from training.data.tables import read_table
 
 SHARED = Path(__file__).parents[3] / ".." / "shared" / "data"
@@ -286,6 +287,33 @@ def test_prepared_zip_gives_same_training_data_as_folder(tmp_path: Path) -> None
     assert [record.lesion_id for record in read_source(tmp_path / "set.zip").records[:2]] == ["HAM_1", "HAM_1"]
     binary = read_source(tmp_path / "set.zip", binary=True)
     assert [record.class_name for record in binary.records] == ["malignant", "malignant", "benign", "benign"]
+
+
+def test_kept_digests_read_changed_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, cache = _folder(tmp_path / "set", TABLES["2020"][0]), tmp_path / "cache"
+    source, read = read_source(folder), list[str]()
+    original = Record.read_bytes
+
+    def counted(record: Record) -> bytes:
+        read.append(record.id)
+        return original(record)
+
+    monkeypatch.setattr(Record, "read_bytes", counted)
+    first = load_images(source, 16, cache=cache, keep_digests=True, progress=False)
+    read.clear()
+    again = load_images(source, 16, cache=cache, keep_digests=True, progress=False)
+    assert read == [] and again.sha256 == first.sha256 and again.contents == first.contents
+    os.utime(folder / "images" / f"{NAMES[1]}.jpg", (1, 1))
+    assert load_images(source, 16, cache=cache, keep_digests=True, progress=False).sha256 == first.sha256
+    assert read == [NAMES[1]]
+    _jpeg(folder / "images" / f"{NAMES[2]}.jpg", 99)
+    changed = load_images(source, 16, cache=cache, keep_digests=True, progress=False)
+    assert [a == b for a, b in zip(changed.contents, first.contents, strict=True)] == [True, True, False, True]
+    assert not np.array_equal(changed.images[2], first.images[2])
+    (kept,) = cache.glob("digests-*.json")
+    assert "ISIC" not in kept.read_text(), "it names no image"
+    kept.write_text("{")
+    assert load_images(source, 16, cache=cache, keep_digests=True, progress=False).sha256 == changed.sha256
 
 
 def test_image_cache_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

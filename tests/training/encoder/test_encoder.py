@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,15 @@ import pytest
 import torch
 
 from dermis.bundle import Bundle, amend_bundle, load_generator
-from dermis.errors import BundleError, TrainingError
+from dermis.errors import BundleError, DataError, TrainingError
 from dermis.projection.encoder import load_encoder
 from dermis.projection.projector import ImageProjector, Target
 from dermis.projection.schedule import Schedule
 from dermis.synthesizer import Synthesizer
 from kept_logger import keep_curves
 from tiny import make_bundle
+from tiny_skin import make_skin
+from training.data.isic import load_isic
 from training.encoder.config import EncoderConfig
 from training.encoder.run import train_encoder
 
@@ -70,8 +73,6 @@ def test_encoded_latent_does_not_depend_on_batch(bundle: Bundle, folder: Path) -
 
 @pytest.mark.full
 def test_stopped_encoder_training_resumes_to_same_weights(bundle: Bundle, folder: Path, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     half = replace(SHORT, steps=20)
     train_encoder(bundle, half, tmp_path, device="cpu", progress_bar=False)
     with pytest.raises(TrainingError, match="resume"):
@@ -82,6 +83,23 @@ def test_stopped_encoder_training_resumes_to_same_weights(bundle: Bundle, folder
     straight = train_encoder(bundle, SHORT, tmp_path / "straight", device="cpu", progress_bar=False)
     assert again is not None and straight is not None
     assert weights(straight.folder) == weights(folder)
+
+
+def test_held_out_images_of_training_patients_are_refused(bundle: Bundle, tmp_path: Path) -> None:
+    """The encoder would be measured on images like those that it has seen."""
+    data = make_skin(tmp_path / "skin", count=8, size=16)
+    rows = (data / "metadata.csv").read_text().splitlines()
+    tables = {"even": rows[1::2], "odd": rows[2::2], "first": rows[1:5], "last": rows[5:]}  # two images a patient
+    for name, chosen in tables.items():
+        (tmp_path / f"{name}.csv").write_text("\n".join([rows[0], *chosen]))
+    parts = {name: load_isic(data, 16, metadata=tmp_path / f"{name}.csv") for name in tables}
+    out = tmp_path / "run"
+    with pytest.raises(DataError, match="--held-out: 4 patients or lesions also have images in --images"):
+        train_encoder(bundle, SHORT, out, real=parts["even"], held_out=parts["odd"], device="cpu", progress_bar=False)
+    seen = replace(bundle, provenance={"dataset": {"sha256": parts["last"].sha256}})
+    with pytest.raises(DataError, match="the bundle was trained on --held-out"):
+        train_encoder(seen, SHORT, out, real=parts["first"], held_out=parts["last"], device="cpu", progress_bar=False)
+    assert not out.exists()
 
 
 def test_encoder_of_other_generator_is_refused(bundle: Bundle, folder: Path, tmp_path: Path) -> None:

@@ -240,6 +240,31 @@ def test_resume_with_other_options_is_refused_by_name(skin: Path, tmp_path: Path
         simulate(tiny_federation(share="generator", strategy="krum"), sites, tmp_path / "out")
 
 
+def test_continued_federation_keeps_first_weights_of_its_beginning(skin: Path, tmp_path: Path) -> None:
+    """Omitted, `start` is the one that the federation began with, since clients depend on it; another one is refused."""
+    sites = tiny_sites(skin, tmp_path / "members")[:1]
+    one = tiny_federation(clients=1, min_clients=1, rounds=1)
+    simulate(one, sites, tmp_path / "first")
+    start = str(tmp_path / "first" / "bundle")
+    simulate(replace(one, start=start), sites, tmp_path / "out")
+    simulate(replace(one, rounds=2), sites, tmp_path / "out")
+    assert open_bundle(tmp_path / "out" / "bundle").provenance["federation"]["began_with"] == "bundle"
+    with pytest.raises(TrainingError, match="was started with other values of start;"):
+        simulate(replace(one, rounds=3, start=str(tmp_path / "other")), sites, tmp_path / "out")
+    with pytest.raises(TrainingError, match="was started with other values of start;"):  # as Flower's own command does
+        run_federation(local_grid(one, sites), replace(one, rounds=3), tmp_path / "out")
+    assert one.changed_from({name: value for name, value in one.identity.items() if name != "start"}) == []
+
+
+def test_client_continues_with_other_precision(skin: Path, tmp_path: Path) -> None:
+    """As on another machine, where `precision=auto` means another one; the server's options are those of the beginning."""
+    federation, sites = tiny_federation(clients=1, min_clients=1), tiny_sites(skin, tmp_path / "members")[:1]
+    simulate(replace(federation, rounds=1, precision="auto"), sites, tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.federated.config.automatic_precision", lambda device: "bf16")
+        assert simulate(replace(federation, precision="auto"), sites, tmp_path / "out").round == 2
+
+
 def test_generator_sharing_keeps_discriminators_at_clients(skin: Path, tmp_path: Path) -> None:
     federation = tiny_federation(share="generator")
     state = simulate(federation, tiny_sites(skin, tmp_path / "members"), tmp_path / "out")
@@ -355,6 +380,32 @@ def test_interrupted_round_leaves_state_of_last_complete_round(skin: Path, tmp_p
     state: GlobalState = simulate(replace(federation, rounds=1), tiny_sites(skin, tmp_path / "m"), tmp_path / "out")
     assert state.round == 1
     assert not list((tmp_path / "out").glob("*.partial"))
+
+
+def test_round_that_was_not_measured_is_measured_at_next_start(skin: Path, tmp_path: Path) -> None:
+    """The program ends while it measures round 1: its record is kept, and what is missing is made before the next round."""
+    federation = tiny_federation(rounds=2, clients=1, min_clients=1, evaluate_rounds=1, snapshot_rounds=1)
+    grid = local_grid(federation, tiny_sites(skin, tmp_path / "m")[:1])
+    send, measured = grid.send_and_receive, list[int]()
+
+    def interrupted(messages: Iterable[Any], *, timeout: float | None = None) -> Iterable[Any]:
+        sent = list(messages)
+        if sent[0].metadata.message_type == "evaluate":
+            measured.append(1)
+            if len(measured) == 2:
+                raise KeyboardInterrupt
+        return send(sent, timeout=timeout)
+
+    grid.send_and_receive = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run_federation(grid, federation, tmp_path / "out")
+    assert [line["round"] for line in read_rounds(tmp_path / "out")] == [0, 1]
+    messages: list[str] = []
+    run_federation(grid, federation, tmp_path / "out", on_progress=messages.append)
+    lines = read_rounds(tmp_path / "out")
+    assert [line["round"] for line in lines] == [0, 1, 2]
+    assert all({"members", "measured", "seconds"} <= line.keys() for line in lines[1:])
+    assert [text.partition(":")[0] for text in messages if text.endswith("bundle")] == ["round 1", "round 2"]
 
 
 def test_missing_result_bundle_is_written_at_next_start(skin: Path, tmp_path: Path) -> None:

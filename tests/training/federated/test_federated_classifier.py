@@ -19,6 +19,7 @@ from dermis.metrics.classification import auc
 from tiny_skin import make_skin
 from training.classifier.data import load_real
 from training.classifier.loop import logits_of
+from training.distributed import ALONE
 from training.federated.config import FederationConfig
 from training.federated.messages.replies import ARRAYS
 from training.federated.messages.serialization import RefusedError, pack
@@ -27,6 +28,8 @@ from training.federated.server.global_state import FederatedClient, GlobalState
 from training.federated.server.record import read_rounds
 from training.federated.simulation.simulate import simulate
 from training.federated.site import Site
+from training.federated.tasks import classifier as classifier_task
+from training.federated.tasks import client_state
 from training.federated.tasks.classifier import BINS, global_network
 
 OPTIONS = "batch=8 architecture=tf_efficientnet_lite0 learning_rate=0.003"
@@ -120,6 +123,22 @@ def test_proximal_term_keeps_weights_nearer_to_start(skin: Path, tmp_path: Path)
         return float(sum((state.tensors[name] - start[name]).square().sum() for name in start))
 
     assert moved("fedprox", "proximal_mu=1000.0") < 0.9 * moved("fedavg", "")
+
+
+def test_features_of_a_client_belong_to_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of other images, also of as many, are computed anew."""
+    network, training = SimpleNamespace(head=torch.nn.Linear(2, 1)), [0]
+    site, computed = Site(tmp_path, tmp_path), iter([1.0, 2.0])
+    monkeypatch.setattr(
+        "training.federated.tasks.classifier.all_features", lambda *_, **__: torch.full((1, 2), next(computed))
+    )
+
+    def feature(images: str) -> float:
+        file = client_state.features_of(site, "run", images)
+        features: Any = classifier_task._features(network, training, file, ALONE)  # type: ignore[arg-type]
+        return float(features[0, 0])
+
+    assert [feature("a" * 64), feature("b" * 64), feature("a" * 64)] == [1.0, 2.0, 1.0]
 
 
 def _reply(counts: dict[str, torch.Tensor] | None) -> Any:

@@ -30,7 +30,13 @@ from tiny_federation import local_grid, tiny_federation, tiny_sites
 from tiny_skin import make_skin
 from training.experiments.hospitals import Point, levels, markdown, reached
 from training.federated.client.app import app
-from training.federated.config import FederationConfig, parse_options, parse_run_config
+from training.federated.config import (
+    FederationConfig,
+    classifier_config,
+    gan_config,
+    parse_options,
+    parse_run_config,
+)
 from training.federated.deployment.fleet_proxy import fleet_proxy
 from training.federated.deployment.flower_programs import APP, superlink_command, supernode_command
 from training.federated.deployment.invitation import read_invitation, write_invitation
@@ -45,7 +51,7 @@ from training.federated.server.rounds import run_federation
 from training.federated.server.strategies import aggregate, instructions, new_strategy
 from training.federated.simulation.local_grid import LocalGrid
 from training.federated.simulation.simulate import divide, hospital_sizes, simulate
-from training.federated.site import Site, parse_node_config
+from training.federated.site import Site, parse_node_config, site_classifier_data
 
 Tensors = dict[str, torch.Tensor]
 
@@ -175,6 +181,17 @@ def test_secure_aggregation_gives_weighted_mean_and_hides_update(skin: Path, tmp
     assert not [each for each in numbers if "G" in each or "loss" in each], "losses would describe single clients"
 
 
+def test_change_beyond_range_of_secure_aggregation_is_refused_by_name(skin: Path, tmp_path: Path) -> None:
+    """The protocol would clip it. Another range can continue."""
+    federation = tiny_federation(rounds=1, iterations=1, secure_aggregation=True, secure_clip=1e-9)
+    sites = tiny_sites(skin, tmp_path / "m")
+    with pytest.raises(
+        TrainingError, match=r"round 1: failed.* changed by .*, which secure_clip=1e-09 cannot represent"
+    ):
+        simulate(federation, sites, tmp_path / "out")
+    assert replace(federation, secure_clip=8.0).changed_from(federation.identity | {"secure_clip": 1e-9}) == []
+
+
 def test_client_requiring_secure_aggregation_refuses_open_round(skin: Path, tmp_path: Path) -> None:
     sites = [replace(site, require_secure_aggregation=True) for site in tiny_sites(skin, tmp_path / "m")]
     messages: list[str] = []
@@ -255,6 +272,7 @@ def test_differential_privacy_clips_updates_and_counts_epsilon(tmp_path: Path, m
     [
         ({"strategy": "krum", "secure_aggregation": True}, "must see each update"),
         ({"clients": 2, "secure_aggregation": True}, "needs 3 clients"),
+        ({"optimizer": "shared", "secure_aggregation": True}, "optimizer: shared: Adam's step is too large"),
         ({"dp_noise": 1.0}, "last layer of a classifier"),
         ({"min_clients": 4}, "min_clients: 4 is more"),
         ({"strategy": "best"}, "strategy: 'best' is none of"),
@@ -265,6 +283,45 @@ def test_differential_privacy_clips_updates_and_counts_epsilon(tmp_path: Path, m
 def test_invalid_federation_options_are_refused_by_name(options: dict[str, Any], why: str) -> None:
     with pytest.raises(TrainingError, match=why):
         FederationConfig(**options)
+
+
+def test_number_of_clients_is_fixed_with_differential_privacy_only() -> None:
+    """The accountant has counted the releases for that number."""
+    private = FederationConfig(task="classifier", options="head_only=true", dp_noise=1.0)
+    assert replace(private, clients=4).changed_from(private.identity) == ["clients"]
+    assert FederationConfig(clients=4).changed_from(FederationConfig().identity) == []
+    assert replace(private, start="imagenet").changed_from(private.identity) == []
+
+
+def test_options_without_effect_on_classifiers_are_refused_by_name(skin: Path, tmp_path: Path) -> None:
+    """`--set epochs=`, options of generators, and the share of validation images of a site; `precision` has its effect."""
+    federation = FederationConfig(task="classifier", precision="bf16")
+    assert classifier_config(federation).precision == "bf16"
+    assert classifier_config(replace(federation, precision="auto")).precision == "fp32"
+    assert gan_config(tiny_federation(options="batch=4 precision=bf16"), torch.device("cpu")).precision == "bf16"
+    for option in ("epochs=3", "patience=2", "plateau_factor=0.5", "plateau_patience=2", "monitor=loss"):
+        with pytest.raises(TrainingError, match=f"options: {option.partition('=')[0]}: has no effect"):
+            classifier_config(replace(federation, options=option))
+    changes: tuple[dict[str, Any], ...] = ({"share": "generator"}, {"base": "paper256"}, {"conditional": False})
+    for change in changes:
+        with pytest.raises(TrainingError, match=f"{next(iter(change))}: .*has no effect on a classifier"):
+            replace(federation, **change)
+    with pytest.raises(TrainingError, match=r"validation: 0.3: has no effect on a classifier, .*15% validation"):
+        site_classifier_data(Site(skin, tmp_path, validation=0.3), 16)
+    write_invitation(tmp_path / "in.toml", new_server(tmp_path / "server", ["127.0.0.1"], 1), federation, 1)
+    join = ["federate", "join", str(tmp_path / "in.toml"), "--data", str(skin), "--key", "key", "--validation", "0.3"]
+    joined = CliRunner().invoke(commands_app, join)
+    assert isinstance(joined.exception, TrainingError)
+    assert str(joined.exception).startswith("--validation: has no effect")
+
+
+def test_started_generator_has_options_of_ordinary_training() -> None:
+    """As in `dermis train gan --from`: trained weights need no short average at the start."""
+    cpu, options = torch.device("cpu"), "batch=4"
+    assert gan_config(tiny_federation(options=options), cpu).ema_rampup == 0.05
+    started = gan_config(tiny_federation(options=options, start="bundle"), cpu)
+    assert (started.ema_rampup, started.augment_kimg) == (None, 100.0)
+    assert gan_config(tiny_federation(options="ema_rampup=0.1", start="bundle"), cpu).ema_rampup == 0.1
 
 
 def test_flower_app_config_matches_federation_config() -> None:

@@ -8,6 +8,7 @@ what it receives. A client refuses to take part with fewer than two others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -56,6 +57,21 @@ def secure_mod(message: Message, context: Context, call_next: ClientAppCallable)
 
 
 SECURE_MODS: list[Mod] = [secure_mod]
+
+
+def check_range(changes: Mapping[str, torch.Tensor], clip: float) -> None:
+    """Check that the protocol can represent all changes: it would clip larger ones without a word.
+
+    Raises:
+        RefusedError: A change is above `clip`; the text names the tensor.
+    """
+    for name, change in changes.items():
+        largest = float(change.abs().max()) if change.numel() else 0.0
+        if largest > clip:
+            raise RefusedError(
+                f"{name} changed by {largest:.4g}, which secure_clip={clip:g} cannot represent; "
+                f"continue with --federation secure_clip={2 ** math.ceil(math.log2(largest) + 1):g} or more"
+            )
 
 
 def _in_older_format(reply: Message) -> Message:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from dermis.errors import TrainingError, escape
-from training.checkpoint import write_tensors
+from training.checkpoint import read_header, write_tensors
 from training.federated.config import FederationConfig
 from training.federated.messages.serialization import Tensors
 
@@ -129,6 +129,20 @@ def load_global(out: Path, federation: FederationConfig) -> GlobalState | None:
     return GlobalState(
         tensors=tensors_under(flat, "global/"), strategy=tensors_under(flat, "strategy/"), clients=clients, **scalars
     )
+
+
+def as_begun(federation: FederationConfig, out: Path) -> FederationConfig:
+    """Return the options with the `start` of the federation in `out`, if they name none.
+
+    Clients need it in every round: it decides the frozen layers of a classifier, and options of a generator's training.
+
+    Raises:
+        TrainingError: The state in `out` cannot be read.
+    """
+    if federation.start or not (out / FILE).exists():
+        return federation
+    stored = json.loads(read_header(out / FILE, FORMAT, "state of a federation")["state"])["config"].get("start")
+    return federation if stored in (None, federation.identity["start"]) else replace(federation, start=stored)
 
 
 def tensors_under(tensors: Tensors, prefix: str) -> Tensors:

@@ -28,7 +28,7 @@ def with_privacy(strategy: Strategy, federation: FederationConfig, accountant_st
         The wrapped strategy; without noise the strategy as it is.
 
     Raises:
-        TrainingError: The accountant's package is missing.
+        TrainingError: The accountant's package is missing, or its state is of another number of clients.
     """
     if not federation.dp_noise:
         return strategy
@@ -45,7 +45,10 @@ def with_privacy(strategy: Strategy, federation: FederationConfig, accountant_st
     except ImportError:
         raise TrainingError('dp_noise: needs the package dp-accounting: pip install "flwr[dp]"') from None
     if accountant_state is not None:
-        accountant.load_state_dict(accountant_state)
+        try:
+            accountant.load_state_dict(accountant_state)
+        except ValueError as error:
+            raise TrainingError(f"clients: the privacy spent so far was counted for other options ({error})") from None
     return DifferentialPrivacyServerSideFixedClipping(
         strategy, federation.dp_noise, federation.dp_clip, federation.clients, accountant=accountant
     )

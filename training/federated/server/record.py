@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,17 @@ def append_round(out: Path, line: Mapping[str, Any]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
+def replace_round(out: Path, line: Mapping[str, Any]) -> None:
+    """Replace the record of a round, or append it."""
+    lines = [each for each in read_rounds(out) if each["round"] != line["round"]]
+    _write_rounds(out, [*lines, line])
+
+
+def record_of(out: Path, round_number: int) -> dict[str, Any]:
+    """Return the record of a round; only its number if there is none."""
+    return next((line for line in read_rounds(out) if line["round"] == round_number), {"round": round_number})
+
+
 def read_rounds(out: Path) -> list[dict[str, Any]]:
     """Return the records of all rounds, without lines that are cut off."""
     if not (out / ROUNDS).exists():
@@ -53,9 +64,12 @@ def read_rounds(out: Path) -> list[dict[str, Any]]:
 
 def drop_rounds_after(out: Path, round_number: int) -> None:
     """Remove records of rounds whose state was not saved."""
-    lines = [line for line in read_rounds(out) if line["round"] <= round_number]
     if (out / ROUNDS).exists():
-        write_file(out / ROUNDS, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        _write_rounds(out, [line for line in read_rounds(out) if line["round"] <= round_number])
+
+
+def _write_rounds(out: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    write_file(out / ROUNDS, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def summary(line: Mapping[str, Any], rounds: int) -> str:

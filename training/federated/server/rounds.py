@@ -44,6 +44,8 @@ from training.federated.server.record import (
     append_round,
     drop_rounds_after,
     is_finished,
+    record_of,
+    replace_round,
     summary,
     write_status,
 )
@@ -168,12 +170,14 @@ def run_federation(
 def _run_rounds(server: _Server, on_round: OnRound | None) -> None:
     federation, state = server.federation, server.state
     count = federation.clients
-    if state.round >= federation.rounds and not is_finished(server.out, state.round):
-        # The program ended after the last round and before its result was complete.
-        _write_result(server, _connected_clients(server, count))
+    if state.round and not is_finished(server.out, state.round):
+        # The program may have ended after the round was saved, and before it was measured or its result was complete.
+        line = record_of(server.out, state.round)
+        if _measurement_is_due(server, line) or _result_is_due(server, line):
+            _finish_round(server, _connected_clients(server, count), line, on_round)
     if state.round == 0 and federation.evaluate_rounds and not (server.out / ROUNDS).exists():
         nodes = _connected_clients(server, count)
-        _record(server, {"round": 0, **_measurements(server, nodes), **(on_round(state) if on_round else {})})
+        _record(server, {"round": 0} | _all_measurements(server, nodes, on_round))
     while state.round < federation.rounds:
         start = time.monotonic()
         nodes = _connected_clients(server, count)
@@ -188,16 +192,35 @@ def _run_rounds(server: _Server, on_round: OnRound | None) -> None:
         line = {"round": state.round, "seconds": round(time.monotonic() - start, 2), **line}
         if state.privacy:
             line["epsilon"] = state.privacy["epsilon"]
-        if federation.evaluates(state.round):
-            line |= _measurements(server, nodes)
-        if on_round is not None and federation.evaluates(state.round):
-            line |= on_round(state)
-        _record(server, line)
-        server.on_progress(summary(line, federation.rounds))
-        if state.round % federation.snapshot_rounds == 0 or state.round >= federation.rounds:
-            server.status("writing")
-            _write_result(server, nodes)
+        _record(server, line)  # now, since measuring takes long and can be interrupted
+        _finish_round(server, nodes, line, on_round)
     server.status("finished")
+
+
+def _finish_round(server: _Server, nodes: Sequence[int], line: dict[str, Any], on_round: OnRound | None) -> None:
+    """Measure the global model and write the result, each if it is due and not done yet, and add it to the round's record."""
+    if _measurement_is_due(server, line):
+        measured = _all_measurements(server, nodes, on_round)
+        line |= measured
+        replace_round(server.out, line)
+        if server.loggers:
+            server.loggers.scalars(curves(measured), line["round"])
+    server.on_progress(summary(line, server.federation.rounds))
+    if _result_is_due(server, line):
+        server.status("writing")
+        line["result"] = _write_result(server, nodes).name
+        replace_round(server.out, line)
+
+
+def _measurement_is_due(server: _Server, line: Mapping[str, Any]) -> bool:
+    return server.federation.evaluates(line["round"]) and "measured" not in line
+
+
+def _result_is_due(server: _Server, line: Mapping[str, Any]) -> bool:
+    federation, number = server.federation, int(line["round"])
+    if "result" in line and (server.out / line["result"]).exists():
+        return False
+    return number % federation.snapshot_rounds == 0 or number >= federation.rounds
 
 
 def _record(server: _Server, line: Mapping[str, Any]) -> None:
@@ -371,6 +394,11 @@ def _add_clients(server: _Server, connected: set[int]) -> None:
         server.on_progress(f"{client.name}: {client.images:,} training and {client.validation:,} validation images")
 
 
+def _all_measurements(server: _Server, nodes: Sequence[int], on_round: OnRound | None) -> dict[str, Any]:
+    """Return the clients' measurements and the entries of `on_round`, for the record."""
+    return _measurements(server, nodes) | (dict(on_round(server.state)) if on_round is not None else {})
+
+
 def _measurements(server: _Server, nodes: Sequence[int]) -> dict[str, Any]:
     """Return the clients' own measurements of the global model, for the record."""
     server.status("measuring")
@@ -389,8 +417,8 @@ def _measurements(server: _Server, nodes: Sequence[int]) -> dict[str, Any]:
     return {"measured": dict(sorted(measured.items()))}
 
 
-def _write_result(server: _Server, nodes: Sequence[int]) -> None:
-    """Write the bundle, or the classifier from the clients' counts."""
+def _write_result(server: _Server, nodes: Sequence[int]) -> Path:
+    """Write the bundle, or the classifier from the clients' counts, and return its folder."""
     federation, state = server.federation, server.state
     if server.task.count is None:
         from training.federated.server import gan_result
@@ -403,6 +431,7 @@ def _write_result(server: _Server, nodes: Sequence[int]) -> None:
 
         path = classifier_result.write_result(federation, state, server.out, _counts(server, nodes))
     server.on_progress(f"round {state.round}: {path}")
+    return path
 
 
 def _counts(server: _Server, nodes: Sequence[int]) -> Tensors:

@@ -9,7 +9,7 @@ from training.data.sources import Source
 from training.data.splits import HOSPITALS, REST, read_split, split_by_patient, write_split
 from training.federated.client.app import app
 from training.federated.config import FederationConfig
-from training.federated.server.global_state import GlobalState
+from training.federated.server.global_state import GlobalState, as_begun
 from training.federated.server.rounds import OnRound, run_federation
 from training.federated.simulation.local_grid import LocalGrid
 from training.federated.site import Site
@@ -100,6 +100,10 @@ def simulate(
     on_round: OnRound | None = None,
     loggers: Sequence[str] = (),
 ) -> GlobalState:
-    """Run `run_federation` with these clients in this process. The same call continues a federation that was stopped."""
+    """Run `run_federation` with these clients in this process. The same call continues a federation that was stopped.
+
+    Without a `start`, it is continued with the one that it began with.
+    """
+    federation = as_begun(federation, out)
     grid = LocalGrid(app, [site.to_node_config() for site in sites], federation.to_run_config())
     return run_federation(grid, federation, out, on_progress=on_progress, on_round=on_round, loggers=loggers)

@@ -68,7 +68,9 @@ def trial_round(federation: FederationConfig, device: str, threads: int = 0) -> 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_images(root / "data", max(_MIN_IMAGES, 3 * batch), federation.resolution, federation.class_names)
-        site = Site(root / "data", root / "state", validation=0.0, seed_offset=0, device=device, threads=threads)
+        site = Site(root / "data", root / "state", seed_offset=0, device=device, threads=threads)
+        if federation.task == "gan":
+            site = replace(site, validation=0.0)
         start = time.monotonic()
         simulate(single, [site], root / "out")
         line = read_rounds(root / "out")[-1]

@@ -10,6 +10,7 @@ import copy
 import time
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -95,7 +96,9 @@ def train(request: TrainingRequest, site: Site) -> Update:
         load_checkpoint(previous, {}, {"optimizer": state.optimizer}, {})
     _set_tensors(network, request.tensors)
     training = TrainingSet((real.train.images,), real.train.labels)
-    features = _features(network, training, site, request.run, ranks) if config.cached_features else None
+    features = None
+    if config.cached_features:
+        features = _features(network, training, client_state.features_of(site, request.run, real.train.sha256), ranks)
     start, before = time.monotonic(), (request.round - 1) * federation.iterations
     set_train_mode(network, frozen)
     losses = _steps(state, training, features, local, before, federation.iterations, request.proximal_mu, ranks)
@@ -201,9 +204,8 @@ def _set_tensors(network: TorchClassifier, tensors: Tensors) -> None:
         own[name].copy_(value)
 
 
-def _features(network: TorchClassifier, training: TrainingSet, site: Site, run: str, ranks: Ranks) -> Tensor:
+def _features(network: TorchClassifier, training: TrainingSet, file: Path, ranks: Ranks) -> Tensor:
     """Return the features of all training images. They never change if only the last layer is trained: computed once a run."""
-    file = site.state / run / "features.npy"
     shape = (len(training), network.head.in_features)
     array = read_array(file, shape)
     if array is None:

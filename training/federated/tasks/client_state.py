@@ -22,6 +22,11 @@ def path_of(site: Site, run: str, round_number: int) -> Path:
     return folder / f"round-{round_number:06d}.safetensors"
 
 
+def features_of(site: Site, run: str, images: str) -> Path:
+    """Return the file of the features of the images with this SHA-256, for a classifier of which the last layer is trained."""
+    return site.state / run / f"features-{images[:16]}.npy"
+
+
 def latest_before(site: Site, run: str, round_number: int) -> Path | None:
     """Return the state after the last round before `round_number` that this client took part in; None if there is none."""
     earlier = [(number, path) for number, path in _states(site, run) if number < round_number]

@@ -139,7 +139,9 @@ def train(request: TrainingRequest, site: Site) -> Update:
     state = new_state(config, device)
     previous = client_state.latest_before(site, request.run, request.round)
     if previous is not None:
-        load_state(previous, state, local, dataset)
+        # The server guards the federation's options. What else can differ is the precision, which `auto` takes from the
+        # device: a site can continue on another machine.
+        load_state(previous, state, local, dataset, allow_changes=True)
     set_tensors(state, federation, request.tensors)
     checkpoint = client_state.path_of(site, request.run, request.round)
     state.progress.step = (request.round - 1) * federation.iterations
