@@ -99,12 +99,13 @@ class Subject:
     def unit(self) -> str:
         """What the bounds on epsilon are about: an image only if it is known that every patient has exactly one."""
         single = (self.member_patients, self.non_member_patients) == (self.members, self.non_members)
-        return "one patient (each has one image)" if single else "all images of one patient"
+        return "one patient (each has one image)" if single and not self.doubt else "all images of one patient"
 
     @property
     def doubt(self) -> str:
         """Why the bounds on epsilon are not guaranteed, as the end of a sentence; "" if they are."""
-        if None not in (self.member_patients, self.non_member_patients):
+        unknown = any(each and each.patient for each in (self.members_without_ids, self.non_members_without_ids))
+        if None not in (self.member_patients, self.non_member_patients) and not unknown:
             return ""
         return "; neither is guaranteed, because it is not known which images are of one patient"
 

@@ -44,7 +44,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "patients",
         "the patients of all images are known, so that intervals and tests count patients",
-        "they are not known: each image counts as a patient",
+        "the patient of at least one image is not known",
         "never",
     ),
     Rule(

@@ -197,6 +197,8 @@ class WaitLimiter:
             if begun:
                 self._waiting -= images
                 self._end_call(images if completed else 0)
+                if not completed:  # its caller has gone, or the generator has failed: the images are no load
+                    self._requested = max(0.0, self._requested - images)
             self._images[tenant] -= images
             if not self._images[tenant]:
                 del self._images[tenant]

@@ -18,6 +18,7 @@ from dermis.errors import DermisError
 from services import logs, tracing
 from services.callers import CallerMiddleware
 from services.data_folder import restrict_new_files
+from services.errors import LoadPostponedError
 from services.models import check_signer, locate, passing_error, signers_of, without_place
 from services.parent_watchdog import exit_with_parent
 from services.settings import settings_of_process
@@ -74,7 +75,8 @@ batch_api = bentoml.api(
 class InferenceService(Generic[ModelT]):
     """Base class of the inference services. A bundle whose model cannot be loaded does not stop the others.
 
-    A process that cannot load a model for a reason that can pass does not start (`services.models.passing_error`).
+    A process that cannot load a model for a reason that can pass does not start (`services.models.passing_error`), but one that
+    lacks memory serves the models that it has loaded.
 
     Attributes:
         logger: The logger of the service.
@@ -92,6 +94,7 @@ class InferenceService(Generic[ModelT]):
         self._models: dict[str, ModelT] = {}
         self._problems: list[str] = []
         signers = signers_of(_settings)
+        postponed: LoadPostponedError | None = None
         for location in locate(_settings.bundles):
             try:
                 if not self.has_model(location):
@@ -104,11 +107,15 @@ class InferenceService(Generic[ModelT]):
             except LOAD_ERRORS as error:
                 passing = passing_error(error, location)
                 self.logger.error(self.failure, extra={"location": location, "error": str(passing or error)})
-                if passing is not None:
+                if isinstance(passing, LoadPostponedError):
+                    postponed = passing  # perhaps there is never enough memory for all models
+                elif passing is not None:
                     raise passing from error
                 self._problems.append(without_place(error, location))
                 continue
             self._models[digest] = model
+        if postponed is not None and not self._models:
+            raise postponed
 
     @bentoml.on_shutdown
     def export_spans(self) -> None:

@@ -160,10 +160,13 @@ class FederationConfig:
     def changed_from(self, stored: Mapping[str, Any]) -> list[str]:
         """Return the names of the options that differ from `stored`, the identity of an earlier start.
 
-        Earlier versions did not store `start`, nor `clients`: such a federation can be continued with any.
+        Earlier versions did not store `start`, nor `clients`: such a federation can be continued with any. They accepted
+        options of generators for classifiers and ignored them.
         """
         identity = self.identity
         names = (identity.keys() | stored.keys()) - (_LATER - stored.keys()) - _FREE.difference(identity)
+        if self.task == "classifier":
+            names -= _OF_GENERATORS.keys()
         return sorted(name for name in names if identity.get(name) != stored.get(name))
 
 

@@ -23,7 +23,7 @@ from dermis.privacy.attacks import (
     neighbours_of,
     permutation_p,
 )
-from dermis.privacy.audit import Evidence, PrivacyAudit, Subject, run_audit
+from dermis.privacy.audit import Evidence, PrivacyAudit, Subject, WithoutIds, run_audit
 from dermis.privacy.controls import split_control
 from dermis.privacy.disclosure import disclosures
 from dermis.privacy.epsilon import bound_from_guesses, epsilon_bound, patient_halves
@@ -377,6 +377,8 @@ def test_bounds_are_stated_for_all_images_of_a_patient() -> None:
     assert "neither is guaranteed" in audit_report(replace(audit, subject=unknown)).partition("## Epsilon")[2]
     single = replace(audit.subject, member_patients=1000, non_member_patients=1000)
     assert "one patient (each has one image)" in audit_report(replace(audit, subject=single))
+    some_unknown = audit_report(replace(audit, subject=replace(single, members_without_ids=WithoutIds(1, 0))))
+    assert "neither is guaranteed" in some_unknown and "each has one image" not in some_unknown
 
 
 def test_bounds_are_large_for_certain_attacks_and_zero_for_guesses() -> None:

@@ -388,7 +388,7 @@ def test_one_large_call_is_no_overload() -> None:
         generator.now += 3
 
 
-def test_calls_that_a_quota_refuses_are_no_load() -> None:
+def test_calls_that_a_quota_refuses_or_whose_callers_leave_are_no_load() -> None:
     generator = Generator()
     rate = generator.limiter.rate
     for _ in range(200):
@@ -396,6 +396,10 @@ def test_calls_that_a_quota_refuses_are_no_load() -> None:
             generator.now += 0.1  # the database
             raise KeyError("quota")
     assert generator.limiter.rate == rate
+    for _ in range(200):
+        with suppress(KeyError), requested(generator.limiter, "a", 64):
+            generator.now += 0.1
+            raise KeyError("the caller has gone")
     assert generator.limiter.limit == 5
     with requested(generator.limiter, "b", 1), requested(generator.limiter, "b", 1):
         pass

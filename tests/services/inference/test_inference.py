@@ -244,6 +244,30 @@ def test_process_ends_only_if_it_cannot_load_a_model_for_a_reason_that_can_pass(
     assert caplog.records[-1].location == "/models/tiny"  # type: ignore[attr-defined]
 
 
+def test_process_that_lacks_memory_for_one_of_two_models_serves_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    from services.inference import base
+
+    for name in ("exit_with_parent", "restrict_new_files"):
+        monkeypatch.setattr(base, name, lambda: None)
+    monkeypatch.setattr(base.logs, "configure", lambda *_: None)
+    monkeypatch.setattr(base, "locate", lambda _: ["/models/large", "/models/small"])
+
+    class Service(base.InferenceService[str]):
+        logger = logging.getLogger("test")
+        failure = "model not loaded"
+
+        def load(self, source: Bundle | str) -> tuple[str, str]:
+            if source == "/models/large":
+                raise MemoryError
+            return "digest", "model"
+
+        def identity(self, model: str) -> dict[str, str]:
+            return {}
+
+    described = asyncio.run(Service.describe.func(Service()))  # type: ignore[attr-defined]
+    assert list(described["identities"]) == ["digest"] and len(described["problems"]) == 1
+
+
 def test_gateway_ends_if_it_cannot_open_a_bundle_for_too_little_memory(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:

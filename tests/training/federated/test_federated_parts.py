@@ -291,6 +291,7 @@ def test_number_of_clients_is_fixed_with_differential_privacy_only() -> None:
     assert replace(private, clients=4).changed_from(private.identity) == ["clients"]
     assert FederationConfig(clients=4).changed_from(FederationConfig().identity) == []
     assert replace(private, start="imagenet").changed_from(private.identity) == []
+    assert private.changed_from(private.identity | {"binary": False}) == []
 
 
 def test_options_without_effect_on_classifiers_are_refused_by_name(skin: Path, tmp_path: Path) -> None:
