@@ -119,12 +119,6 @@ async def limited_time(context: Context, detail: str) -> AsyncIterator[None]:
         raise ProblemError("overloaded", detail, headers={"Retry-After": "5"}) from None
 
 
-async def sender_disconnected(request: Request) -> None:
-    """Return when the sender has closed the connection. The body must have been read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 @asynccontextmanager
 async def while_connected(request: Request) -> AsyncIterator[None]:
     """Cancel the work in a `with` block when the sender closes the connection. The body must have been read.
@@ -138,7 +132,8 @@ async def while_connected(request: Request) -> AsyncIterator[None]:
 
     async def watch() -> None:
         nonlocal disconnected
-        await sender_disconnected(request)
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
         disconnected = True
         task.cancel()
 

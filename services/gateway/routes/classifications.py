@@ -28,8 +28,8 @@ from services.gateway.dependencies import (
     count_pixels,
     limited_time,
     model_header,
-    sender_disconnected,
     served_bundle,
+    while_connected,
 )
 from services.gateway.openapi import UPLOAD_PROBLEMS, content, headers, image_body, problems
 from services.gateway.schemas.classifications import (
@@ -128,7 +128,8 @@ async def classify_images(
             logits = await context.inference.classifier.logits(bundle, inputs)
         pictures: Sequence[EncodedHeatMap | None] = [None] * len(inputs)
         if heat_map is not None:
-            pictures = await context.heat_maps.make(bundle, heat_map, inputs, lambda: sender_disconnected(request))
+            async with while_connected(request):
+                pictures = await context.heat_maps.make(bundle, heat_map, inputs)
     scores = scores_of(logits, classifier.temperature)
     pairs = zip(scores.probabilities.tolist(), scores.calibrated.tolist(), strict=True)
     data = [
