@@ -77,6 +77,14 @@ def leave_request() -> None:
     _caller.set(None)
 
 
+async def wait_for_disconnect(receive: Receive) -> Message:
+    """Return the message that the caller has closed the connection. The body must have been read."""
+    message = await receive()
+    while message["type"] != "http.disconnect":
+        message = await receive()
+    return message
+
+
 class CallerMiddleware:
     """ASGI middleware that detects when the caller of a request closes the connection, for the functions of this module."""
 
@@ -93,9 +101,7 @@ class CallerMiddleware:
         watch: asyncio.Task[Message] | None = None
 
         async def wait_for_end() -> Message:
-            message = await receive()
-            while message["type"] != "http.disconnect":
-                message = await receive()
+            message = await wait_for_disconnect(receive)
             caller.disconnect()
             return message
 

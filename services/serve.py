@@ -102,9 +102,8 @@ def _prepare(settings: Settings) -> None:
     image_signer_of(settings)
     signers = signers_of(settings)
     if settings.model_tenants:
-        with contextlib.suppress(
-            StorageError, LoadPostponedError
-        ):  # the processes of the service try again, after pauses
+        # The processes of the service try again, after pauses.
+        with contextlib.suppress(StorageError, LoadPostponedError):
             ServedModels(settings.bundles, settings.default_model, settings.model_tenants, signers)
     prepare_data_folder(settings)
     try:

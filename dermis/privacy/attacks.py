@@ -69,6 +69,11 @@ class Space:
         return np.concatenate([self.members, self.non_members])
 
 
+def fair_spaces(spaces: Sequence[Space]) -> list[int]:
+    """Return the numbers of the spaces that do not know the members; all, if every one does."""
+    return [i for i, space in enumerate(spaces) if not space.knows_members] or list(range(len(spaces)))
+
+
 @dataclass(frozen=True)
 class Neighbours:
     """Distances of each real image, [N, k] and ascending."""

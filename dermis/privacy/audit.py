@@ -23,6 +23,7 @@ from dermis.privacy.attacks import (
     Patients,
     Scores,
     Space,
+    fair_spaces,
     learned_scores,
     learned_scores_for_halves,
     measure_attacks,
@@ -220,7 +221,7 @@ def run_audit(
     control, controls = split_control(spaces, labels, patients, weights, seed=seed)
     scores = [each for pair in zip(spaces, neighbours, strict=True) for each in sample_scores(*pair)]
     # What a space that knows the members shows can be its own knowledge. Only attacks in one space have a control for that.
-    fair = [i for i, space in enumerate(spaces) if not space.knows_members] or list(range(len(spaces)))
+    fair = fair_spaces(spaces)
     of_fair = [neighbours[i] for i in fair]
     scores.append(learned_scores(of_fair, labels, patients, generated=len(spaces[0].generated), seed=seed))
     scores += evidence.generator_scores

@@ -23,6 +23,7 @@ from dermis.privacy.attacks import (
     Space,
     SplitScores,
     estimate,
+    fair_spaces,
     refitted_p,
     replicates_of,
 )
@@ -64,7 +65,7 @@ def split_control(
     p_values = np.array(
         [refitted_p(ridge.scores, labels, patients, seed=seed, permutations=PERMUTATIONS)[0] for ridge in ridges]
     )
-    fair = [i for i, space in enumerate(spaces) if not space.knows_members] or list(range(len(spaces)))
+    fair = fair_spaces(spaces)
     best = max(fair, key=lambda i: float(auc(labels, scores[i])[0]))
     p = float(min(1.0, p_values[fair].min() * len(fair)))
     control = SplitControl(spaces[best].name, estimate(replicates_of(auc, labels, scores[best], weights)), p, p < LEVEL)

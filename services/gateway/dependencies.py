@@ -17,6 +17,7 @@ from starlette.requests import Request
 
 from dermis.bundle import Bundle
 from dermis.dataset.shards import Sign
+from services.callers import wait_for_disconnect
 from services.gateway.audit import AuditTrail
 from services.gateway.auth.authentication import Authenticator
 from services.gateway.auth.principal import Principal
@@ -132,8 +133,7 @@ async def while_connected(request: Request) -> AsyncIterator[None]:
 
     async def watch() -> None:
         nonlocal disconnected
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
+        await wait_for_disconnect(request.receive)
         disconnected = True
         task.cancel()
 

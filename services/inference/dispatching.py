@@ -21,9 +21,7 @@ _BATCH_SECONDS = 0.25
 _OLDEST_SHARE, _AGED_SHARE = 0.25, 0.5  # of the rows of a batch, for the oldest call
 _AGED = 0.25  # of the time after which a call is refused: then the oldest call has the larger share
 _LEAST_ROUNDS = 4  # in which the device is busy, for each batch: shorter ones lose more time than they save
-_FILLED_ROUNDS = (
-    2  # to which parts of large calls fill a batch that completes a small one, so that this is soon answered
-)
+_FILLED_ROUNDS = 2  # to which parts of large calls fill a batch that completes a small one, which is soon answered then
 _NEW_WEIGHT = 0.3  # of the last batch, in the mean time of a row
 
 

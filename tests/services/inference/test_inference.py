@@ -104,13 +104,20 @@ def test_readiness_names_every_service_that_is_missing() -> None:
     assert "the projector did not load tiny" in str(asyncio.run(clients.not_ready()))
 
 
-def test_bundle_that_cannot_be_loaded_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def run_here(monkeypatch: pytest.MonkeyPatch, *locations: str) -> None:
+    """Let inference services of these bundles be made in this process, and change nothing else in it."""
     from services.inference import base
 
     for name in ("exit_with_parent", "restrict_new_files"):
         monkeypatch.setattr(base, name, lambda: None)
     monkeypatch.setattr(base.logs, "configure", lambda *_: None)
-    monkeypatch.setattr(base, "locate", lambda locations: ["/models/broken", "/models/none", "/models/good"])
+    monkeypatch.setattr(base, "locate", lambda _: list(locations))
+
+
+def test_bundle_that_cannot_be_loaded_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    from services.inference import base
+
+    run_here(monkeypatch, "/models/broken", "/models/none", "/models/good")
 
     class Service(base.InferenceService[str]):
         logger = logging.getLogger("test")
@@ -145,10 +152,7 @@ def test_process_ends_while_the_remote_storage_of_its_bundle_cannot_be_reached(
         if path.is_file():
             name = path.relative_to(tiny_bundle.location).as_posix()
             fsspec.filesystem("flaky").pipe_file(f"/bundles/tiny/{name}", path.read_bytes())
-    for name in ("exit_with_parent", "restrict_new_files"):
-        monkeypatch.setattr(base, name, lambda: None)
-    monkeypatch.setattr(base.logs, "configure", lambda *_: None)
-    monkeypatch.setattr(base, "locate", lambda _: [location])
+    run_here(monkeypatch, location)
 
     class Service(base.InferenceService[str]):
         logger = logging.getLogger("test")
@@ -223,10 +227,7 @@ def test_process_ends_only_if_it_cannot_load_a_model_for_a_reason_that_can_pass(
 ) -> None:
     from services.inference import base
 
-    for name in ("exit_with_parent", "restrict_new_files"):
-        monkeypatch.setattr(base, name, lambda: None)
-    monkeypatch.setattr(base.logs, "configure", lambda *_: None)
-    monkeypatch.setattr(base, "locate", lambda _: ["/models/tiny"])
+    run_here(monkeypatch, "/models/tiny")
 
     class Service(base.InferenceService[str]):
         logger = logging.getLogger("test")
@@ -247,10 +248,7 @@ def test_process_ends_only_if_it_cannot_load_a_model_for_a_reason_that_can_pass(
 def test_process_that_lacks_memory_for_one_of_two_models_serves_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     from services.inference import base
 
-    for name in ("exit_with_parent", "restrict_new_files"):
-        monkeypatch.setattr(base, name, lambda: None)
-    monkeypatch.setattr(base.logs, "configure", lambda *_: None)
-    monkeypatch.setattr(base, "locate", lambda _: ["/models/large", "/models/small"])
+    run_here(monkeypatch, "/models/large", "/models/small")
 
     class Service(base.InferenceService[str]):
         logger = logging.getLogger("test")
