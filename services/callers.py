@@ -125,6 +125,9 @@ class CallerMiddleware:
 
         try:
             await self._app(scope, receive_and_watch, send)
+        except asyncio.CancelledError:  # such as at a time limit: nobody waits for what a thread still computes
+            caller.disconnect()
+            raise
         finally:
             _caller.reset(token)
             caller.forget_callbacks()

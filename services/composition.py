@@ -6,7 +6,7 @@ import asyncio
 import logging
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from dermis.report.appearance import MeasureImages, appearances
@@ -52,31 +52,31 @@ class Composition:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Context]:
         """Start the jobs, provide the context for the routes, and stop everything at the end."""
-        allow_blocked_calls(self.context.settings)
+        context = self.context
+        allow_blocked_calls(context.settings)
         await asyncio.to_thread(self.jobs.start)
-        try:
+        async with AsyncExitStack() as stack:  # in reverse order, and all of them even if one fails
+            stack.push_async_callback(asyncio.to_thread, self.jobs.stop)
+            stack.callback(context.image_threads.close)
+            stack.callback(context.storage_threads.close)
+            stack.callback(context.studies.close)
+            stack.callback(context.compared.close)
+            stack.callback(context.uploads.close)
+            stack.push_async_callback(context.audit.close)
+            stack.push_async_callback(self.preparer.stop)
+            stack.push_async_callback(self.deliverer.stop)
             await self._warn_of_unsigned_entries()
-            self.context.audit.writer.start()
-            if self.context.settings.role != "worker":
-                if self.context.settings.max_webhooks:
+            context.audit.writer.start()
+            if context.settings.role != "worker":
+                if context.settings.max_webhooks:
                     self.deliverer.start()
                 else:  # jobs that end still add messages for the webhooks that exist
                     await asyncio.to_thread(self.deliverer.table.remove_old)
-            if self.context.settings.inference:  # also without new studies: those that exist still expire
+            if context.settings.inference:  # also without new studies: those that exist still expire
                 self.preparer.start()
-            async with self.context.auth.running():
+            async with context.auth.running():
                 await self._record_bootstrap_key()
-                yield self.context
-        finally:
-            await self.deliverer.stop()
-            await self.preparer.stop()
-            await self.context.audit.close()
-            self.context.uploads.close()
-            self.context.compared.close()
-            self.context.studies.close()
-            self.context.storage_threads.close()
-            self.context.image_threads.close()
-            await asyncio.to_thread(self.jobs.stop)
+                yield context
 
     async def _warn_of_unsigned_entries(self) -> None:
         # Only a warning: of several replicas, the first one that is restarted has the key.
@@ -111,15 +111,17 @@ def compose(
         measure_images: Measures the images of reports.
     """
     signer = image_signer_of(settings)
+    limits = GatewayLimits.of(settings)
+    must_yield = limits.image_waits.is_busy
     job_context = JobContext(
         table=JobTable(settings.jobs_url),
         models=models,
         inference=inference,
         loop=asyncio.get_running_loop(),
         storage=settings.storage,
-        turns=Turns(settings.shard_concurrency),
-        finish_turns=Turns(settings.shard_concurrency),
-        projection_turns=Turns(1),
+        turns=Turns(settings.shard_concurrency, must_yield=must_yield),
+        finish_turns=Turns(settings.shard_concurrency, must_yield=must_yield),
+        projection_turns=Turns(1, must_yield=must_yield),
         min_free_bytes=settings.min_free_bytes,
         sign=None if signer is None else signer.sign,
         measure_images=measure_images,
@@ -135,7 +137,7 @@ def compose(
         jobs=jobs.datasets,
         projections=jobs.projections,
         inference=inference,
-        limits=GatewayLimits.of(settings),
+        limits=limits,
         compared=ComparedImages.of(settings),
         quotas=TenantQuotas(settings, job_context.table),
         uploads=Uploads(settings),
@@ -163,9 +165,10 @@ def _readiness(ctx: JobContext, jobs: JobService) -> Callable[[], Awaitable[str 
         if ctx.stopping.is_set():
             return "the service is stopping"
         problems = await asyncio.to_thread(ctx.models.check)
-        if problems:
+        # Other replicas often have the same bundles: without one of several, all of them would receive no requests at all.
+        if problems and all(bundle.name in problems for bundle in ctx.models.bundles):
             return "; ".join(problems.values())
-        return await asyncio.to_thread(jobs.not_ready) or await ctx.inference.not_ready()
+        return await asyncio.to_thread(jobs.not_ready) or await ctx.inference.not_ready(problems)
 
     async def readiness() -> str | None:
         nonlocal last_reason

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dermis.errors import DermisError, StorageError
+from dermis.dataset.store import storage_error
+from dermis.errors import BundleError, DermisError, StorageError
 
 
 class InferenceUnavailableError(DermisError):
@@ -17,12 +18,20 @@ class InferenceFailedError(DermisError):
     """A called service failed."""
 
 
+class TakenOverError(DermisError):
+    """Another worker has taken over a job. The call is repeated until that worker has ended the job."""
+
+
 class NotInstalledError(DermisError):
     """A called service lacks a package that the call needs; the operator has to install it."""
 
 
 class LoadPostponedError(DermisError):
     """A model cannot be loaded now, because something lacks memory or threads; a later start may be able to."""
+
+
+class BundleAwayError(BundleError):
+    """The files of a bundle cannot be read at the moment, as its storage cannot be reached."""
 
 
 class DatabaseUnavailableError(DermisError):
@@ -33,4 +42,8 @@ def is_transient(error: BaseException) -> bool:
     """Whether the same call may succeed later. A transient error is never the outcome of a job."""
     if isinstance(error, StorageError):
         return error.kind == "storage-unavailable"
-    return isinstance(error, DatabaseUnavailableError | InferenceUnreachableError)
+    # Of a file of a shared folder, in a library that writes or reads it. A time-out without a number is not of a file.
+    if isinstance(error, OSError) and error.errno is not None:
+        problem = storage_error(error, "", remote=False)
+        return problem is not None and problem.kind == "storage-unavailable"
+    return isinstance(error, DatabaseUnavailableError | InferenceUnreachableError | BundleAwayError | TakenOverError)

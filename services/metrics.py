@@ -26,6 +26,7 @@ from dermis import __version__
 
 if TYPE_CHECKING:
     from services.jobs.statistics import Statistics
+    from services.models import ModelState
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -53,7 +54,7 @@ job_seconds = Histogram(
 )
 shard_retries = Counter(
     "dermis_shard_retries_total",
-    "Shards begun again, after an interruption or the end of their worker.",
+    "Shards begun again after an interruption or a lost worker, and shards made again at the end of a dataset.",
     ["kind"],
 )
 lease_takeovers = Counter(
@@ -63,13 +64,13 @@ lease_takeovers = Counter(
 inference_seconds = Histogram(
     "dermis_inference_call_duration_seconds",
     "Time of a call of an inference service, with the time in its queue.",
-    ["service", "method", "outcome"],
+    ["inference_service", "method", "outcome"],  # not `service`: a ServiceMonitor adds that label to every series
     buckets=_CALL_BUCKETS,
 )
 batch_size = Histogram(
     "dermis_inference_batch_size",
     "Images in one batch of an inference service.",
-    ["service"],
+    ["inference_service"],
     buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256),
 )
 storage_seconds = Histogram(
@@ -100,6 +101,9 @@ for _kind in ("dataset", "projection"):
     shard_retries.labels(_kind)
     for _outcome in ("succeeded", "failed", "cancelled"):
         job_seconds.labels(_kind, _outcome)
+for _access in ("read", "write"):
+    for _outcome in ("ok", "unavailable"):
+        database_seconds.labels(_access, _outcome)
 
 _gpu_read = float("-inf")
 
@@ -139,7 +143,7 @@ class _State(Collector):
         self,
         statistics: Callable[[], Statistics],
         free_bytes: Callable[[], int | None],
-        models: Sequence[tuple[str, str, int]],
+        models: Sequence[ModelState],
     ) -> None:
         self._statistics, self._free_bytes, self._models = statistics, free_bytes, models
 
@@ -150,10 +154,12 @@ class _State(Collector):
         build.add_metric(list(_versions().values()), 1)
         yield build
         model = GaugeMetricFamily(
-            "dermis_model_info", "1 for each served bundle.", labels=["model", "digest", "resolution"]
+            "dermis_model_info",
+            "1 for a bundle that is served, 0 for one that is missing, damaged or was replaced.",
+            labels=["model", "digest", "resolution"],
         )
-        for name, digest, resolution in self._models:
-            model.add_metric([name, digest, str(resolution)], 1)
+        for each in self._models:
+            model.add_metric([each.name, each.digest, each.resolution], int(each.served))
         yield model
         try:
             free = self._free_bytes()
@@ -181,6 +187,11 @@ def _of_database(statistics: Statistics) -> Iterator[Metric]:
         f"Shards of queued and running jobs that are not finished. {_SHARED}",
         labels=["kind"],
     )
+    ending = GaugeMetricFamily(
+        "dermis_ending_jobs",
+        f"Running jobs whose shards are all finished, and whose files are being completed. {_SHARED}",
+        labels=["kind"],
+    )
     age = GaugeMetricFamily(
         "dermis_oldest_queued_job_age_seconds",
         f"Time for which the oldest queued job has waited; 0 if none waits. {_SHARED}",
@@ -188,8 +199,10 @@ def _of_database(statistics: Statistics) -> Iterator[Metric]:
     )
     for kind, left in statistics.shards_left.items():
         shards.add_metric([kind], left)
+        ending.add_metric([kind], statistics.jobs_ending[kind])
         age.add_metric([kind], statistics.oldest_age(kind))
     yield shards
+    yield ending
     yield age
     workers = f"Processes that run jobs and whose lease has not run out. {_SHARED}"
     yield GaugeMetricFamily("dermis_live_workers", workers, statistics.live_workers)
@@ -198,14 +211,14 @@ def _of_database(statistics: Statistics) -> Iterator[Metric]:
 
 
 def render(
-    statistics: Callable[[], Statistics], free_bytes: Callable[[], int | None], models: Sequence[tuple[str, str, int]]
+    statistics: Callable[[], Statistics], free_bytes: Callable[[], int | None], models: Sequence[ModelState]
 ) -> bytes:
     """Return the metrics of all processes in the text format of Prometheus.
 
     Args:
         statistics: Reads the numbers of the jobs database.
         free_bytes: Reads the free space of the storage; None if it is not known.
-        models: Name, digest and resolution of each served bundle.
+        models: The bundles that should be served.
     """
     registry = CollectorRegistry()
     registry.register(_State(statistics, free_bytes, models))

@@ -6,6 +6,7 @@ This module does not import torch: it reads bundle.json, the model card and hash
 from __future__ import annotations
 
 import errno
+import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -18,8 +19,10 @@ from dermis.dataset.store import storage_error
 from dermis.errors import BundleError, DermisError, RequestError, SignatureError, StorageError
 from dermis.provenance.signing import TrustedSigners, check_installed, read_signers, verify_records
 from dermis.resources import lacks_resources
-from services.errors import LoadPostponedError
+from services.errors import BundleAwayError, LoadPostponedError
 from services.settings import Settings, SettingsError
+
+logger = logging.getLogger("dermis.service")
 
 # A changed file is noticed at the next request after this many seconds.
 _CHECK_SECONDS = 5.0
@@ -35,6 +38,25 @@ class _Watched:
     bundle: Bundle
     fingerprint: _Fingerprint | None
     problem: str | None = None
+    passing: bool = False
+    """Whether the problem can pass without a repair."""
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """A bundle as the metrics show it.
+
+    Attributes:
+        name: Its name; of one that cannot be opened the last part of its location.
+        digest: Its digest; empty if it cannot be opened.
+        resolution: Its resolution in pixels; empty if it cannot be opened.
+        served: Whether it is served.
+    """
+
+    name: str
+    digest: str
+    resolution: str
+    served: bool
 
 
 def locate(locations: Sequence[str]) -> list[str]:
@@ -261,6 +283,7 @@ class ServedModels:
 
         Raises:
             RequestError: If there is no bundle of this name.
+            BundleAwayError: If its files cannot be read at the moment.
             BundleError: If its files have changed or it has another digest.
         """
         bundle = self.find(name)
@@ -271,7 +294,7 @@ class ServedModels:
             )
         problem = self.check().get(name)
         if problem is not None:
-            raise BundleError(problem)
+            raise (BundleAwayError if self._watched[name].passing else BundleError)(problem)
         return bundle
 
     def check(self) -> dict[str, str]:
@@ -279,13 +302,29 @@ class ServedModels:
         with self._lock:
             if time.monotonic() - self._checked >= _CHECK_SECONDS:
                 for name, watched in self._watched.items():
+                    before = watched.problem
                     _check_again(name, watched, self._signers)
+                    if watched.problem not in (None, before):
+                        logger.error("model not served", extra={"model": name, "problem": watched.problem})
+                    elif before is not None and watched.problem is None:
+                        logger.info("model served again", extra={"model": name})
                 self._checked = time.monotonic()
             problems = {name: watched.problem for name, watched in self._watched.items() if watched.problem is not None}
             return self._broken | problems
 
+    def states(self) -> list[ModelState]:
+        """Every bundle that should be served, and whether it is."""
+        problems = self.check()
+        opened = [
+            ModelState(name, watched.bundle.digest, str(watched.bundle.generator.img_resolution), name not in problems)
+            for name, watched in self._watched.items()
+        ]
+        names = dict.fromkeys(Path(location).name for location in self._broken)
+        return opened + [ModelState(name, "", "", served=False) for name in names]
+
 
 def _check_again(name: str, watched: _Watched, signers: TrustedSigners | None) -> None:
+    fingerprint: _Fingerprint | None = None
     try:
         fingerprint = _fingerprint(watched.bundle.location)
         if fingerprint == watched.fingerprint and watched.problem is None:
@@ -293,14 +332,38 @@ def _check_again(name: str, watched: _Watched, signers: TrustedSigners | None) -
         bundle = open_bundle(watched.bundle.location)
         check_signer(bundle, signers)
     except _UNUSABLE as error:
-        problem = without_place(error, watched.bundle.location)
-        watched.problem = f"model {name} is not what the service loaded: {problem}"
+        location = watched.bundle.location
+        # The folder is also empty while it is copied anew, or where a share is not mounted. It may come back during a check.
+        watched.passing = (
+            passing_error(error, location) is not None
+            or not _has_files(location)
+            or _has_changed(location, fingerprint)
+        )
+        state = "cannot be read at the moment" if watched.passing else "is not what the service loaded"
+        watched.problem = f"model {name} {state}: {without_place(error, location)}"
         return
+    watched.passing = False
     watched.fingerprint = fingerprint
     if bundle.digest == watched.bundle.digest:
         watched.problem = None
     else:
         watched.problem = f"model {name}: its bundle was replaced; restart the service to serve the new one"
+
+
+def _has_files(location: str) -> bool:
+    """Whether a local folder has anything in it. Errors of reading it count as files."""
+    try:
+        return "://" in location or any(True for _ in Path(location).iterdir())
+    except OSError as error:
+        return error.errno not in (errno.ENOENT, errno.ENOTDIR)
+
+
+def _has_changed(location: str, fingerprint: _Fingerprint | None) -> bool:
+    """Whether the files of a local bundle are no longer those of a fingerprint, or cannot be listed."""
+    try:
+        return _fingerprint(location) != fingerprint
+    except OSError:
+        return True
 
 
 def _fingerprint(location: str) -> _Fingerprint | None:

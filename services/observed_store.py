@@ -29,15 +29,15 @@ class ObservedStore(Store):
         return _observed("list", super().total_bytes)
 
     @contextmanager
-    def open(self, name: str) -> Iterator[IO[bytes]]:
+    def open(self, name: str, *, size: int | None = None) -> Iterator[IO[bytes]]:
         with ExitStack() as stack:
-            yield _observed("open", lambda: stack.enter_context(Store.open(self, name)))
+            yield _observed("open", lambda: stack.enter_context(Store.open(self, name, size=size)))
 
-    def read(self, name: str, *, limit: int | None = None) -> bytes:
-        return _observed("read", partial(super().read, name, limit=limit))
+    def read_if_exists(self, name: str, *, limit: int | None = None) -> bytes | None:
+        return _observed("read", partial(super().read_if_exists, name, limit=limit))
 
-    def _put(self, temporary: Path, name: str) -> None:
-        _observed("write", partial(super()._put, temporary, name))
+    def _put(self, temporary: Path, name: str, check: Callable[[], None] | None, staged: bool) -> None:
+        _observed("write", partial(super()._put, temporary, name, check, staged))
 
     def write(self, name: str, data: bytes) -> None:
         # A local file gets its name in `_put`, which is observed there.

@@ -10,7 +10,7 @@ from typing import Any, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dermis.errors import BundleError, DermisError, RequestError, SignatureError, StorageError
-from services.errors import DatabaseUnavailableError, InferenceUnavailableError, NotInstalledError
+from services.errors import BundleAwayError, DatabaseUnavailableError, InferenceUnavailableError, NotInstalledError
 from services.quotas import QuotaExceededError
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
@@ -194,7 +194,8 @@ def problem_of(error: Exception) -> ProblemError:
     if isinstance(error, QuotaExceededError):
         return _exceeded_quota(error)
     if isinstance(error, BundleError):
-        return ProblemError("model-unavailable", str(error))
+        headers = {"Retry-After": "5"} if isinstance(error, BundleAwayError) else {}
+        return ProblemError("model-unavailable", str(error), headers=headers)
     if isinstance(error, InferenceUnavailableError | DatabaseUnavailableError):
         return ProblemError("not-ready", str(error), headers={"Retry-After": "5"})
     if isinstance(error, SignatureError):

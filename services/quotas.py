@@ -18,7 +18,7 @@ from dermis.errors import DermisError
 from services.tenants import is_tenant
 
 EVERYONE = "*"
-"""The name in DERMIS_QUOTAS of the quotas of all tenants that have none of their own."""
+"""The name in DERMIS_QUOTAS of the quotas that hold where a tenant's own entry does not name one."""
 
 MINUTE, DAY = 60, 86_400
 
@@ -31,7 +31,7 @@ class Quota(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     images_per_day: _Whole | None = Field(
-        default=None, description="Generated images in a day: of datasets and of calls."
+        default=None, description="Generated images in a day: of datasets, of calls and of reader studies."
     )
     projections_per_day: _Whole | None = Field(default=None, description="Images that are projected in a day.")
     authenticity_per_minute: _Whole | None = Field(
@@ -47,19 +47,19 @@ class Quota(BaseModel):
     )
     requests_per_minute: _Whole | None = Field(
         default=None,
-        description="Requests with valid credentials in a minute, except those for usage, for metrics and with admin.",
+        description="Requests with valid credentials in a minute, except those for usage, for metrics and below /v1/admin.",
     )
     active_jobs: _Whole | None = Field(default=None, description="Queued and running datasets and projections.")
     stored_bytes: Annotated[ByteSize, Field(ge=0, lt=1 << 62)] | None = Field(
         default=None,
-        description="Bytes of the files of datasets and projections, and the estimates of those that are active.",
+        description="Bytes of the files of datasets, projections and reader studies, and the estimates of active ones.",
     )
     retention_days: float | None = Field(
         default=None,
         gt=0,
         le=36_500,
         allow_inf_nan=False,
-        description="Days after which a dataset that has ended is deleted.",
+        description="Days after its end at which a dataset is deleted; a reader study, at the latest, after its creation.",
     )
 
     @property
@@ -188,7 +188,7 @@ def _when_free(use: QuotaUse) -> str:
 
 
 def quota_of(quotas: Mapping[str, Quota], tenant: str) -> Quota:
-    """The quotas of a tenant: its own, and for those that it has not those of everyone."""
+    """The quotas of a tenant: those that its own entry names, and for the others those of everyone."""
     everyone, own = quotas.get(EVERYONE), quotas.get(tenant)
     if everyone is None or own is None:
         return own or everyone or _UNLIMITED
@@ -200,7 +200,9 @@ _QUOTAS: TypeAdapter[dict[str, Quota]] = TypeAdapter(dict[str, Quota])
 
 
 def read_quotas(value: Any) -> dict[str, Quota]:
-    """Read the value of DERMIS_QUOTAS: a JSON object with the quotas by tenant, and with `*` those of all others.
+    """Read the value of DERMIS_QUOTAS: a JSON object with the quotas by tenant.
+
+    Those of `*` hold where a tenant's own entry does not name one.
 
     Raises:
         ValueError: The value is not such an object; the message names the tenant and the quota.

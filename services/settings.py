@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 from dermis.bundle.installed import installed_bundles
@@ -72,12 +73,15 @@ class Settings(AccessSettings, StudySettings):
     )
     device: str = Field(
         "auto",
-        description="Device of the generator, classifier, index, explainer and projector: auto, cpu, cuda, mps (Apple) or "
-        "xpu (Intel). On mps and xpu classifier and index use the CPU.",
+        # Whether the machine has the device is seen when a model is loaded: this process does without torch.
+        pattern=r"^(auto|cpu|mps|(cuda|xpu)(:[0-9]+)?)$",
+        description="Device of the generator, classifier, index, explainer and projector: `auto`, `cpu`, `cuda`, `cuda:1`, "
+        "`mps` (Apple), `xpu` or `xpu:1` (Intel). On mps and xpu classifier and index use the CPU.",
     )
-    backend: str = Field(
+    backend: Literal["auto", "openvino", "torch"] = Field(
         "auto",
-        description="Implementation that runs the generator; auto chooses the fastest one that works on the machine.",
+        description="Implementation that runs the generator: `openvino`, `torch`, or `auto`, the fastest one that works on the "
+        "machine.",
     )
     generator_workers: int = Field(
         1, ge=1, le=64, description="Number of generator processes. On a CPU each uses an equal share of the cores."
@@ -153,7 +157,8 @@ class Settings(AccessSettings, StudySettings):
     executor_id: str | None = Field(
         None,
         pattern=r"^[A-Za-z0-9._-]{1,100}$",
-        description="Name of this worker in the jobs database. Default: the host name and a slot number.",
+        description="Name of this replica in the jobs database. Default: the host name and a slot number. Each running process "
+        "needs another name, which is not checked: do not set it in a Deployment with several pods.",
     )
     image_timeout_seconds: float = Field(
         120.0,
@@ -215,8 +220,9 @@ class Settings(AccessSettings, StudySettings):
         gt=0,
         le=3600,
         description="Maximum time that a call for images may wait for those requested before, estimated from the measured "
-        "rate of the model. A call above it is answered 503 at once, if its tenant has another one. While more images are "
-        "requested than the model can make, the limit is a tenth of it.",
+        "rate of the model. A call that would wait longer is answered 503 at once, if its tenant has another one. While more "
+        "images are requested than the model can make, the maximum is twice the time of a fast call, also for most calls of "
+        "tenants that have no other.",
     )
     max_body_bytes: int = Field(1 << 20, ge=1024, description="Maximum size of a request body in bytes.")
     max_upload_bytes: int = Field(
@@ -311,7 +317,7 @@ class Settings(AccessSettings, StudySettings):
 
     quotas: Annotated[dict[str, Quota], NoDecode] = Field(
         {},
-        description="Quotas of tenants as a JSON object, `*` for all tenants that have none of their own: "
+        description="Quotas of tenants as a JSON object, `*` for every quota that a tenant's own entry does not name: "
         '`{"*": {"images_per_day": 1000}, "radiology": {"stored_bytes": "50GB"}}`. See [Quotas](quotas.md).',
     )
 
@@ -322,11 +328,14 @@ class Settings(AccessSettings, StudySettings):
         1.0,
         ge=0.0,
         le=600.0,
-        description="Time after SIGTERM in which /readyz fails and requests are accepted; part of DERMIS_SHUTDOWN_SECONDS.",
+        description="Time after SIGTERM in which /readyz fails and requests are accepted; part of DERMIS_SHUTDOWN_SECONDS, and "
+        "at most a quarter of it: raise that too.",
     )
 
     # Log
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severe level logged.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", description="Least severe level logged: DEBUG, INFO, WARNING or ERROR."
+    )
     log_format: Literal["text", "json"] = Field(
         "text",
         description="Format of the log: `text`, or `json` for objects, one a line ([Observability](observability.md)).",
@@ -455,9 +464,24 @@ def settings_of_process() -> Settings:
 
 def settings_table() -> str:
     """The settings as the Markdown table of docs/settings.md."""
-    lines = ["| variable | default | meaning |", "| --- | --- | --- |"]
+    lines = ["| variable | default | range | meaning |", "| --- | --- | --- | --- |"]
     for name, field in sorted(Settings.model_fields.items(), key=lambda item: item[0] in StudySettings.model_fields):
         default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
         shown = "" if name == "bundles" or default in (None, "", {}) else f"`{default}`"
-        lines.append(f"| `DERMIS_{name.upper()}` | {shown} | {field.description} |")
+        lines.append(f"| `DERMIS_{name.upper()}` | {shown} | {_range_of(field)} | {field.description} |")
     return "\n".join(lines)
+
+
+def _range_of(field: FieldInfo) -> str:
+    """The numbers that a setting can have, such as `1 to 64`; empty if it has no limits."""
+    limits = {
+        name: f"{getattr(each, name):,}".removesuffix(".0")
+        for each in field.metadata
+        for name in ("ge", "gt", "le")
+        if hasattr(each, name)
+    }
+    least = f"above {limits['gt']}" if "gt" in limits else limits.get("ge")
+    most = limits.get("le")
+    if least is None or most is None:
+        return f"at least {least}" if least else f"at most {most}" if most else ""
+    return f"{least} to {most}"

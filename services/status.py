@@ -96,7 +96,9 @@ def read_status(settings: Settings) -> Status:
     current, statistics = _read_database(settings.jobs_url, shown)
     free, problem = None, None
     try:
-        free = Store(settings.storage).free_bytes()
+        store = Store(settings.storage)
+        store.check()
+        free = store.free_bytes()
     except StorageError as error:
         problem = str(error)
     return Status(

@@ -6,6 +6,9 @@ are used.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +20,18 @@ from dermis.bundle import Bundle
 from tiny import make_bundle
 
 _TESTS = Path(__file__).parent
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Report the exit status of a test process that has died, which is the negative number of a signal."""
+    process = getattr(getattr(node.gateway, "_io", None), "popen", None)
+    if error is None or process is None:
+        return
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(10)
+    reporter = node.config.pluginmanager.get_plugin("terminalreporter")
+    reporter.write_line(f"exit status of {node.gateway.id}: {process.poll()}")
 
 
 @pytest.fixture(scope="session")
@@ -32,14 +47,33 @@ def timm_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_timm_classifier(tmp_path_factory.mktemp("classifiers") / "timm")
 
 
+def _priority() -> int | None:
+    return os.getpriority(os.PRIO_PROCESS, 0) if hasattr(os, "getpriority") else None
+
+
+@pytest.fixture(autouse=True)
+def _kept_priority(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
+    """No test lowers the priority of this process for the tests after it, as the methods of two services do."""
+    if request.path.is_relative_to(_TESTS / "services/inference"):
+        for name in ("explainer", "projector"):
+            monkeypatch.setattr(f"services.inference.{name}.lower_priority", lambda: None)
+    before = _priority()
+    yield
+    assert _priority() == before, "the priority of the main thread was lowered"
+
+
 @pytest.fixture(autouse=True)
 def _small_reports(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Reports of datasets measure 12 images and not 200, which take 30 ms each. Processes of their own are not affected."""
+    """Reports of datasets measure 4 images and not 200, which take 30 ms each, at the usual priority.
+
+    Processes of their own are not affected.
+    """
     launches = {"launch", "replica"} & set(request.fixturenames)
     if not launches and any(
         request.path.is_relative_to(_TESTS / part) for part in ("services", "dermis/dataset", "dermis/exports")
     ):
-        monkeypatch.setattr("dermis.report.sample.SAMPLE", 12)
+        monkeypatch.setattr("dermis.report.sample.SAMPLE", 4)
+        monkeypatch.setattr("dermis.report.appearance.lower_priority", lambda: None)
 
 
 @pytest.fixture

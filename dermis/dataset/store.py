@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -11,8 +12,8 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import IO, Any
@@ -29,6 +30,7 @@ PARTIAL = ".partial"
 """Folder of the files that are removed when the dataset is complete."""
 
 _WRITING = "writing-"
+_TEMPORARY = f"dermis-{_WRITING}"  # in the folder of temporary files
 # More than the time between the creation of a temporary file and its lock.
 _ABANDONED_SECONDS = 60.0
 
@@ -47,12 +49,17 @@ _TRANSIENT = {
 _FINAL_TYPES = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
 # HTTP statuses below 500 that mean "try again".
 _TRANSIENT_STATUSES = {408, 409, 425, 429}
-_FINAL_NAMES = re.compile("Credential|Authenti|Validation|Profile|Region")
+# Not botocore's CredentialRetrievalError: the service that issues credentials to machines and pods did not answer.
+_FINAL_NAMES = re.compile("Credential(?!Retrieval)|Authenti|Validation|Profile|Region")
+# botocore and aiobotocore have no class for this answer of that service, which they raise as a RuntimeError.
+_EXPIRED_CREDENTIALS = "refreshed credentials are still expired"
 # S3 accepts signatures of the last 15 minutes; other storages have shorter limits.
 _CLOCK_DIFFERENCE_SECONDS = 240.0
 # Drivers read this much ahead and keep it until the next block has arrived. s3fs's default of 50 MiB would be up to 100 MiB for
 # each open file, also for a few bytes of it. Requests for smaller blocks would take longer than the transfer of their bytes.
 _BLOCK_BYTES = 4 << 20
+_REMOVALS = 5  # attempts to remove a local folder
+_DELETED_AT_ONCE = 1000  # the most that one request to S3 may delete
 
 
 class Store:
@@ -75,6 +82,8 @@ class Store:
         except (ImportError, ValueError) as error:
             raise StorageError(f"{self.location}: {error}") from error
         self.local = isinstance(self._fs, LocalFileSystem)  # also if named by a file:// URL
+        # s3fs asks for sizes and folders that are not needed here. Each request to S3 takes some milliseconds of a processor.
+        self._is_s3 = hasattr(self._fs, "call_s3")
         if "://" not in self.location:
             self._root = str(Path(location).absolute())
 
@@ -112,27 +121,31 @@ class Store:
                     with suppress(FileNotFoundError):  # another process is removing folders: look again
                         return sorted(names_below(Path(self._root)))
                 return []
-            self._fs.invalidate_cache()
-            if not self._root_exists():
-                return []
             root = self._fs._strip_protocol(self._root).strip("/") + "/"
-            found = (path.lstrip("/") for path in self._fs.find(self._root))
+            paths = (path.lstrip("/") for path in self._files_below(self._root))
             # Some object storages list a folder as a file of its own name.
-            return sorted(path.removeprefix(root) for path in found if path.rstrip("/") != root.rstrip("/"))
+            return sorted(path.removeprefix(root) for path in paths if path.rstrip("/") != root.rstrip("/"))
 
-    def _root_exists(self) -> bool:
-        """Return whether the folder exists. `exists` of fsspec would return False if the storage cannot be reached."""
+    def _files_below(self, path: str) -> dict[str, dict[str, Any]]:
+        """Return what the driver knows of each file below a path."""
+        self._fs.invalidate_cache()
         try:
-            self._fs.info(self._root)
+            if not self._is_s3:
+                self._fs.info(path)  # `exists` would also be False if the storage cannot be reached
+            files: dict[str, dict[str, Any]] = self._fs.find(path, detail=True)
         except (FileNotFoundError, NotADirectoryError):
-            return False
-        return True
+            return {}
+        return files
 
     def size(self, name: str) -> int | None:
         """Return the size of a file in bytes, or None if there is no such file."""
         with self.errors(name):
+            path = self._current_path(name)
             try:
-                info: dict[str, Any] = self._fs.info(self._current_path(name))
+                if self._is_s3:  # where `info` finds no file, it also looks for a folder
+                    bucket, key, _ = self._fs.split_path(path)
+                    return int(self._fs.call_s3("head_object", Bucket=bucket, Key=key)["ContentLength"])
+                info: dict[str, Any] = self._fs.info(path)
             except (FileNotFoundError, NotADirectoryError):
                 return None
             return int(info["size"]) if info["type"] == "file" else None
@@ -140,22 +153,35 @@ class Store:
     def total_bytes(self) -> int:
         """Return the size of all files together."""
         with storage_errors(self.location, remote=not self.local):
-            if not self.local:
-                self._fs.invalidate_cache()
-            if not self._root_exists():
-                return 0
-            return sum(int(info["size"]) for info in self._fs.find(self._root, detail=True).values())
+            return sum(int(info["size"]) for info in self._files_below(self._root).values())
 
     @contextmanager
-    def open(self, name: str) -> Iterator[IO[bytes]]:
-        """Open a file for reading and seeking. In a local folder only regular files of that folder are opened."""
+    def open(self, name: str, *, size: int | None = None) -> Iterator[IO[bytes]]:
+        """Open a file for reading and seeking. In a local folder only regular files of that folder are opened.
+
+        Args:
+            name: The file.
+            size: Its size in bytes, if the caller knows it. A small file is then read with a single request to S3.
+        """
         with self.errors(name):
             if self.local:
                 file = open_regular(self._root, name)
+            elif self._is_s3 and size is not None and size <= _BLOCK_BYTES:
+                file = io.BytesIO(self._content(self._path(name), size))
             else:
                 file = self._fs.open(self._current_path(name), "rb", block_size=_BLOCK_BYTES)
         with file:
             yield file
+
+    def _content(self, path: str, most: int | None) -> bytes:
+        """Return the content of a file in S3, or its first `most` bytes and one more."""
+        try:
+            data: bytes = self._fs.cat_file(path, start=0, end=None if most is None else most + 1)
+        except OSError as error:
+            if _http_status(error.__cause__ or error) != 416:
+                raise
+            return b""  # it is empty, so no byte of it can be asked for
+        return data
 
     def read(self, name: str, *, limit: int | None = None) -> bytes:
         """Read a small file.
@@ -163,48 +189,78 @@ class Store:
         Raises:
             StorageError: The file cannot be read, or is larger than `limit` bytes.
         """
-        with self.errors(name), self.open(name) as file:
-            data: bytes = file.read() if limit is None else file.read(limit + 1)
+        data = self.read_if_exists(name, limit=limit)
+        if data is None:
+            raise StorageError(f"{self.where(name)}: {os.strerror(errno.ENOENT)}")
+        return data
+
+    def read_if_exists(self, name: str, *, limit: int | None = None) -> bytes | None:
+        """Read a small file; None if there is no such file.
+
+        Raises:
+            StorageError: The file cannot be read, or is larger than `limit` bytes.
+        """
+        try:
+            with self.errors(name):
+                if self._is_s3:
+                    data = self._content(self._path(name), limit)
+                else:
+                    with self.open(name) as file:
+                        data = file.read() if limit is None else file.read(limit + 1)
+        except StorageError as error:
+            if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+                return None
+            raise
         if limit is not None and len(data) > limit:
             raise StorageError(f"{self.where(name)}: is larger than allowed ({limit:,} bytes)")
         return data
 
-    def sha256(self, name: str) -> str:
-        """Return the SHA-256 (hex) of a file."""
-        with self.errors(name), self.open(name) as file:
+    def sha256(self, name: str, *, size: int | None = None) -> str:
+        """Return the SHA-256 (hex) of a file. The size is that of `open`."""
+        with self.errors(name), self.open(name, size=size) as file:
             return hash_file(file)
 
     @contextmanager
-    def writing(self, name: str) -> Iterator[Path]:
+    def writing(self, name: str, check: Callable[[], None] | None = None, *, staged: bool = False) -> Iterator[Path]:
         """Give a local path to write to, which becomes the file `name` if the block ends without an exception.
 
         A local file is renamed. For other storage it is uploaded from the temporary folder (`tempfile.gettempdir()`),
         which needs enough space for it.
 
+        Args:
+            name: The file.
+            check: Called before each attempt to rename or upload the file. An exception of it ends the writing.
+            staged: Whether a file in S3 is first uploaded to the folder `PARTIAL`, and copied from there after `check`. So an
+                upload that is late, perhaps by hours, replaces nothing once another process has removed that folder, as the
+                last step of a dataset.
+
         Raises:
             StorageError: The file cannot be written.
+            Exception: Those of `check`.
         """
         if not self.local:
-            with storage_errors(tempfile.gettempdir()):
-                handle, temporary = tempfile.mkstemp(prefix="dermis-")
+            place = tempfile.gettempdir()
+            with storage_errors(place):
+                # Each killed part of a dataset leaves a file as large as a shard, or as all images.
+                _remove_abandoned(Path(place), _TEMPORARY)
+                handle, temporary = tempfile.mkstemp(prefix=_TEMPORARY)
                 os.close(handle)
         else:
+            place = self.where(name)
             temporary = self._path(f"{PARTIAL}/{_WRITING}{uuid.uuid4().hex}")
-            with storage_errors(self.where(name)):
+            with storage_errors(place):
                 Path(temporary).parent.mkdir(parents=True, exist_ok=True)
         created = False
         try:
-            with _in_use(Path(temporary), self.where(name)) if self.local else nullcontext():
+            with _in_use(Path(temporary), place, new=self.local):
                 created = True
                 yield Path(temporary)
-                self._put(Path(temporary), name)
+                self._put(Path(temporary), name, check, staged)
         except (StorageError, FileNotFoundError) as error:
-            if self.local and created and not Path(temporary).exists():
-                # Not the end of a job: the other process may have ended it, or this one can write the file again.
-                raise StorageError(
-                    f"{self.where(name)}: another process removed the unfinished file; try again",
-                    kind="storage-unavailable",
-                ) from error
+            with storage_errors(place):  # the folder may not be reached at the moment
+                is_gone = created and not Path(temporary).exists()
+            if is_gone:
+                raise self._removed_elsewhere(name) from error
             raise
         finally:
             with suppress(OSError):
@@ -214,19 +270,19 @@ class Store:
         """Remove what processes that were killed have left of `writing` in a local folder, and nothing that is being written.
 
         Where processes cannot see each other's locks, a file in use can be removed. `writing` then fails in such a way that it
-        is tried again.
+        is tried again. For other storage each `writing` does the same in the temporary folder.
         """
-        if not self.local or sys.platform == "win32":
-            return
-        for path in Path(self._path(PARTIAL)).glob(f"{_WRITING}*"):
-            with suppress(OSError):  # such as that of a lock
-                if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-                    with path.open("r+b") as file:
-                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                        path.unlink()
+        if self.local:
+            with storage_errors(self.location):
+                _remove_abandoned(Path(self._path(PARTIAL)), _WRITING)
 
-    def _put(self, temporary: Path, name: str) -> None:
-        """Move or upload a local file to `name`."""
+    def _put(self, temporary: Path, name: str, check: Callable[[], None] | None, staged: bool) -> None:
+        """Move or upload a local file to `name`. The arguments are those of `writing`."""
+        if staged and self._is_s3:
+            self._put_staged(temporary, name, check)
+            return
+        if check is not None:
+            check()
         with self.errors(name):
             if self.local:
                 with temporary.open("rb") as file:
@@ -234,6 +290,33 @@ class Store:
                 temporary.replace(self._path(name))
             else:
                 self._fs.put_file(str(temporary), self._path(name))
+
+    def _put_staged(self, temporary: Path, name: str, check: Callable[[], None] | None) -> None:
+        """Do the same by way of the folder `PARTIAL` in S3."""
+        staged = self._path(f"{PARTIAL}/{_WRITING}{uuid.uuid4().hex}")
+        with self.errors(name):
+            self._fs.put_file(str(temporary), staged)
+        try:
+            if check is not None:
+                check()
+            try:
+                with self.errors(name):
+                    self._fs.cp_file(staged, self._path(name))
+            except StorageError as error:
+                if isinstance(error.__cause__, FileNotFoundError):
+                    raise self._removed_elsewhere(name) from error
+                raise
+        finally:
+            with suppress(Exception):  # of any driver; the last step of the dataset removes it as well
+                self._fs.rm_file(staged)
+
+    def _removed_elsewhere(self, name: str) -> StorageError:
+        """Return the error for an unfinished file that another process has removed.
+
+        It is not the end of a job: the other process may have ended it, or this one can write the file again.
+        """
+        message = f"{self.where(name)}: another process removed the unfinished file; try again"
+        return StorageError(message, kind="storage-unavailable")
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file. Unlike `writing` it needs no temporary file for storage that is not local."""
@@ -250,19 +333,55 @@ class Store:
         Raises:
             StorageError: Something is left, or the storage cannot be reached.
         """
+        if self.local:
+            with self.errors(name), suppress(FileNotFoundError):
+                for _ in range(_REMOVALS):  # one ends early if another process removes the same files
+                    with suppress(FileNotFoundError):
+                        self._fs.rm(self._path(name), recursive=True)
+                    Path(self._path(name)).lstat()
+                raise StorageError(
+                    f"{self.where(name)}: is left after its deletion; try again", kind="storage-unavailable"
+                )
+            return
         with self.errors(name), suppress(FileNotFoundError):
-            self._fs.rm(self._current_path(name), recursive=True)
-            if self.local:
-                return
-            # S3 answers 200 and a list of the objects that it has not deleted, which s3fs ignores.
-            found = self._fs.find(self._current_path(name), detail=True).values()
-            left = sum(info["type"] == "file" for info in found)  # SeaweedFS keeps the folder itself
+            left = []
+            if self._is_s3:
+                # Some storages have an object for a folder. It is no error if there is none of this name.
+                paths = [*(self._files_below(self._path(name)).keys() - {self._path(name)}), self._path(name)]
+                self._abort_uploads(self._path(name))
+                for first in range(0, len(paths), _DELETED_AT_ONCE):
+                    left += self._delete_objects(paths[first : first + _DELETED_AT_ONCE])
+            else:
+                self._fs.rm(self._current_path(name), recursive=True)
+                left = [path for path, info in self._files_below(self._path(name)).items() if info["type"] == "file"]
             if left:
                 raise StorageError(
-                    f"{self.where(name)}: {left:,} objects are left after their deletion; the account needs the permission to "
-                    "delete; try again",
+                    f"{self.where(name)}: {len(left):,} objects are left after their deletion ({left[0]}); the account needs "
+                    "the permission to delete; try again",
                     kind="storage-unavailable",
                 )
+
+    def _abort_uploads(self, path: str) -> None:
+        """Abort the uploads in parts of a file in S3, or below a folder, that killed processes have left.
+
+        S3 keeps their parts, which no listing of files shows. A process whose upload still runs repeats it. Nothing fails if
+        this does: some storages and permissions do not allow it, and a lifecycle rule of the bucket does the same.
+        """
+        bucket, key, _ = self._fs.split_path(path)
+        uploads: list[dict[str, str]] = []
+        with suppress(Exception):
+            uploads = self._fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=key).get("Uploads", [])
+        for upload in uploads:
+            if f"{upload['Key']}/".startswith(f"{key}/"):
+                with suppress(Exception):
+                    self._fs.abort_mpu(bucket, upload["Key"], upload["UploadId"])
+
+    def _delete_objects(self, paths: Sequence[str]) -> list[str]:
+        """Delete objects in S3, and return the reason for each that is left. S3 answers 200 too then, and s3fs ignores it."""
+        bucket, _, _ = self._fs.split_path(paths[0])
+        objects = [{"Key": self._fs.split_path(path)[1]} for path in paths]
+        answer = self._fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
+        return [str(error.get("Message") or error.get("Code")) for error in answer.get("Errors", [])]
 
     def signed_url(self, name: str, seconds: int, *, media_type: str, disposition: str) -> str:
         """Return a URL with which everyone can download a file from storage at s3:// for some time.
@@ -289,25 +408,58 @@ class Store:
             )
             return url
 
+    def check(self) -> None:
+        """Find out by one request whether a bucket of S3 can be reached, with these credentials. Other storage is not checked.
+
+        Raises:
+            StorageError: It cannot, or the bucket does not exist.
+        """
+        if self._is_s3:
+            with self.errors(""):
+                bucket, prefix, _ = self._fs.split_path(self._root)
+                self._fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
+
     def free_bytes(self) -> int | None:
         """Return the free space in bytes; None if it is not known (object storage)."""
         if not self.local:
             return None
         folder = Path(self._root)
-        while not folder.exists():
-            folder = folder.parent
         with storage_errors(self.location):
-            return shutil.disk_usage(folder).free
+            while True:
+                try:
+                    return shutil.disk_usage(folder).free
+                except (FileNotFoundError, NotADirectoryError):  # it is made later
+                    if folder == folder.parent:
+                        raise
+                    folder = folder.parent
+
+
+def _remove_abandoned(folder: Path, prefix: str) -> None:
+    """Remove the files of a folder with this prefix that no process has locked, but for new ones."""
+    if sys.platform == "win32":
+        return
+    for path in folder.glob(f"{prefix}*"):
+        with suppress(OSError):  # such as that of a lock, or of a file of another user
+            if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                with path.open("r+b") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
 
 
 @contextmanager
-def _in_use(path: Path, place: str) -> Iterator[None]:
-    """Create a file and lock it, so that `Store.remove_abandoned` leaves it. The system ends the lock of a killed process."""
+def _in_use(path: Path, place: str, *, new: bool) -> Iterator[None]:
+    """Lock a file, so that `_remove_abandoned` leaves it. The system ends the lock of a killed process.
+
+    Args:
+        path: The file.
+        place: Path or URL, for messages.
+        new: Whether the file does not exist yet, and is created.
+    """
     if sys.platform == "win32":
         yield
         return
     with storage_errors(place):
-        file = path.open("xb")
+        file = path.open("xb" if new else "r+b")
     with file:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -355,14 +507,17 @@ def storage_error(error: Exception, place: str, *, remote: bool, clock_change: f
         if abs(seconds) <= _CLOCK_DIFFERENCE_SECONDS:
             text = "it refused a signature from before the clock of this machine was set"
         return StorageError(f"{place}: cannot be reached at the moment ({text})", kind="storage-unavailable")
-    if isinstance(error, _FINAL_TYPES):
+    lost_upload = _error_code(error) == "NoSuchUpload"  # s3fs: FileNotFoundError; the whole file can be uploaded again
+    if isinstance(error, _FINAL_TYPES) and not lost_upload:
         return StorageError(f"{place}: {text}")
-    if isinstance(error, ConnectionError | TimeoutError) or number in _TRANSIENT:
+    if lost_upload or isinstance(error, ConnectionError | TimeoutError) or number in _TRANSIENT:
         transient = True
     elif isinstance(error, OSError):
         transient = remote and number in (None, errno.EIO)  # s3fs and others report unknown errors like this
     elif type(error).__module__ == "builtins":
-        return None
+        if _EXPIRED_CREDENTIALS not in text:
+            return None
+        transient = True
     elif status is not None:
         transient = status >= 500 or status in _TRANSIENT_STATUSES
     else:
@@ -372,7 +527,7 @@ def storage_error(error: Exception, place: str, *, remote: bool, clock_change: f
     return StorageError(f"{place}: {text}")
 
 
-def _http_status(error: Exception) -> int | None:
+def _http_status(error: BaseException) -> int | None:
     """Return the HTTP status in an exception of a driver, if it has one."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
@@ -382,6 +537,16 @@ def _http_status(error: Exception) -> int | None:
         getattr(source, name, None) for source in (error, response) for name in ("status", "status_code", "code")
     ]
     return next((status for status in map(_status, candidates) if status is not None), None)
+
+
+def _error_code(error: BaseException) -> str | None:
+    """Return the code of S3 in an exception of s3fs or botocore, if it has one."""
+    for source in (error, error.__cause__):
+        response = getattr(source, "response", None)
+        details = response.get("Error") if isinstance(response, dict) else None
+        if isinstance(details, dict):
+            return str(details.get("Code"))
+    return None
 
 
 def _clock_ahead_of_monotonic() -> float:

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from queue import Empty, SimpleQueue
 from typing import TextIO
@@ -20,7 +21,7 @@ from services.errors import DatabaseUnavailableError
 
 logger = logging.getLogger("dermis.audit")
 
-_MAX_BATCH = 200
+_MAX_BATCH = 200  # new entries in a transaction
 _MAX_PENDING = 1000  # entries that may wait at one time without their requests waiting too
 _RETRY_SECONDS = 1.0
 _ATTEMPTS_AT_STOP = 2
@@ -55,16 +56,25 @@ class AuditWriter:
         self._thread = threading.Thread(target=self._run, name="dermis-audit", daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """Write everything that waits, and end the thread."""
-        if self._thread is not None:
+    def close(self, last: Sequence[Event] = ()) -> None:
+        """Write everything that waits, and end the thread. What cannot be written is in the log.
+
+        Args:
+            last: Events that are written last.
+        """
+        with self._lock:
             thread, self._thread = self._thread, None
-            self._queue.put(None)
+            if thread is not None:
+                self._pending += len(last)
+                for event in last:
+                    self._queue.put(_Waiting(event, None))
+                self._queue.put(None)
+        if thread is not None:
             thread.join()
         self.table.close()
 
     async def write(self, event: Event) -> None:
-        """Append an event, and return once it is stored.
+        """Append an event, and return once it is stored. While the database cannot be reached, this takes one attempt.
 
         Raises:
             Exception: It was not stored, because the database cannot be reached or the trail was damaged.
@@ -89,54 +99,72 @@ class AuditWriter:
             self._put(_Waiting(event, None))
 
     def _put(self, waiting: _Waiting) -> None:
-        if self._thread is None:
-            raise DatabaseUnavailableError("the service is stopping")
-        with self._lock:
+        with self._lock:  # nothing comes after the None of `close`
+            if self._thread is None:
+                raise DatabaseUnavailableError("the service is stopping")
             self._pending += 1
-        self._queue.put(waiting)
+            self._queue.put(waiting)
 
     def _run(self) -> None:
         kept: list[_Waiting] = []
         stopping = False
         while not stopping:
             batch, stopping = self._next(kept)
-            kept = self._store(batch)
+            kept, error = self._store(batch)
+            if isinstance(error, DatabaseUnavailableError) and not stopping:
+                # Those that came during the attempt do not wait for another one, and a stop does not wait for theirs.
+                late, ended = self._take(self._queue.qsize())
+                kept += self._not_stored(late, error)
+                if ended:
+                    self._queue.put(None)  # for the next batch, which is the last one
         for _ in range(_ATTEMPTS_AT_STOP):
             if not kept:
                 return
             time.sleep(_RETRY_SECONDS)
-            kept = self._store(kept)
+            kept, _error = self._store(kept)
         for each in kept:
-            logger.error("audit entry lost", extra={"entry": json.dumps(asdict(each.event))})
+            log_lost(each.event)
 
-    def _store(self, batch: Sequence[_Waiting]) -> list[_Waiting]:
-        """Append events; those that nobody waits for and that could not be written are returned."""
+    def _store(self, batch: Sequence[_Waiting]) -> tuple[list[_Waiting], Exception | None]:
+        """Append events. If that fails, those that nobody waits for are returned, and the error."""
         if not batch:
-            return []
+            return [], None
         try:
             entries = self.table.append([each.event for each in batch])
         except Exception as error:  # also those of a damaged trail: the thread must go on
             reason = str(error).partition("\n")[0]
             logger.warning("audit entries not written", extra={"number": len(batch), "error": reason})
-            self._report([each for each in batch if each.done is not None], error)
-            return [each for each in batch if each.done is None]
+            return self._not_stored(batch, error), error
         self._print(entries)
         self._report(batch, None)
-        return []
+        return [], None
+
+    def _not_stored(self, batch: Sequence[_Waiting], error: Exception) -> list[_Waiting]:
+        """Report events to those who wait for them, and return the others."""
+        self._report([each for each in batch if each.done is not None], error)
+        return [each for each in batch if each.done is None]
 
     def _next(self, kept: Sequence[_Waiting]) -> tuple[list[_Waiting], bool]:
         """The events of the next transaction, and whether the thread ends after it."""
-        batch = list(kept)
         try:
-            waiting = self._queue.get(timeout=_RETRY_SECONDS if kept else None)
-            while waiting is not None:
-                batch.append(waiting)
-                if len(batch) >= _MAX_BATCH:
-                    return batch, False
-                waiting = self._queue.get_nowait()
+            first = self._queue.get(timeout=_RETRY_SECONDS if kept else None)
         except Empty:
-            return batch, False
-        return batch, True
+            return list(kept), False
+        if first is None:
+            return list(kept), True
+        new, stopping = self._take(_MAX_BATCH - 1)
+        return [*kept, first, *new], stopping
+
+    def _take(self, most: int) -> tuple[list[_Waiting], bool]:
+        """Take events that wait, and whether the thread ends after them."""
+        taken: list[_Waiting] = []
+        with suppress(Empty):
+            while len(taken) < most:
+                waiting = self._queue.get_nowait()
+                if waiting is None:
+                    return taken, True
+                taken.append(waiting)
+        return taken, False
 
     def _report(self, batch: Sequence[_Waiting], error: Exception | None) -> None:
         with self._lock:
@@ -154,6 +182,11 @@ class AuditWriter:
         except (OSError, ValueError) as error:  # the trail is in the database; nobody reads the other end of the pipe
             logger.warning("audit lines not printed", extra={"error": str(error)})
             self._lines = None
+
+
+def log_lost(event: Event) -> None:
+    """Log an event that is not in the trail."""
+    logger.error("audit entry lost", extra={"entry": json.dumps(asdict(event))})
 
 
 def _resolve(stored: asyncio.Future[None], error: Exception | None) -> None:

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.audit.trail import Event, now
-from services.audit.writer import AuditWriter
+from services.audit.writer import AuditWriter, log_lost
 from services.gateway import problems
 from services.gateway.auth.principal import Principal
 from services.gateway.origins import PROBES, SAFE_METHODS
@@ -217,12 +217,11 @@ class AuditTrail:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
-        """Write what waits."""
+        """Write what waits, or log it if it cannot be written."""
         if self._timer is not None:
             self._timer.cancel()
-        await self._write_count()
-        await asyncio.gather(*self._tasks)
-        await asyncio.to_thread(self.writer.close)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.to_thread(self.writer.close, self._take_counts())
 
     async def record(self, scope: Scope, status: int, location: bytes | None) -> None:
         """Record a request that is about to be answered, if it is one that is recorded.
@@ -264,13 +263,20 @@ class AuditTrail:
         task.add_done_callback(self._tasks.discard)
 
     async def _write_count(self) -> None:
+        for event in self._take_counts():
+            try:
+                await self.writer.write_later(event)
+            except Exception:  # so many entries waited that it was not kept for later attempts
+                log_lost(event)
+
+    def _take_counts(self) -> list[Event]:
+        """Entries with the numbers of the denied requests that were counted since the last call."""
         count = self._denied.take()
-        if count:
-            detail = f"{count} more denied requests"
-            event = Event(time=now(), action="request.denied", outcome=401, subject="service", detail=detail)
-            await self.writer.write_later(event)
-        for event in self._repeated.take():
-            await self.writer.write_later(event)
+        if not count:
+            return self._repeated.take()
+        detail = f"{count} more denied requests"
+        event = Event(time=now(), action="request.denied", outcome=401, subject="service", detail=detail)
+        return [event, *self._repeated.take()]
 
 
 def _event(scope: Scope, status: int, location: bytes | None, action: Action | None, route: str | None) -> Event:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
 import time
@@ -21,10 +20,26 @@ _STUDY_IMAGES = 8
 _SHARE = 3  # calls of a tenant for each one that is free
 _RATE_HALF_LIFE_SECONDS = 30.0
 _RATE_CALLS = 20  # the first calls say little about the rate: a generator is slow until it has warmed up
-_RATE_SECONDS = 5.0
-_RATE_IMAGES = 16
+_RATE_SECONDS = 3.0
+_RATE_IMAGES = 8
 _PERIOD_SECONDS = 3.0
-_OVERLOADED_SHARE = 0.1  # of the limit of the wait, while more images are requested than can be made
+# In an overload a call may wait for so many times the time of a fast call: with twice as many images as are made in this time,
+# the device is hardly idle, also if it makes several at once (the bandwidth-delay product of Cardwell et al., "BBR", 2016).
+_OVERLOADED_CALLS = 2.0
+_FAST_IMAGES = 4  # a call for more is as fast as its part with so many
+_FAST_SECONDS = 30.0  # the fastest call of this time or twice of it counts
+_KEPT_SHARE = 0.4  # of the limit: the queue of requested images in an overload, which has to become empty for its end
+# An overload begins if the queue of requested images is longer than this share of the limit, and has not been empty for as
+# long as the limit: that of a burst is shorter then. Soon after an overload a shorter one is enough: if hardly more is
+# requested than can be made, the queue becomes empty often.
+_BEGIN_SHARE, _AGAIN_SHARE = 0.5, 0.1
+_AGAIN_SECONDS = 10.0
+_BUSY_SHARE = 0.05  # of the limit of the wait: calls wait for so long that jobs have to yield
+_BUSY_SECONDS = 10.0  # after the last call
+_SERVED_HALF_LIFE_SECONDS = 10.0
+_STARVED_SHARE = 0.5  # of the images of a mean tenant
+_FORGOTTEN_IMAGES = 0.5
+_STARVED_CALLS = 2  # of all tenants at one time
 
 
 class Limiter:
@@ -122,7 +137,8 @@ class _Rate:
 class WaitLimiter:
     """Refuses calls for images of a model that would wait too long for those requested before. Use it on one event loop.
 
-    Only a tenant that has images waiting is refused: the wait of another one is limited by its share of the calls (`Limiter`).
+    Normally only a tenant that has images waiting is refused: the wait of another one is limited by its share of the calls
+    (`Limiter`).
 
     A number of calls says little about the time to wait: a graphics processor makes in a second what a processor makes in a
     minute, and a call can ask for one image or for many. So the rate is measured, in periods with many waiting images: with few
@@ -133,34 +149,56 @@ class WaitLimiter:
     A queue evens out bursts. Where more is requested for a long time than can be made, it would be full all the time, and make
     each call slow without serving more of them. Whether that is so cannot be seen from a queue that refuses calls. So a second
     one is counted, as if no call was refused (the virtual queue of Kunniyur and Srikant, "An adaptive virtual queue (AVQ)
-    algorithm for active queue management", 2004). Once it is longer than the limit, and has not been empty for
-    so long, calls may wait for a tenth of the limit only, until it is empty.
+    algorithm for active queue management", 2004). Once it is longer than half of the limit, and has not been empty
+    for as long as the limit, there is an overload, until it is empty. Then calls may wait only for twice the time of a fast
+    call, so that accepted ones are as fast as without overload. One call of each tenant would already be a longer queue, so in
+    an overload a tenant without images waiting may be refused too, unless it has received less than half as many images as the
+    mean tenant in the last seconds.
 
     Args:
-        limit: Seconds that a call may wait. A call of a tenant that has no other is accepted, whatever its size.
+        limit: Seconds that a call may wait. Normally a call of a tenant that has no other is accepted, whatever its size.
         clock: Seconds that never decrease.
     """
 
     def __init__(self, limit: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._limit, self._clock = limit, clock
         self._images: Counter[str] = Counter()  # of all calls, by tenant; only those that have some
+        self._served: dict[str, float] = {}  # images of accepted calls, by tenant; earlier ones count less
+        self._served_until = self._fast_since = clock()
+        self._fastest = [math.inf, math.inf]  # seconds of a fast call: in the present and in the last time
+        self._starved = 0  # calls that were accepted because their tenant had received little
         self._waiting = 0  # requested from the model
-        self._full, self._short = _Rate(), _Rate()  # with a queue half as long as it may be: normally, overloaded
+        self._full, self._any = _Rate(), _Rate()  # with a queue half as long as it may be, and with any queue
         self._period = _Period()
         self._requested = 0.0  # images that would be waiting if no call was refused
         self._overloaded = False
-        self._changed = self._requested_since = clock()
+        self._last_overloaded = -math.inf
+        self._changed = self._empty_until = clock()
 
     @property
     def rate(self) -> float | None:
         """Images per second; None as long as too little was measured. Both measurements have a rate that is surely possible."""
-        full, short = self._full.value, self._short.value
-        return full if full is None or short is None else max(full, short)
+        full, least = self._full.value, self._any.value
+        return full if full is None or least is None else max(full, least)
 
     @property
     def limit(self) -> float:
         """Seconds that a call may wait at this moment."""
-        return _OVERLOADED_SHARE * self._limit if self._overloaded else self._limit
+        return min(self._limit, _OVERLOADED_CALLS * min(self._fastest)) if self._overloaded else self._limit
+
+    @property
+    def is_overloaded(self) -> bool:
+        """Whether more images are requested than can be made. It can be read in any thread, also while there are no calls."""
+        rate, seconds = self.rate, self._clock() - self._changed
+        return self._overloaded and rate is not None and self._requested > seconds * rate
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether jobs have to yield: there is an overload, or calls wait for a moment. It can be read in any thread."""
+        rate = self.rate or self._any.value
+        if self._clock() - self._changed > _BUSY_SECONDS and not self._waiting:
+            return False
+        return self.is_overloaded or (rate is not None and self._waiting > _BUSY_SHARE * self._limit * rate)
 
     @contextmanager
     def hold(self, tenant: str, images: int) -> Iterator[Callable[[], None]]:
@@ -175,48 +213,83 @@ class WaitLimiter:
         """
         self._advance()
         try:
-            self._check(tenant)
+            starved = self._check(tenant)
         except ProblemError:
             self._request(images)
             raise
         self._images[tenant] += images
-        begun = completed = False
+        self._starved += starved
+        begun: float | None = None
+        completed = False
 
         def begin() -> None:
             nonlocal begun
             self._advance()
             self._request(images)
             self._waiting += images
-            begun = True
+            self._forget()
+            self._served[tenant] = self._served.get(tenant, 0.0) + images
+            begun = self._changed
 
         try:
             yield begin
             completed = True
         finally:
             self._advance()
-            if begun:
+            self._starved -= starved
+            if begun is not None:
                 self._waiting -= images
-                self._end_call(images if completed else 0)
-                if not completed:  # its caller has gone, or the generator has failed: the images are no load
+                if completed:
+                    self._measure_call(self._changed - begun, images)
+                else:  # its caller has gone, or the generator has failed: the images are no load
                     self._requested = max(0.0, self._requested - images)
+                    self._served[tenant] = max(0.0, self._served.get(tenant, 0.0) - images)
+                self._end_call(images if completed else 0)
             self._images[tenant] -= images
             if not self._images[tenant]:
                 del self._images[tenant]
 
-    def _check(self, tenant: str) -> None:
-        """Raise ProblemError if the next call of a tenant would wait longer than the limit."""
+    def refuse(self, images: int) -> None:
+        """Count a call for this number of images that another limit has refused: it is load too."""
+        self._advance()
+        self._request(images)
+
+    def _check(self, tenant: str) -> bool:
+        """Raise ProblemError if the next call of a tenant would wait too long. Return whether only a starved one may do so."""
         rate, own, waiting, limit = self.rate, self._images[tenant], self._images.total(), self.limit
-        if rate is None or not own:
-            return
+        if rate is None or (not own and not self._overloaded):
+            return False
         wait = waiting / rate if rate > 0 else math.inf
         if wait > limit:
-            seconds = max(wait - limit, self._requested / rate if self._overloaded and rate > 0 else 0.0)
+            if not own and self._starved < _STARVED_CALLS and self._is_starved(tenant):
+                return True
+            seconds = max(wait - limit, self._limit if self._overloaded else 0.0)
             raise ProblemError(
                 "overloaded",
                 f"{waiting} images were requested before ({own} by this tenant), which is more than "
-                f"{limit:g} seconds of waiting",
+                f"{round(limit, 2):g} seconds of waiting",
                 headers={"Retry-After": str(min(30, max(1, math.ceil(min(seconds, 60.0)))))},
             )
+        return False
+
+    def _is_starved(self, tenant: str) -> bool:
+        """Whether a tenant has received much less than the others."""
+        self._forget()
+        tenants = len(self._served.keys() | {tenant})
+        return self._served.get(tenant, 0.0) * tenants <= _STARVED_SHARE * sum(self._served.values())
+
+    def _forget(self) -> None:
+        """Let the images that tenants have received count less the longer ago it was."""
+        weight = 0.5 ** ((self._changed - self._served_until) / _SERVED_HALF_LIFE_SECONDS)
+        self._served = {name: n * weight for name, n in self._served.items() if n * weight > _FORGOTTEN_IMAGES}
+        self._served_until = self._changed
+
+    def _measure_call(self, seconds: float, images: int) -> None:
+        """Remember the time of the fastest calls."""
+        if self._changed - self._fast_since > _FAST_SECONDS:
+            self._fastest = [math.inf, self._fastest[0]]
+            self._fast_since = self._changed
+        self._fastest[0] = min(self._fastest[0], seconds * min(1.0, _FAST_IMAGES / images))
 
     def _request(self, images: int) -> None:
         """Count a call in the virtual queue, which is limited so that an overload is over soon after its end."""
@@ -224,11 +297,11 @@ class WaitLimiter:
         if rate is None:
             return
         longest = self._limit * rate
-        if not self._requested:
-            self._requested_since = self._changed
-        elif self._requested > longest and self._changed - self._requested_since > self._limit:
-            self._overloaded = True
-        self._requested = min(self._requested, longest) + images
+        if self._changed - self._last_overloaded < _AGAIN_SECONDS:
+            self._overloaded |= self._requested > _AGAIN_SHARE * longest
+        elif self._changed - self._empty_until > self._limit:
+            self._overloaded = self._requested > _BEGIN_SHARE * longest
+        self._requested = min(self._requested, _KEPT_SHARE * longest if self._overloaded else longest) + images
 
     def _end_call(self, completed: int) -> None:
         """Count a call that is no longer waiting, and measure the rates at the end of a period."""
@@ -239,11 +312,12 @@ class WaitLimiter:
             return
         self._period = _Period()
         rate, waiting = self.rate, period.waiting_seconds / period.seconds if period.seconds else 0.0
-        short = _RATE_IMAGES if rate is None else rate * self._limit * _OVERLOADED_SHARE / 2
-        full = _RATE_IMAGES if rate is None else rate * self._limit / 2
-        for measured, length in ((self._full, full), (self._short, short)):
-            if waiting >= min(_RATE_IMAGES, length):
-                measured.add(period)
+        if period.seconds:
+            self._any.add(period)
+        if waiting >= (_RATE_IMAGES if rate is None else min(_RATE_IMAGES, rate * self._limit / 2)):
+            self._full.add(period)
+            if rate is None and self.rate is not None:
+                self._requested, self._empty_until = float(self._waiting), self._changed
 
     def _advance(self) -> None:
         """Count the time since the last change."""
@@ -255,8 +329,34 @@ class WaitLimiter:
             self._period.waiting_seconds += seconds * self._waiting
         rate = self.rate
         if rate is not None:
+            if self._overloaded:
+                self._last_overloaded = now
             self._requested = max(0.0, self._requested - seconds * rate)
             self._overloaded &= self._requested > 0
+            if not self._requested:
+                self._empty_until = now
+
+
+class WaitLimiters:
+    """The limiter of each model, by its digest: each has its own rate. Use it on one event loop.
+
+    Args:
+        limit: Seconds that a call may wait.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self._limiters: dict[str, WaitLimiter] = {}
+
+    def of(self, digest: str) -> WaitLimiter:
+        """The limiter of a model."""
+        if digest not in self._limiters:
+            self._limiters[digest] = WaitLimiter(self._limit)
+        return self._limiters[digest]
+
+    def is_busy(self) -> bool:
+        """Whether jobs have to yield to calls for images of a model. It can be called in any thread."""
+        return any(limiter.is_busy for limiter in list(self._limiters.values()))
 
 
 class MinuteLimiter:
@@ -301,7 +401,7 @@ class GatewayLimits:
     """The limits of one gateway."""
 
     images: Limiter
-    image_wait: Callable[[str], WaitLimiter]  # of a model by its digest: each has its own rate
+    image_waits: WaitLimiters
     uploads: Limiter
     heat_maps: Limiter
     study_results: Limiter
@@ -310,6 +410,28 @@ class GatewayLimits:
     downloads: Limiter
     comparisons: MinuteLimiter  # each reveals a little about which images are training images
     webhook_retries: MinuteLimiter
+
+    @contextmanager
+    def hold_images(self, tenant: str, digest: str, images: int) -> Iterator[Callable[[], None]]:
+        """Count a call of a tenant for images of a model, within both limits, for the time of a `with` block.
+
+        Yields:
+            A function to call when the images are requested from the model (`WaitLimiter.hold`).
+
+        Raises:
+            ProblemError: At a limit.
+        """
+        waits = self.image_waits.of(digest)
+        try:
+            self.images.acquire(tenant)
+        except ProblemError:
+            waits.refuse(images)
+            raise
+        try:
+            with waits.hold(tenant, images) as begin:
+                yield begin
+        finally:
+            self.images.release(tenant)
 
     @classmethod
     def of(cls, settings: Settings) -> GatewayLimits:
@@ -323,7 +445,7 @@ class GatewayLimits:
                 retry_after=5,
                 shared=shared,
             ),
-            image_wait=functools.cache(lambda _: WaitLimiter(settings.max_image_wait_seconds)),
+            image_waits=WaitLimiters(settings.max_image_wait_seconds),
             uploads=Limiter(
                 settings.max_upload_calls,
                 "overloaded",

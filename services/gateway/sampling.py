@@ -84,8 +84,7 @@ async def generate_within_limits(
         ProblemError: If too many calls or images are waiting, if it takes too long, or if the sender closes the connection.
         QuotaExceededError: If a quota of the sender's tenant would be exceeded. Nothing was counted.
     """
-    waiting = context.limits.image_wait(bundle.digest)
-    with context.limits.images.hold(principal.tenant), waiting.hold(principal.tenant, count) as begin:
+    with context.limits.hold_images(principal.tenant, bundle.digest, count) as begin:
         async with (
             context.quotas.counted(request, principal, {"images_per_day": count}, kept or {}),
             while_connected(request),

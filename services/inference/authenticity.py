@@ -23,11 +23,10 @@ from dermis.bundle import Bundle
 from dermis.bundle.folder import exists
 from dermis.bundle.index import DESCRIPTOR
 from dermis.cpus import available_cpus
-from services import metrics
 from services.callers import CALLER_GONE, caller_has_disconnected
 from services.inference import pixels
 from services.inference.base import InferenceService, batch_api, inference_service, part_folder
-from services.inference.dispatching import BatchDispatcher
+from services.inference.dispatching import BatchDispatcher, measured_batch
 from services.settings import settings_of_process
 
 _settings = settings_of_process()
@@ -72,11 +71,7 @@ class AuthenticityService(InferenceService[Checker]):
         Returns:
             float32 [3 + dim] per row (`pixels.find_nearest`), or a text with the reason why there is none.
         """
-        metrics.observe_batch("authenticity", len(rows))
-        began = time.perf_counter()
-        results = list(pixels.find_nearest(self._models, rows))
-        BatchDispatcher.measure(results, time.perf_counter() - began)
-        return results
+        return measured_batch("authenticity", len(rows), lambda: pixels.find_nearest(self._models, rows))
 
     @bentoml.api
     def expose(self, digest: str, embeddings: np.ndarray) -> dict[str, Any]:

@@ -6,15 +6,21 @@ only; everything public belongs to the gateway.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
 import os
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
 import bentoml
+from _bentoml_sdk.method import APIMethod  # type: ignore[import-untyped]
+from bentoml.exceptions import ServiceUnavailable
 
 from dermis.bundle import Bundle, open_bundle
 from dermis.errors import DermisError
+from dermis.resources import has_lost_device, lacks_resources
 from services import logs, tracing
 from services.callers import CallerMiddleware
 from services.data_folder import restrict_new_files
@@ -27,6 +33,7 @@ CALL_SECONDS = 300.0
 # Errors in the files of one bundle.
 LOAD_ERRORS = (DermisError, OSError, RuntimeError, MemoryError)
 _NICE = 10
+_END_SECONDS = 0.2  # for the answer to a call; callers wait for longer before they try again
 _settings = settings_of_process()
 
 ModelT = TypeVar("ModelT")
@@ -55,6 +62,9 @@ def inference_service(
     )
 
     def make(inner: type[ServiceT]) -> type[ServiceT]:
+        for method in vars(inner).values():
+            if isinstance(method, APIMethod) and not inspect.iscoroutinefunction(method.func):
+                method.func = _handling_machine_errors(method.func)
         service = decorator(inner)
         if tracing.exporter_names():
             service.add_asgi_middleware(tracing.TraceCalls, service=name)
@@ -63,6 +73,44 @@ def inference_service(
         return made
 
     return make
+
+
+def _handling_machine_errors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let callers of a method try again if it lacks memory, and end this process after an error that every later call has."""
+
+    @functools.wraps(function)
+    def call(service: Any, *arguments: Any, **options: Any) -> Any:
+        try:
+            return function(service, *arguments, **options)
+        except Exception as error:
+            if lacks_resources(error):
+                service.logger.error("too little memory for a call", extra={"error": str(error)})
+                raise ServiceUnavailable("too little memory for this call at the moment") from error
+            if has_lost_device(error):
+                service.logger.error("the device has failed; this process ends", extra={"error": str(error)})
+                # The call itself fails, so that one which always breaks the device is not repeated forever.
+                threading.Timer(_END_SECONDS, os._exit, (1,)).start()
+            raise
+
+    return call
+
+
+def raise_passing(error: Exception, location: str) -> None:
+    """Raise an error of loading a model in a call, if it is not one of the bundle: the same call can succeed later.
+
+    Args:
+        error: The error.
+        location: Where the bundle is.
+
+    Raises:
+        ServiceUnavailable: The reason can pass.
+        Exception: The error itself, if the device has failed.
+    """
+    passing = passing_error(error, location)
+    if passing is not None:
+        raise ServiceUnavailable("the model cannot be loaded at the moment") from error
+    if has_lost_device(error):
+        raise error
 
 
 # A method whose concurrent calls run as one batch. It takes an array with one row per input and returns a list with one result
@@ -75,8 +123,8 @@ batch_api = bentoml.api(
 class InferenceService(Generic[ModelT]):
     """Base class of the inference services. A bundle whose model cannot be loaded does not stop the others.
 
-    A process that cannot load a model for a reason that can pass does not start (`services.models.passing_error`), but one that
-    lacks memory serves the models that it has loaded.
+    A process that cannot load a model for a reason that can pass does not start (`services.models.passing_error`), nor does one
+    whose device has failed. One that lacks memory serves the models that it has loaded.
 
     Attributes:
         logger: The logger of the service.
@@ -111,6 +159,8 @@ class InferenceService(Generic[ModelT]):
                     postponed = passing  # perhaps there is never enough memory for all models
                 elif passing is not None:
                     raise passing from error
+                elif has_lost_device(error):
+                    raise
                 self._problems.append(without_place(error, location))
                 continue
             self._models[digest] = model

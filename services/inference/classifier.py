@@ -17,10 +17,9 @@ from dermis.bundle.classifier import DESCRIPTOR
 from dermis.bundle.folder import exists
 from dermis.classifier.onnx_session import Classifier
 from dermis.cpus import available_cpus
-from services import metrics
 from services.inference import pixels
 from services.inference.base import InferenceService, batch_api, inference_service, part_folder, part_source
-from services.inference.dispatching import BatchDispatcher
+from services.inference.dispatching import BatchDispatcher, measured_batch
 from services.settings import settings_of_process
 
 _settings = settings_of_process()
@@ -61,8 +60,4 @@ class ClassifierService(InferenceService[Classifier]):
         Returns:
             A logit per row, or a text with the reason why there is none.
         """
-        metrics.observe_batch("classifier", len(rows))
-        began = time.perf_counter()
-        results = list(pixels.classify_rows(self._models, rows))
-        BatchDispatcher.measure(results, time.perf_counter() - began)
-        return results
+        return measured_batch("classifier", len(rows), lambda: pixels.classify_rows(self._models, rows))

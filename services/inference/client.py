@@ -7,7 +7,7 @@ does not answer, and InferenceFailedError if it fails. Use the clients on one ev
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -56,14 +56,19 @@ class InferenceClient:
         self._connection = Connection(client, self.name)
         self._served = served
 
-    async def not_ready(self) -> str | None:
-        """Why the service cannot do its work for every served model that needs it; None if it can."""
+    async def not_ready(self, unusable: Container[str] = ()) -> str | None:
+        """Why the service cannot do its work for every served model that needs it; None if it can.
+
+        Args:
+            unusable: Names of models whose bundle has a problem, and which the service therefore need not have.
+        """
         if not self._connection.exists or (not self._served and not self.needed_without_models):
             return None
         description = await self._connection.describe_soon()
         if description is None:
             return f"{self.name} is starting or does not answer"
-        missing = [model for digest, model in self._served.items() if digest not in description["identities"]]
+        loaded = description["identities"]
+        missing = [model for digest, model in self._served.items() if digest not in loaded and model not in unusable]
         if missing:
             reasons = "; ".join(description["problems"]) or "restart the service to load them"
             return f"{self.name} did not load {', '.join(missing)}: {reasons}"
@@ -368,9 +373,9 @@ class InferenceClients:
             projector=ProjectorClient(client_of("projector"), models),
         )
 
-    async def not_ready(self) -> str | None:
-        """Why not all services can do their work; None if they can."""
-        return await _join_reasons(client.not_ready() for client in self._all())
+    async def not_ready(self, unusable: Container[str] = ()) -> str | None:
+        """Why not all services can do their work; None if they can. They need not have the models in `unusable`."""
+        return await _join_reasons(client.not_ready(unusable) for client in self._all())
 
     async def not_alive(self) -> str | None:
         """Why only a restart can help; None if all services answer or may answer later."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import _bentoml_impl.server.app  # type: ignore[import-untyped]
 from bentoml._internal.marshal.dispatcher import CorkDispatcher, Job
 
+from services import metrics
 from services.callers import caller_has_disconnected, leave_request, when_caller_disconnects
 
 logger = logging.getLogger("dermis.dispatching")
@@ -142,6 +143,15 @@ class BatchDispatcher(CorkDispatcher[Any, Any]):
         for job in self._queue:
             if job.enqueue_time <= oldest:
                 job.future.cancel()
+
+
+def measured_batch(service: str, rows: int, compute: Callable[[], list[Any]]) -> list[Any]:
+    """Compute the results of the rows of a batch of a service. The dispatcher and the metrics get its size and time."""
+    metrics.observe_batch(service, rows)
+    began = time.perf_counter()
+    results = compute()
+    BatchDispatcher.measure(results, time.perf_counter() - began)
+    return results
 
 
 def _cancel(rest: asyncio.Future[Any], _whole: asyncio.Future[Any]) -> None:

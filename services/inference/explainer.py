@@ -29,6 +29,7 @@ from services.inference.base import (
     lower_priority,
     part_folder,
     part_source,
+    raise_passing,
 )
 from services.models import without_place
 from services.settings import settings_of_process
@@ -90,6 +91,7 @@ class ExplainerService(InferenceService[Bundle | str]):
         except LOAD_ERRORS as error:
             folder = source if isinstance(source, str) else part_folder(source.location, "classifier")
             self.logger.error("network not loaded", extra={"location": folder, "error": str(error)})
+            raise_passing(error, folder)
             return {"problem": without_place(error, folder.removesuffix("/classifier"))}
         checked_method: Method = "xrai" if method == "xrai" else "integrated-gradients"
         return dict(heat_maps.make(explainer, checked_method, image, check_caller))

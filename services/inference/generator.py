@@ -12,11 +12,10 @@ import numpy as np
 
 from dermis.bundle import Bundle
 from dermis.cpus import available_cpus
-from services import metrics
 from services.callers import CALLER_GONE, caller_has_disconnected
 from services.inference import samples
 from services.inference.base import InferenceService, batch_api, inference_service, opened
-from services.inference.dispatching import BatchDispatcher
+from services.inference.dispatching import BatchDispatcher, measured_batch
 from services.settings import settings_of_process
 
 if TYPE_CHECKING:
@@ -65,11 +64,9 @@ class GeneratorService(InferenceService["Synthesizer"]):
         Returns:
             An image uint8 [H, W, 3] per row, or a text with the reason why there is none.
         """
-        metrics.observe_batch("generator", len(rows))
-        began = time.perf_counter()
-        images = list(samples.generate_rows(self._models, samples.from_bytes(rows)))
-        BatchDispatcher.measure(images, time.perf_counter() - began)
-        return images
+        return measured_batch(
+            "generator", len(rows), lambda: samples.generate_rows(self._models, samples.from_bytes(rows))
+        )
 
     @bentoml.api
     def draw(self, digest: str, ws: np.ndarray, noise_mode: str, seed: int = 0, index: int = 0) -> Any:
@@ -119,12 +116,12 @@ class GeneratorService(InferenceService["Synthesizer"]):
 
 def _device() -> str:
     """The device of this process. Several processes on a machine with several GPUs use them in turn."""
-    if _settings.device != "auto" or _settings.generator_workers == 1:
+    if _settings.device not in ("auto", "cuda") or _settings.generator_workers == 1:
         return _settings.device
     import torch
 
     gpus = torch.cuda.device_count()
     if gpus < 2:
-        return "auto"
+        return _settings.device
     index: int = bentoml.server_context.worker_index or 1
     return f"cuda:{(index - 1) % gpus}"

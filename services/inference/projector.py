@@ -19,7 +19,14 @@ from dermis.cpus import available_cpus
 from dermis.errors import RequestError
 from services.callers import CallerDisconnectedError, check_caller
 from services.inference import projections
-from services.inference.base import LOAD_ERRORS, InferenceService, inference_service, lower_priority, opened
+from services.inference.base import (
+    LOAD_ERRORS,
+    InferenceService,
+    inference_service,
+    lower_priority,
+    opened,
+    raise_passing,
+)
 from services.models import without_place
 from services.settings import settings_of_process
 
@@ -27,12 +34,18 @@ if TYPE_CHECKING:
     from dermis.projection.projector import ImageProjector
 
 CALL_SECONDS = 3600.0
+_WORK_SECONDS = 0.95 * CALL_SECONDS  # a call that would take longer is refused: repeating it would take as long
+_ESTIMATED_AFTER_SECONDS = 600.0
 _MAX_CANCELLED = 1000
 _settings = settings_of_process()
 
 
 class _CancelledError(Exception):
     """The call was cancelled."""
+
+
+class _TooLongError(Exception):
+    """The call would not end in time."""
 
 
 @inference_service("Projector", 1, call_seconds=CALL_SECONDS, threads=1)
@@ -81,9 +94,16 @@ class ProjectorService(InferenceService[Bundle]):
             if ticket in self._cancelled:
                 raise _CancelledError
 
+        began, asked = time.monotonic(), projections.ProjectionTask.from_dict(task)
+
         def on_steps(steps: int) -> None:
             check()
             self._steps[ticket] = steps
+            taken = time.monotonic() - began
+            expected = taken * len(images) * asked.schedule.steps / max(1, steps)
+            # An estimate is not precise: other work on the machine can end meanwhile.
+            if taken > _WORK_SECONDS or (taken > _ESTIMATED_AFTER_SECONDS and expected > 2 * _WORK_SECONDS):
+                raise _TooLongError
 
         def on_previews(previews: list[projections.ProjectionPreview]) -> None:
             self._previews[ticket] = [asdict(preview) for preview in previews]
@@ -93,20 +113,24 @@ class ProjectorService(InferenceService[Bundle]):
             projector = self._projector(bundle)
             check()  # and for the networks
             known_labels = [None if label < 0 else label for label in labels]
-            results = projections.project_images(
-                projector, images, known_labels, projections.ProjectionTask.from_dict(task), on_steps, on_previews
-            )
+            results = projections.project_images(projector, images, known_labels, asked, on_steps, on_previews)
         except _CancelledError:
             return {"problem": "the projection was cancelled"}
         except CallerDisconnectedError:
             self.logger.info("projection cancelled because its caller has disconnected")
             return {"problem": "the projection was cancelled because its caller has disconnected"}
+        except _TooLongError:
+            hours = (
+                f"{len(images)} images take longer than an hour with {asked.schedule.steps} steps each on this machine"
+            )
+            return {"refused": f"{hours}; ask for fewer steps", "field": "steps"}
         except RequestError as error:
             return {"refused": error.message, "field": error.field}
         except ImportError as error:
             return {"refused": f"the service lacks a package that projections need ({error})"}
         except LOAD_ERRORS as error:
             self.logger.error("projection failed", extra={"model": bundle.name, "error": str(error)})
+            raise_passing(error, bundle.location)
             return {"problem": without_place(error, bundle.location)}
         finally:
             self._steps.pop(ticket, None)

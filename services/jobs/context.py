@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -16,7 +18,8 @@ from pathlib import Path
 from typing import IO, TypeVar
 
 from dermis.dataset.shards import Sign
-from dermis.dataset.store import Store
+from dermis.dataset.store import Store, storage_errors
+from dermis.errors import StorageError
 from dermis.report.appearance import MeasureImages, appearances
 from services.errors import (
     DatabaseUnavailableError,
@@ -30,6 +33,7 @@ from services.jobs.table import Job, JobTable
 from services.jobs.turns import Turns
 from services.models import ServedModels
 from services.observed_store import ObservedStore, check_free_space
+from services.problems import is_disk_full
 from services.tenants import folder_of
 
 logger = logging.getLogger("dermis.jobs")
@@ -103,6 +107,38 @@ class JobContext:
         """
         check_free_space(self.storage, self.min_free_bytes)
 
+    @contextmanager
+    def temporary_space(self, needed: int) -> Iterator[None]:
+        """A block that writes a file for storage that is not local, which first needs space in the folder of temporary files.
+
+        That folder belongs to this worker, and its other files are of other shards or programs. So the work waits for space
+        there, while a full storage ends a job.
+
+        Args:
+            needed: Lower estimate of the size of the file in bytes.
+
+        Raises:
+            StorageError: A transient one; or "storage-full" if the file can never fit.
+        """
+        if Store(self.storage).local:
+            yield
+            return
+        folder = tempfile.gettempdir()
+        with storage_errors(folder):
+            usage = shutil.disk_usage(folder)
+        least = needed + self.min_free_bytes
+        if usage.free < least:
+            raise StorageError(
+                f"{folder}: {usage.free >> 20} MiB are free for temporary files, and {least >> 20} MiB are needed",
+                kind="storage-unavailable" if usage.total >= least else "storage-full",
+            )
+        try:
+            yield
+        except StorageError as error:
+            if error.kind != "storage-full" or not is_disk_full(error):
+                raise
+            raise StorageError(f"{folder}: no space left for temporary files", kind="storage-unavailable") from error
+
 
 def retry_transient(ctx: JobContext, call: Callable[[], T], job_id: str | None = None) -> T:
     """Repeat `call` while the database, the storage or a service cannot be reached, and return its result.
@@ -168,21 +204,21 @@ class _RetryingStore(ObservedStore):
         return self._retry(super().total_bytes)
 
     @contextmanager
-    def open(self, name: str) -> Iterator[IO[bytes]]:
+    def open(self, name: str, *, size: int | None = None) -> Iterator[IO[bytes]]:
         with ExitStack() as stack:
-            yield self._retry(lambda: stack.enter_context(ObservedStore.open(self, name)))
+            yield self._retry(lambda: stack.enter_context(ObservedStore.open(self, name, size=size)))
 
-    def read(self, name: str, *, limit: int | None = None) -> bytes:
-        return self._retry(partial(super().read, name, limit=limit))
+    def read_if_exists(self, name: str, *, limit: int | None = None) -> bytes | None:
+        return self._retry(partial(super().read_if_exists, name, limit=limit))
 
-    def sha256(self, name: str) -> str:
-        return self._retry(partial(super().sha256, name))
+    def sha256(self, name: str, *, size: int | None = None) -> str:
+        return self._retry(partial(super().sha256, name, size=size))
 
     def write(self, name: str, data: bytes) -> None:
         self._retry(partial(super().write, name, data))
 
-    def _put(self, temporary: Path, name: str) -> None:
-        self._retry(partial(super()._put, temporary, name))
+    def _put(self, temporary: Path, name: str, check: Callable[[], None] | None, staged: bool) -> None:
+        self._retry(partial(super()._put, temporary, name, check, staged))
 
     def remove(self, name: str) -> None:
         self._retry(partial(super().remove, name))

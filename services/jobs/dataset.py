@@ -23,10 +23,10 @@ from dermis.dataset.manifest import finalize
 from dermis.dataset.plan import DatasetPlan, plan_for
 from dermis.dataset.privacy import exact_below
 from dermis.dataset.request import stored_request
-from dermis.dataset.shards import write_shard
+from dermis.dataset.shards import least_bytes, write_shard
 from dermis.dataset.store import MANIFEST
 from dermis.errors import MissingShardsError, StorageError
-from services.errors import DatabaseUnavailableError
+from services.errors import DatabaseUnavailableError, TakenOverError
 from services.inference.pixels import Comparison
 from services.inference.samples import Options, pack_rows
 from services.jobs.context import (
@@ -66,7 +66,9 @@ def run_shard(ctx: JobContext, job: Job, shard: int) -> None:
     bundle, plan = _plan_of(ctx, job)
     progress = _Progress(ctx, job.id, shard)
     progress(0)
-    with ctx.turns.of(job.tenant, partial(stop_if_asked, ctx, job.id)) as offer_place:
+    needed = least_bytes(plan, len(plan.shard(shard)), bundle.generator.img_resolution)
+    turn = ctx.turns.of(job.tenant, partial(stop_if_asked, ctx, job.id))
+    with turn as offer_place, ctx.temporary_space(needed):
 
         def end_batch(done: int) -> None:
             progress(done)
@@ -96,6 +98,7 @@ def finish(ctx: JobContext, job: Job) -> None:
 
     Raises:
         StoppedError: If the job is to stop.
+        TakenOverError: If the owner of `job`, which is this worker, is not that in the table any more.
         MissingShardsError: If shards cannot be used although they were made again.
     """
     for _ in range(_ASSEMBLIES - 1):
@@ -123,7 +126,12 @@ def _assemble_unless_finished(ctx: JobContext, job: Job) -> None:
     try:
         return _assemble(ctx, job)
     except MissingShardsError:
-        stop_if_asked(ctx, job.id)
+        # Of the present, without an answer from a cache: the other worker may have recorded the dataset as finished by now.
+        if ctx.table.must_stop(job.id):
+            raise StoppedError from None
+        now = ctx.table.get(job.id)
+        if now is not None and now.owner != job.owner:
+            raise TakenOverError(f"{job.id}: another worker finishes it") from None
         store.remove(MANIFEST)  # of another version of dermis, or damaged; beside it no shard would be written
         raise
 
@@ -131,7 +139,10 @@ def _assemble_unless_finished(ctx: JobContext, job: Job) -> None:
 def _assemble(ctx: JobContext, job: Job) -> None:
     bundle, plan = _plan_of(ctx, job)
     check = partial(stop_if_asked, ctx, job.id)
-    with ctx.finish_turns.of(job.tenant, check) as offer_place:
+    # Of the formats only images.zip is written at the end.
+    archived = plan.samples if plan.request.format == "imagefolder" else 0
+    needed = least_bytes(plan, archived, bundle.generator.img_resolution)
+    with ctx.finish_turns.of(job.tenant, check) as offer_place, ctx.temporary_space(needed):
 
         def end_batch() -> None:
             check()

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from typing import Protocol
 
 from dermis.errors import StorageError
 from services import metrics, tracing
-from services.errors import InferenceUnavailableError, is_transient
+from services.errors import InferenceUnavailableError, TakenOverError, is_transient
 from services.jobs import dataset, projection
-from services.jobs.context import JobContext, StoppedError, retry_transient
+from services.jobs.context import JobContext, ShutdownError, StoppedError, retry_transient
 from services.jobs.statistics import Kind
 from services.jobs.table import Job
 from services.observed_store import ObservedStore
@@ -69,20 +71,33 @@ def run_shard(ctx: JobContext, job_id: str, shard: int) -> str:
     try:
         with tracing.job_span(f"{job.kind} shard", job.trace_parent, job__id=job_id, shard__number=shard):
             KINDS[job.kind].run_shard(ctx, job, shard)
+        outcome = "finished"
     except StoppedError:
-        return "stopped"
+        outcome = "stopped"
+    except ShutdownError:
+        with suppress(
+            Exception
+        ):  # another error would be the outcome of the shard, which then only counts as begun again
+            ctx.table.return_shard(job_id, shard)
+        raise
     except Exception as error:
         if is_transient(error):
             raise
         # Otherwise another shard has failed, and the files of this one were removed while it ran.
         if not retry_transient(ctx, lambda: ctx.table.must_stop(job_id)):
             _fail(ctx, job, error)
-        return "stopped"
-    return "finished"
+        outcome = "stopped"
+    _remove_late_files(ctx, job)
+    return outcome
 
 
-def finish(ctx: JobContext, job_id: str) -> str:
+def finish(ctx: JobContext, job_id: str, worker: str | None = None) -> str:
     """End a job none of whose shards is running: complete its files, or remove them if it failed or was cancelled.
+
+    Args:
+        ctx: The context of the jobs.
+        job_id: The job.
+        worker: The name of this worker. A dataset that another one has taken over is left to that one.
 
     Returns:
         The last state of the job, or "deleted".
@@ -91,13 +106,16 @@ def finish(ctx: JobContext, job_id: str) -> str:
         ShutdownError: If the process is to stop.
         Exception: A transient error; the call may then be repeated.
     """
-    job = ctx.table.get(job_id)
+    job: Job | None = ctx.table.get(job_id)
     if job is None or not job.active:
         return "deleted" if job is None else job.state
+    # The owner of a projection can be the process that has stored its images again, which does not run it.
+    owner = worker if job.kind == "dataset" else None
+    begun = job if owner is None else replace(job, owner=owner)
     if not ctx.table.must_stop(job_id):
         try:
             with tracing.job_span(f"{job.kind} finish", job.trace_parent, job__id=job_id):
-                KINDS[job.kind].finish(ctx, job)
+                KINDS[job.kind].finish(ctx, begun)
                 stored_bytes = ctx.retrying_store(job).total_bytes()
         except StoppedError:
             pass
@@ -107,8 +125,12 @@ def finish(ctx: JobContext, job_id: str) -> str:
             _fail(ctx, job, error)
         else:
             # If it was cancelled in the last moment, this changes nothing, and `end` removes its files.
-            job = ctx.table.finish(job_id, "succeeded", stored_bytes=stored_bytes)
-    return end(ctx, job_id, job)
+            job = ctx.table.finish(job_id, "succeeded", stored_bytes=stored_bytes, owner=owner)
+            if job is not None and owner not in (None, job.owner) and not ctx.table.must_stop(job_id):
+                raise TakenOverError(f"{job_id}: another worker finishes it")
+    state = end(ctx, job_id, job)
+    _remove_late_files(ctx, begun)
+    return state
 
 
 def end(ctx: JobContext, job_id: str, job: Job | None = None) -> str:
@@ -135,7 +157,9 @@ def end(ctx: JobContext, job_id: str, job: Job | None = None) -> str:
     return state
 
 
-def record_failure(ctx: JobContext, job: Job, reason: str, problem_kind: str = "internal") -> None:
+def record_failure(
+    ctx: JobContext, job: Job, reason: str, problem_kind: str = "internal", *, undo: Mapping[str, int] | None = None
+) -> None:
     """Record that a job cannot continue; `end` or `finish` ends it.
 
     Args:
@@ -143,10 +167,11 @@ def record_failure(ctx: JobContext, job: Job, reason: str, problem_kind: str = "
         job: The job.
         reason: Why, for callers of the API.
         problem_kind: The kind of the problem document (`services.problems.KINDS`).
+        undo: What the job uses of quotas, if that is undone (`JobTable.record_error`).
     """
     logger.error("job cannot continue", extra={"job": job.id, "reason": reason})
     document = problem(problem_kind, reason, KINDS[job.kind].path(job.id))
-    ctx.table.record_error(job.id, document.model_dump(exclude_none=True))
+    ctx.table.record_error(job.id, document.model_dump(exclude_none=True), undo=undo)
 
 
 def measure_files(ctx: JobContext, limit: int = 100) -> None:
@@ -161,6 +186,17 @@ def measure_files(ctx: JobContext, limit: int = 100) -> None:
 def remove_files(ctx: JobContext, tenant: str, job_id: str) -> None:
     """Remove all files of a job of a tenant, if there are any."""
     ObservedStore(ctx.storage).remove(folder_of(tenant, job_id))
+
+
+def _remove_late_files(ctx: JobContext, job: Job) -> None:
+    """Remove what was written for a job after another worker had ended it and removed its files. Nothing else would do so."""
+
+    def remove() -> None:
+        now = ctx.table.get(job.id)
+        if now is None or now.state in ("failed", "cancelled"):
+            _try_remove_files(ctx, job)
+
+    retry_transient(ctx, remove)
 
 
 def _try_remove_files(ctx: JobContext, job: Job) -> None:

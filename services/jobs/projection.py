@@ -226,7 +226,7 @@ def previews(store: Store, job: Job) -> list[Preview]:
     ):
         name = _preview_name(shard)
         try:
-            rows = json.loads(store.read(name, limit=_PREVIEW_BYTES)) if store.size(name) is not None else []
+            rows = json.loads(store.read_if_exists(name, limit=_PREVIEW_BYTES) or b"[]")
         except StorageError:  # the shard has ended meanwhile
             continue
         found += [
@@ -273,10 +273,11 @@ def latents(store: Store, number: int) -> NDArray[np.float32]:
 
 def _is_done(store: Store, number: int) -> bool:
     name = _result_name(number)
-    if store.size(name) is None:
+    data = store.read_if_exists(name)
+    if data is None:
         return False
     try:
-        from_bytes(store.read(name), name)
+        from_bytes(data, name)
     except DataError:
         return False
     return True

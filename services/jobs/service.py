@@ -6,9 +6,11 @@ import contextlib
 import hashlib
 import json
 import logging
+import random
+import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -17,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis.bundle import Bundle
-from dermis.dataset.manifest import read_manifest
+from dermis.dataset.manifest import MAX_MANIFEST_BYTES, parse_manifest
 from dermis.dataset.plan import plan_for
 from dermis.dataset.request import DatasetRequest, check_against
 from dermis.dataset.shards import check_space, max_dataset_bytes
@@ -33,11 +35,12 @@ from services.jobs.statistics import Statistics
 from services.jobs.table import Job
 from services.quotas import DAY, EVERYONE
 from services.settings import Settings
-from services.tenants import job_folders
+from services.tenants import folder_of, job_folders
 
 logger = logging.getLogger("dermis.jobs")
 
 _CACHED_LISTINGS = 64
+_EXPIRY_SECONDS = 5.0
 
 
 class JobService:
@@ -104,12 +107,27 @@ class JobService:
         return None
 
     def _remove_files_without_job(self) -> None:
-        """Remove the files of jobs that are not in the table, where both belong to this service alone."""
+        """Remove what unfinished jobs that are not in the table have left, where both belong to this service alone.
+
+        A database that was lost must not cost the datasets as well: nothing is removed while it has no job at all, and never
+        a finished dataset.
+        """
         if self._settings.storage_url is not None or self._settings.database_url is not None:
             return
-        for tenant, job_id in job_folders(Path(self._settings.storage)):
-            job = self._ctx.table.get(job_id)
-            if job is None or job.tenant != tenant:
+        table, storage = self._ctx.table, Path(self._settings.storage)
+        unknown = [
+            (tenant, job_id)
+            for tenant, job_id in job_folders(storage)
+            if (job := table.get(job_id)) is None or job.tenant != tenant
+        ]
+        if unknown and not table.check():
+            message = "the jobs database has no job, but the storage has files of jobs, which are kept: was the database lost?"
+            logger.error(message, extra={"folders": len(unknown), "storage": str(storage)})
+            return
+        for tenant, job_id in unknown:
+            if (storage / folder_of(tenant, job_id) / MANIFEST).exists():
+                logger.warning("finished dataset without a job kept; remove its folder by hand", extra={"job": job_id})
+            else:
                 logger.warning("files without a job removed", extra={"job": job_id})
                 execution.remove_files(self._ctx, tenant, job_id)
 
@@ -209,31 +227,33 @@ class DatasetJobs:
         return None if days is None or job.finished_at is None else job.finished_at + days * DAY
 
     def remove_expired(self) -> None:
-        """Remove datasets that ended longer ago than the retention time of their tenant.
+        """Remove datasets that ended longer ago than the retention time of their tenant, and the rest of deleted ones.
 
         A removal that was interrupted is completed by a later call, because the record is deleted last.
         """
+        for job_id in _remove_expired(self._ctx, self._expired()):
+            self._listings.pop(job_id, None)
+
+    def _expired(self) -> Iterator[Job]:
         quotas, table = self._settings.quotas, self._ctx.table
+        yield from table.deleted("dataset")
         days_of = {tenant: self._settings.quota_of(tenant).retention_days for tenant in quotas}
         if not any(days_of.values()):
             return
         now = table.now()
         own = quotas.keys() - {EVERYONE}
         for tenant, days in days_of.items():
-            if days is None:
-                continue
-            whose = None if tenant == EVERYONE else tenant
-            for job in table.ended_before("dataset", now - days * DAY, whose, others=own):
-                _remove_expired(self._ctx, job)
-                self._listings.pop(job.id, None)
+            if days is not None:
+                whose = None if tenant == EVERYONE else tenant
+                yield from table.ended_before("dataset", now - days * DAY, whose, others=own)
 
     def files(self, job: Job) -> list[FileInfo]:
         """The files of a job that has succeeded: those that its manifest lists, and the manifest."""
         listing = self._listings.get(job.id)
         if listing is None:
             store = self._ctx.store(job)
-            data = store.read(MANIFEST)
-            manifest = read_manifest(store)
+            data = store.read(MANIFEST, limit=MAX_MANIFEST_BYTES)
+            manifest = parse_manifest(data, store.where(MANIFEST))
             listing = [FileInfo(file.name, file.bytes, file.sha256) for file in manifest.files]
             listing.append(FileInfo(MANIFEST, len(data), hashlib.sha256(data).hexdigest()))
             self._listings[job.id] = listing
@@ -241,9 +261,9 @@ class DatasetJobs:
                 self._listings.popitem(last=False)
         return listing
 
-    def open(self, job: Job, name: str) -> AbstractContextManager[IO[bytes]]:
+    def open(self, job: Job, file: FileInfo) -> AbstractContextManager[IO[bytes]]:
         """One of `files`, open for reading and seeking."""
-        return self._ctx.store(job).open(name)
+        return self._ctx.store(job).open(file.name, size=file.bytes)
 
     def signed_url(self, job: Job, name: str, *, media_type: str, disposition: str) -> str:
         """A URL of one of `files` in the storage, which is valid for `DERMIS_DOWNLOAD_URL_SECONDS`."""
@@ -327,10 +347,9 @@ class ProjectionJobs:
 
     def _remove_begun(self, job: Job) -> None:
         try:
-            self._ctx.table.undo_use(job.tenant, projection.amounts(job.request), job.created_at)
             execution.remove_files(self._ctx, job.tenant, job.id)
-            self._ctx.table.delete(job.id)
-        except DermisError as error:  # the next sweep ends the job and removes its files
+            self._ctx.table.delete(job.id, undo=projection.amounts(job.request))
+        except DermisError as error:  # the next sweep ends the job, undoes what it uses of quotas and removes its files
             logger.warning("projection not removed", extra={"projection": job.id, "error": str(error)})
 
     def _continue(self, job: Job, images: Sequence[NDArray[np.uint8]]) -> Job:
@@ -366,8 +385,7 @@ class ProjectionJobs:
         The projections of all tenants are kept for the same time.
         """
         table = self._ctx.table
-        for job in table.ended_before("projection", table.now() - keep_seconds, deleted=True):
-            _remove_expired(self._ctx, job)
+        _remove_expired(self._ctx, table.ended_before("projection", table.now() - keep_seconds, deleted=True))
 
     def results(self, job: Job) -> list[Mapping[str, Any]]:
         """The results of a job that has succeeded: one row per image, with the names of its files."""
@@ -386,20 +404,36 @@ class ProjectionJobs:
         if not any(name in row["files"] for row in self.results(job)):
             return None
         store = self._ctx.store(job)
-        return FileInfo(name, store.size(name) or 0, store.sha256(name))
+        size = store.size(name) or 0
+        return FileInfo(name, size, store.sha256(name, size=size))
 
-    def open(self, job: Job, name: str) -> AbstractContextManager[IO[bytes]]:
+    def open(self, job: Job, file: FileInfo) -> AbstractContextManager[IO[bytes]]:
         """A file of the job, open for reading and seeking."""
-        return self._ctx.store(job).open(name)
+        return self._ctx.store(job).open(file.name, size=file.bytes)
 
 
-def _remove_expired(ctx: JobContext, job: Job) -> None:
-    """Remove an ended job with its files. One whose files cannot be removed is removed by a later call."""
-    logger.info("job expired", extra={"job": job.id, "kind": job.kind})
-    try:
-        workflow.cancel_or_delete(ctx, job)
-    except StorageError as error:
-        logger.warning("expired job not removed", extra={"job": job.id, "error": str(error)})
+def _remove_expired(ctx: JobContext, jobs: Iterable[Job]) -> list[str]:
+    """Remove ended jobs with their files. One whose files cannot be removed is removed by a later call.
+
+    The jobs of lost workers wait for the sweep that calls this, so it ends after some seconds and a later one goes on. The
+    order is random, so that jobs that cannot be removed do not keep others, and workers do not all remove the same one.
+
+    Returns:
+        The ids of the jobs.
+    """
+    removed, deadline = [], time.monotonic() + _EXPIRY_SECONDS
+    remaining = list(jobs)
+    random.shuffle(remaining)
+    for job in remaining:
+        logger.info("job expired or deleted", extra={"job": job.id, "kind": job.kind})
+        try:
+            workflow.cancel_or_delete(ctx, job)
+            removed.append(job.id)
+        except StorageError as error:
+            logger.warning("expired job not removed", extra={"job": job.id, "error": str(error)})
+        if time.monotonic() > deadline:
+            break
+    return removed
 
 
 @contextmanager

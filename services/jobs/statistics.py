@@ -58,6 +58,7 @@ class Statistics:
         counts: The number of jobs by kind and state.
         oldest: The time at which the oldest queued job was created, by kind; no entry for a kind without one.
         shards_left: The number of shards of queued and running jobs that are not finished, by kind.
+        jobs_ending: The number of jobs whose shards are all finished and that have not ended, by kind.
         shards_begun: The number of shards that a worker has begun and not finished.
         workers: The workers and gateways, by name.
         stored_bytes: The size of the files of jobs that have succeeded, as measured at their end.
@@ -67,6 +68,7 @@ class Statistics:
     counts: Mapping[Kind, Mapping[str, int]]
     oldest: Mapping[Kind, float]
     shards_left: Mapping[Kind, int]
+    jobs_ending: Mapping[Kind, int]
     shards_begun: int
     workers: list[Worker]
     stored_bytes: int
@@ -89,13 +91,16 @@ def read_statistics(connection: sa.Connection, revision: str | None = None) -> S
         revision: The schema of the tables, if it is an earlier one: those before 0009 do not say which processes run jobs,
             and those before 0012 have no versions. Default: the newest one.
     """
-    left = sa.case((_jobs.c.state.in_(("queued", "running")), _jobs.c.shards_total - _jobs.c.shards_done), else_=0)
+    working = _jobs.c.state.in_(("queued", "running"))
+    left = sa.case((working, _jobs.c.shards_total - _jobs.c.shards_done), else_=0)
+    ending = sa.case((working & (_jobs.c.shards_done == _jobs.c.shards_total), 1), else_=0)
     by_state = sa.select(
         _jobs.c.kind,
         _jobs.c.state,
         sa.func.count(),
         sa.func.min(_jobs.c.created_at),
         sa.func.sum(left),
+        sa.func.sum(ending),
         sa.func.sum(_jobs.c.stored_bytes),
     ).group_by(_jobs.c.kind, _jobs.c.state)
     owned = sa.select(_jobs.c.owner, sa.func.count()).where(_jobs.c.state.in_(ACTIVE)).group_by(_jobs.c.owner)
@@ -112,10 +117,11 @@ def read_statistics(connection: sa.Connection, revision: str | None = None) -> S
     ]
     counts: dict[Kind, dict[str, int]] = {kind: dict.fromkeys(STATES, 0) for kind in KINDS}
     oldest: dict[Kind, float] = {}
-    shards_left = dict.fromkeys(KINDS, 0)
-    for kind, state, count, created_at, shards, _ in rows:
+    shards_left, jobs_ending = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
+    for kind, state, count, created_at, shards, ends, _ in rows:
         counts[kind][state] = count
         shards_left[kind] += int(shards or 0)
+        jobs_ending[kind] += int(ends or 0)
         if state == "queued":
             oldest[kind] = created_at
     return Statistics(
@@ -123,7 +129,8 @@ def read_statistics(connection: sa.Connection, revision: str | None = None) -> S
         counts=counts,
         oldest=oldest,
         shards_left=shards_left,
+        jobs_ending=jobs_ending,
         shards_begun=connection.scalar(begun) or 0,
         workers=workers,
-        stored_bytes=sum(int(row[5] or 0) for row in rows),
+        stored_bytes=sum(int(row[6] or 0) for row in rows),
     )

@@ -3,8 +3,6 @@
 DBOS stores the durable workflow; this table stores what callers see, and keeps it after the workflow has ended. Each method
 is one short transaction, may be called from any thread and process, and raises DatabaseUnavailableError while the database
 cannot be reached. Times are seconds since 1970 (UTC).
-
-A change of a table here needs a revision in `migrations/versions` (see `schema`).
 """
 
 from __future__ import annotations
@@ -25,60 +23,14 @@ from services.compared_answers import remove_answers
 from services.jobs import counters, executors, schema
 from services.jobs.database import close_engine, open_engine, reading, schema_lock, time_of, writing
 from services.jobs.executors import Executors
+from services.jobs.rates import rate_after
 from services.jobs.statistics import ACTIVE, Kind, Statistics, read_statistics
+from services.jobs.tables import jobs as _jobs
+from services.jobs.tables import shards as _shards
 from services.jobs.waiting import RecentStates, read_states
 from services.quotas import QUOTAS, Quota, QuotaExceededError, QuotaUse
 from services.studies.tables import stored_by_studies
-from services.tenants import DEFAULT_TENANT
 from services.webhooks.outbox import add_messages
-
-# Weight of the newest measurement in the smoothed images/s, and the shortest time of a measurement.
-_RATE_WEIGHT = 0.3
-_RATE_SECONDS = 1.0
-
-_metadata = sa.MetaData()
-
-_jobs = sa.Table(
-    "dermis_jobs",
-    _metadata,
-    sa.Column("sequence", sa.Integer, primary_key=True, autoincrement=True),  # order of arrival, for the cursor
-    sa.Column("id", sa.String(40), nullable=False, unique=True),
-    sa.Column("tenant", sa.String(63), nullable=False, server_default=DEFAULT_TENANT),
-    sa.Column("kind", sa.String(16)),  # never null: a trigger completes what a worker of version 0.1.0 inserts
-    sa.Column("state", sa.String(16), nullable=False, index=True),
-    sa.Column("request", sa.JSON, nullable=False),
-    sa.Column("model_name", sa.String(64), nullable=False),
-    sa.Column("model_digest", sa.String(64), nullable=False),
-    sa.Column("samples_total", sa.Integer, nullable=False),
-    sa.Column("shards_total", sa.Integer, nullable=False),
-    sa.Column("samples_done", sa.Integer, nullable=False, default=0),
-    sa.Column("shards_done", sa.Integer, nullable=False, default=0),
-    sa.Column("rate", sa.Float),  # images/s, smoothed
-    sa.Column("rate_time", sa.Float),  # when, and at how many samples, `rate` was last updated
-    sa.Column("rate_samples", sa.Integer),
-    sa.Column("error", sa.JSON(none_as_null=True)),
-    sa.Column("owner", sa.String(140)),  # the worker that runs the workflow; its lease is in `dermis_workers`
-    sa.Column("idempotency_key", sa.String(255)),
-    sa.Column("body_hash", sa.String(64), nullable=False),
-    sa.Column("created_at", sa.Float, nullable=False),
-    sa.Column("started_at", sa.Float),
-    sa.Column("finished_at", sa.Float),
-    sa.Column("stored_bytes", sa.BigInteger),  # of the files of a job that has succeeded; null until they are measured
-    sa.Column("reserved_bytes", sa.BigInteger),  # estimate that counts until `stored_bytes` is measured
-    sa.Column("trace_parent", sa.String(55)),  # W3C traceparent of the request, for the spans of the job
-    sa.Index("ix_dermis_jobs_tenant", "tenant", "kind", "sequence"),
-    sa.Index("uq_dermis_jobs_tenant_key", "tenant", "idempotency_key", unique=True),
-    sqlite_autoincrement=True,  # numbers of deleted jobs are not used again, so cursors stay valid
-)
-
-_shards = sa.Table(
-    "dermis_shards",
-    _metadata,
-    sa.Column("job_id", sa.String(40), primary_key=True),
-    sa.Column("shard", sa.Integer, primary_key=True),
-    sa.Column("samples_done", sa.Integer, nullable=False),
-    sa.Column("finished", sa.Boolean, nullable=False),
-)
 
 
 @dataclass(frozen=True)
@@ -319,10 +271,10 @@ class JobTable:
             rows = connection.execute(sa.select(_jobs).where(_jobs.c.kind == kind, ended, of_tenant))
             return [Job(**row._mapping) for row in rows]
 
-    def check(self) -> None:
-        """Read one row, however many jobs there are."""
+    def check(self) -> bool:
+        """Read one row, however many jobs there are. Returns whether there is any."""
         with reading(self._engine) as connection:
-            connection.execute(sa.select(_jobs.c.sequence).limit(1)).first()
+            return connection.execute(sa.select(_jobs.c.sequence).limit(1)).first() is not None
 
     def now(self) -> float:
         """Seconds since 1970 by the clock of the database (`services.jobs.database.time_of`)."""
@@ -398,22 +350,29 @@ class JobTable:
 
     def mark_deleted(self, job_id: str) -> None:
         """Record that the files of an ended job are about to be removed, so that none are listed from now on."""
+        # Jobs that were cancelled have no `stored_bytes`, so `deleted` finds those whose deletion was interrupted.
+        values = {"state": "cancelled", "stored_bytes": sa.func.coalesce(_jobs.c.stored_bytes, 0)}
         with writing(self._engine) as connection:
             connection.execute(
-                sa.update(_jobs).where(_jobs.c.id == job_id, _jobs.c.state.not_in(ACTIVE)).values(state="cancelled")
+                sa.update(_jobs).where(_jobs.c.id == job_id, _jobs.c.state.not_in(ACTIVE)).values(values)
             )
 
-    def release_key(self, job: Job, amounts: Mapping[str, int]) -> None:
-        """Make the idempotency key of a job free for another request, and undo once what the job uses of quotas."""
-        keyed = (_jobs.c.id == job.id) & _jobs.c.idempotency_key.is_not(None)
-        with writing(self._engine) as connection:
-            counters.lock_tenant(connection, job.tenant)
-            if connection.execute(sa.update(_jobs).where(keyed).values(idempotency_key=None)).rowcount:
-                counters.subtract(connection, job.tenant, amounts, job.created_at)
+    def deleted(self, kind: Kind) -> list[Job]:
+        """Jobs of a kind whose deletion has begun (`mark_deleted`) and has not been completed."""
+        begun = (_jobs.c.state == "cancelled") & _jobs.c.stored_bytes.is_not(None)
+        with reading(self._engine) as connection:
+            rows = connection.execute(sa.select(_jobs).where(_jobs.c.kind == kind, begun))
+            return [Job(**row._mapping) for row in rows]
 
-    def delete(self, job_id: str) -> None:
-        """Delete the rows of a job."""
+    def delete(self, job_id: str, *, undo: Mapping[str, int] | None = None) -> None:
+        """Delete the rows of a job.
+
+        Args:
+            job_id: The job.
+            undo: What it uses of quotas, if that is undone, unless `record_error` has done so.
+        """
         with writing(self._engine) as connection:
+            _undo(connection, job_id, undo)
             connection.execute(sa.delete(_shards).where(_shards.c.job_id == job_id))
             connection.execute(sa.delete(_jobs).where(_jobs.c.id == job_id))
 
@@ -429,11 +388,19 @@ class JobTable:
         """Whether work on the job should stop: it is being cancelled, has failed, has ended or does not exist."""
         return read_states(self._engine, [job_id])[job_id].must_stop
 
-    def record_error(self, job_id: str, error: Mapping[str, Any]) -> None:
-        """Record why an active job will fail. The first reason is kept."""
+    def record_error(self, job_id: str, error: Mapping[str, Any], *, undo: Mapping[str, int] | None = None) -> None:
+        """Record why an active job will fail. The first reason is kept.
+
+        Args:
+            job_id: The job.
+            error: The reason.
+            undo: What the job uses of quotas, if that is undone, and its idempotency key made free for another request.
+        """
         condition = (_jobs.c.id == job_id) & _jobs.c.error.is_(None) & _jobs.c.state.in_(ACTIVE)
+        values = {"error": dict(error)} | ({} if undo is None else {"idempotency_key": None})
         with writing(self._engine) as connection:
-            connection.execute(sa.update(_jobs).where(condition).values(error=dict(error)))
+            _undo(connection, job_id, undo)
+            connection.execute(sa.update(_jobs).where(condition).values(values))
 
     def progress(self, job_id: str, shard: int, samples_done: int, *, finished: bool = False) -> None:
         """Update the count of one shard, and with it the sums and the rate of the job."""
@@ -464,8 +431,17 @@ class JobTable:
             }
             if job.state == "queued":
                 values |= {"state": "running", "started_at": job.started_at or now}
-            values |= _rate(job, total, now)
+            values |= rate_after(job, total, now)
             connection.execute(sa.update(_jobs).where(_jobs.c.id == job_id).values(values))
+
+    def return_shard(self, job_id: str, shard: int) -> None:
+        """Forget that a worker, which stops, has begun a shard, unless the shard is finished or another worker makes it."""
+        if self.is_begun(job_id, shard):
+            self.progress(job_id, shard, 0)  # corrects the sum of the job
+        of_it = (_shards.c.job_id == job_id) & (_shards.c.shard == shard)
+        untouched = (_shards.c.finished == sa.false()) & (_shards.c.samples_done == 0)
+        with writing(self._engine) as connection:
+            connection.execute(sa.delete(_shards).where(of_it, untouched))
 
     def is_begun(self, job_id: str, shard: int) -> bool:
         """Whether a worker has begun a shard of an active job, and perhaps finished it."""
@@ -482,7 +458,9 @@ class JobTable:
                 .values(rate=None, rate_time=time.time(), rate_samples=_jobs.c.samples_done)
             )
 
-    def finish(self, job_id: str, state: str, *, stored_bytes: int | None = None) -> Job | None:
+    def finish(
+        self, job_id: str, state: str, *, stored_bytes: int | None = None, owner: str | None = None
+    ) -> Job | None:
         """End an active job with `state`.
 
         A job that has ended already is not changed, nor is one that would succeed but has an error recorded. One that is being
@@ -492,6 +470,7 @@ class JobTable:
             job_id: The job.
             state: The state after the end.
             stored_bytes: The size of its files, if it has succeeded.
+            owner: The worker that must run the job; None for any.
 
         Returns:
             The job as it is then, or None if it does not exist.
@@ -500,6 +479,8 @@ class JobTable:
         condition = (_jobs.c.id == job_id) & _jobs.c.state.in_(before)
         if state == "succeeded":
             condition &= _jobs.c.error.is_(None)
+        if owner is not None:
+            condition &= _jobs.c.owner == owner
         now = time.time()
         values = {"state": state, "finished_at": now, "rate": None, "stored_bytes": stored_bytes}
         ended: Job | None = None
@@ -575,18 +556,14 @@ def check_existing(connection: sa.Connection, tenant: str, quota: Quota, amounts
             raise QuotaExceededError(QuotaUse(name, limit, used), amount)
 
 
-def _rate(job: Job, total: int, now: float) -> dict[str, Any]:
-    """New values of the rate columns: an exponential mean of images/s over intervals of at least a second."""
-    if job.state == "queued" or job.rate_time is None or job.rate_samples is None:
-        return {"rate_time": now, "rate_samples": total}
-    seconds, images = now - job.rate_time, total - job.rate_samples
-    if images < 0:  # a worker died and its half-done shard starts over
-        return {"rate_time": now, "rate_samples": total}
-    if seconds < _RATE_SECONDS or images == 0:
-        return {}
-    new = images / seconds
-    rate = new if job.rate is None else (1 - _RATE_WEIGHT) * job.rate + _RATE_WEIGHT * new
-    return {"rate": rate, "rate_time": now, "rate_samples": total}
+def _undo(connection: sa.Connection, job_id: str, amounts: Mapping[str, int] | None) -> None:
+    """Undo what an active job uses of quotas, if it has no error: with an error that has been done, or is not to be done."""
+    if amounts is None:
+        return
+    row = connection.execute(sa.select(_jobs).where(_jobs.c.id == job_id).with_for_update()).one_or_none()
+    if row is not None and row.error is None and row.state in ACTIVE:
+        counters.lock_tenant(connection, row.tenant)
+        counters.subtract(connection, row.tenant, amounts, row.created_at)
 
 
 def _job_or_none(connection: sa.Connection, job_id: str) -> Job | None:

@@ -2,6 +2,8 @@
 
 A shard takes a place for one batch of images, and then gives it up for the tenant that has been served least. A queued shard of
 a large job therefore delays the jobs of others by a batch and not by all its images.
+
+While calls wait for images, jobs yield to them: one shard at a time works, and after each batch none for a while.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ from dataclasses import dataclass
 # two batches of the other tenant, which take a second or two.
 _MAX_LEAD_SECONDS = 2.0
 _CHECK_SECONDS = 0.5
+# While jobs yield to calls, no shard works after each batch for so many times the time of the batch.
+_YIELDED = 3.0
+_MAX_YIELDED_SECONDS = 10.0
 
 
 @dataclass
@@ -47,10 +52,18 @@ class Turns:
     Args:
         places: The number of shards that work at the same time.
         clock: A monotonic clock in seconds.
+        must_yield: Whether jobs yield to calls at this moment. It is called often, in any thread.
     """
 
-    def __init__(self, places: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._places, self._clock = places, clock
+    def __init__(
+        self,
+        places: int,
+        clock: Callable[[], float] = time.monotonic,
+        must_yield: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._places, self._clock, self._must_yield = places, clock, must_yield
+        self._yields_until = clock()
+        self._held_since: list[float] = []  # of each place
         self._shares: dict[str, _Share] = {}
         self._waiting: list[_Waiting] = []  # in the order of arrival
         self._changed = threading.Condition()
@@ -66,21 +79,20 @@ class Turns:
         with self._changed:
             self._arrive(tenant)
         try:
-            self._wait(tenant, check)
-            held = True
+            held_since: float | None = self._wait(tenant, check)
 
             def offer() -> None:
-                nonlocal held
-                self._release(tenant)
-                held = False
-                self._wait(tenant, check)
-                held = True
+                nonlocal held_since
+                if held_since is not None:
+                    self._release(tenant, held_since)
+                held_since = None
+                held_since = self._wait(tenant, check)
 
             try:
                 yield offer
             finally:
-                if held:
-                    self._release(tenant)
+                if held_since is not None:
+                    self._release(tenant, held_since)
         finally:
             with self._changed:
                 self._leave(tenant)
@@ -100,14 +112,16 @@ class Turns:
         if not share.shards:
             del self._shares[tenant]
 
-    def _wait(self, tenant: str, check: Callable[[], None]) -> None:
+    def _wait(self, tenant: str, check: Callable[[], None]) -> float:
+        """Wait for a place, and return the moment at which it was given."""
         ticket = _Waiting(tenant)
         last_check = self._clock()
         with self._changed:
             self._waiting.append(ticket)
             try:
                 while self._next() is not ticket:
-                    self._changed.wait(_CHECK_SECONDS)
+                    left = self._yields_until - self._clock()
+                    self._changed.wait(min(_CHECK_SECONDS, left) if left > 0 else _CHECK_SECONDS)
                     if self._clock() - last_check >= _CHECK_SECONDS:
                         self._changed.release()  # `check` may take its time
                         try:
@@ -116,14 +130,20 @@ class Turns:
                             self._changed.acquire()
                         last_check = self._clock()
                 self._shares[tenant].places += 1
+                since = self._clock()
+                self._held_since.append(since)
+                return since
             finally:
                 self._waiting.remove(ticket)
                 self._changed.notify_all()  # the next one in line
 
-    def _release(self, tenant: str) -> None:
+    def _release(self, tenant: str, held_since: float) -> None:
         with self._changed:
-            self._advance()
+            now = self._advance()
             self._shares[tenant].places -= 1
+            self._held_since.remove(held_since)
+            pause = min(_YIELDED * (now - held_since), _MAX_YIELDED_SECONDS)
+            self._yields_until = max(self._yields_until, now + pause)
             self._changed.notify_all()
 
     def _advance(self) -> float:
@@ -134,8 +154,15 @@ class Turns:
 
     def _next(self) -> _Waiting | None:
         """The shard that may take a place now; None if there is none."""
-        if not self._waiting or sum(share.places for share in self._shares.values()) >= self._places:
+        if not self._waiting:
             return None
+        if len(self._held_since) >= self._places:
+            return None
+        if self._must_yield():
+            # One that has held its place for long may wait for a storage or a service that cannot be reached.
+            now = self._clock()
+            if now < self._yields_until or any(now - since < _MAX_YIELDED_SECONDS for since in self._held_since):
+                return None
         self._advance()
         least = min(share.served for share in self._shares.values())
 

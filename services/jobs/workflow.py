@@ -39,9 +39,9 @@ logger = logging.getLogger("dermis.jobs")
 # below are stored with the jobs as well.
 APPLICATION_VERSION = "1"
 
-# Each queue has a partition per tenant, so that a tenant never waits until the shards of another one are done; `Turns` divides
-# the work of a process between them. (Databases of versions up to 0.1 also have the queues dermis-datasets, dermis-shards and
-# dermis-projections. DBOS continues to serve every queue of a database.)
+# Each queue has a partition per tenant, so that a tenant never waits until the datasets of another one are done; `Turns`
+# divides the work of a process between them. (Databases of versions up to 0.1 also have the queues dermis-datasets,
+# dermis-shards and dermis-projections. DBOS continues to serve every queue of a database.)
 _JOB_QUEUE = "dermis-tenant-jobs"
 # The shards of projections have their own queue, so that datasets do not wait for work that takes minutes.
 _SHARD_QUEUES: Mapping[Kind, str] = {"dataset": "dermis-tenant-shards", "projection": "dermis-tenant-projections"}
@@ -49,7 +49,11 @@ _POLL_SECONDS = 0.2
 # Each running workflow is a thread: limits for all tenants together, as a multiple of that for one.
 _MAX_TENANT_JOBS = 8
 _MAX_TENANT_SHARDS = 32
+# Parts of projections that a worker claims at most: one at work and one that is ready. They take minutes, and others would wait
+# here while other workers have nothing to do. DBOS takes them from the tenants at random.
+_MAX_PROJECTION_SHARDS = 2
 _CHECK_SECONDS = 5.0
+_LISTED_AT_ONCE = 5000  # databases limit the parameters of a query
 _STUCK_SWEEPS = 2
 # Limits for a job that ends the process each time it runs.
 _MAX_RECOVERIES = 100
@@ -57,8 +61,9 @@ _MAX_RESTARTS = 20
 _REPEAT_SECONDS = 10.0
 
 _ctx: JobContext | None = None
+_dbos: DBOS | None = None
 _executor_id = ""
-_running: set[str] = set()
+_running: list[str] = []  # an id is in it twice if a run that lost its workflow has not ended yet
 _running_lock = threading.Lock()
 _idle_sweeps: dict[str, int] = {}
 _restarts: dict[str, int] = {}
@@ -123,7 +128,7 @@ def start(
             several transactions. SQLite is polled every 0.2 s.
         works: Whether this process runs jobs. If not, it only enqueues them.
     """
-    global _ctx, _executor_id
+    global _ctx, _dbos, _executor_id  # noqa: PLW0603
     _ctx, _executor_id = ctx, executor_id
     _idle_sweeps.clear()
     _restarts.clear()
@@ -140,27 +145,38 @@ def start(
     if shared:
         config["db_engine_kwargs"] = {"connect_args": connection_options(parsed)}
     logging.getLogger("dbos").addFilter(_repetition_filter)
-    DBOS(config=config)
+    _dbos = DBOS(config=config)
     if not works:
         DBOS.listen_queues([])
     DBOS.launch()
-    for queue, of_tenant, tenants in (
-        (_JOB_QUEUE, max_active, _MAX_TENANT_JOBS),
-        (_SHARD_QUEUES["dataset"], shard_concurrency, _MAX_TENANT_SHARDS),
-        (_SHARD_QUEUES["projection"], 1, _MAX_TENANT_SHARDS),
+    threading.Thread(target=_stop_claiming, args=(ctx, _dbos), name="dermis-stop-claiming", daemon=True).start()
+    for queue, of_tenant, of_all in (
+        (_JOB_QUEUE, max_active, max_active * _MAX_TENANT_JOBS),
+        (_SHARD_QUEUES["dataset"], shard_concurrency, shard_concurrency * _MAX_TENANT_SHARDS),
+        (_SHARD_QUEUES["projection"], 1, _MAX_PROJECTION_SHARDS),
     ):
         DBOS.register_queue(
             queue,
-            worker_concurrency=of_tenant * tenants,
+            worker_concurrency=of_all,
             partition_worker_concurrency=of_tenant,
             polling_interval_sec=shared_poll_seconds if shared else _POLL_SECONDS,
             on_conflict="always_update" if works else "never_update",
         )
 
 
+def _stop_claiming(ctx: JobContext, dbos: DBOS) -> None:
+    """Claim no more workflows once this process is to end, which can take minutes while calls are open.
+
+    What it has claimed waits until its lease has ended. `DBOS.destroy` sets the same events first, and enqueuing goes on.
+    """
+    ctx.stopping.wait()
+    for event in dbos.background_thread_stop_events:
+        event.set()
+
+
 def stop() -> None:
     """Stop working. Unfinished work stays in the database, for the next start or another worker."""
-    global _ctx  # noqa: PLW0603
+    global _ctx, _dbos  # noqa: PLW0603
     if _ctx is None:
         return
     _ctx.stopping.set()
@@ -168,7 +184,7 @@ def stop() -> None:
     while _running and time.monotonic() < deadline:
         time.sleep(0.02)
     DBOS.destroy()
-    _ctx = None
+    _ctx = _dbos = None
 
 
 def executor_id() -> str:
@@ -188,12 +204,14 @@ def submit(job: Job) -> None:
 def cancel_or_delete(ctx: JobContext, job: Job) -> Job | None:
     """Ask an active job to stop and return it; remove an ended one with its files and workflows and return None."""
     now = ctx.table.request_cancel(job.id)
-    if now is not None and now.active:
+    if now is None:  # another worker has removed it: its record is deleted last
+        return None
+    if now.active:
         return now
     ctx.table.mark_deleted(job.id)  # first: a job must not look complete when only a part of its files is left
     execution.remove_files(ctx, job.tenant, job.id)
     with _database():
-        DBOS.delete_workflows([job.id, *_shard_workflows(job.id)])
+        DBOS.delete_workflows([job.id, *_shard_workflows(job)])
     ctx.table.delete(job.id)
     return None
 
@@ -205,9 +223,10 @@ def sweep(leases_reliable: bool = True) -> None:
         leases_reliable: Whether the leases of other workers show which of them are alive. If not, their work is not resumed.
     """
     ctx = _context()
+    # The processes are read after the work that is compared with them: one that has started meanwhile must not look dead.
+    pending = DBOS.list_workflows(status="PENDING", load_input=False, load_output=False)
     executors = ctx.table.executors()
     alive = executors.alive | {_executor_id}
-    pending = DBOS.list_workflows(status="PENDING", load_input=False, load_output=False)
     for ended in _idle_sweeps.keys() - {status.workflow_id for status in pending}:
         del _idle_sweeps[ended]
     for status in pending:
@@ -216,17 +235,31 @@ def sweep(leases_reliable: bool = True) -> None:
             now = DBOS.get_workflow_status(status.workflow_id)
             if now is None or _run_of(now) != _run_of(status):  # another worker has resumed it since the list was read
                 continue
-            logger.warning("workflow resumed", extra={"workflow": status.workflow_id, "worker": status.executor_id})
-            DBOS.resume_workflow(status.workflow_id, queue_name=status.queue_name)
-            if not ours and status.executor_id not in executors.stopped:
-                metrics.lease_takeovers.inc()
-    for job in ctx.table.active():
+            if _resume(status):
+                logger.warning("workflow resumed", extra={"workflow": status.workflow_id, "worker": status.executor_id})
+                if not ours and status.executor_id not in executors.stopped:
+                    metrics.lease_takeovers.inc()
+    active = ctx.table.active()
+    alive = ctx.table.executors().alive | {_executor_id}
+    for job in active:
         ours = job.owner == _executor_id
         if job.id not in ctx.submitting and (ours or (leases_reliable and job.owner not in alive)):
             try:
                 _continue(ctx, job)
             except Exception as error:  # an error of one job must not stop the others
                 logger.warning("job not resumed", extra={"job": job.id, "error": str(error)})
+
+
+def _resume(status: WorkflowStatus) -> bool:
+    """Enqueue a workflow again that its worker does not run. False if another worker has done so.
+
+    `DBOS.resume_workflow` would also forget how often the workflow has begun: with two workers, one that ends the process of
+    each would be resumed for ever.
+    """
+    if _dbos is None:
+        raise ShutdownError
+    worker, queue = status.executor_id or "", status.queue_name or _JOB_QUEUE
+    return _dbos._sys_db.reenqueue_for_recovery(status.workflow_id, [worker], queue)
 
 
 def _continue(ctx: JobContext, job: Job) -> None:
@@ -247,20 +280,20 @@ def _continue(ctx: JobContext, job: Job) -> None:
     if status.status in ("PENDING", "ENQUEUED", "DELAYED"):
         if is_whole:
             return
-        failed = _shard_workflows(job.id, "ERROR")
+        failed = _shard_workflows(job, "ERROR")
         if failed and not _may_restart(job.id):
             execution.record_failure(ctx, job, "its shards failed repeatedly; create the job again")
         elif failed:
             logger.warning("shards started again", extra={"job": job.id, "shards": len(failed)})
-            DBOS.delete_workflows(failed)
-            for workflow_id in failed:
+            for workflow_id in failed:  # one after another: a job fails when none of its shards can run
+                DBOS.delete_workflows([workflow_id])
                 _enqueue_shard(job.id, job.tenant, job.kind, int(workflow_id.rpartition("-")[2]))
         return
     if status.status in ("ERROR", "SUCCESS") and _may_restart(job.id):
         # No outcome of a job makes its workflow fail, so the cause is the database or the tables of DBOS.
         logger.warning("job started again", extra={"job": job.id, "status": status.status, "error": str(status.error)})
-        kept = set(_shard_workflows(job.id) if is_whole else _shard_workflows(job.id, "PENDING", "ENQUEUED"))
-        DBOS.delete_workflows([job.id, *(each for each in _shard_workflows(job.id) if each not in kept)])
+        kept = set(_shard_workflows(job) if is_whole else _shard_workflows(job, "PENDING", "ENQUEUED"))
+        DBOS.delete_workflows([job.id, *(each for each in _shard_workflows(job) if each not in kept)])
         submit(job)
         return
     _end_as_failed(ctx, job, f"its workflow ended as {status.status}; create the job again")
@@ -272,20 +305,22 @@ def _end_interrupted(ctx: JobContext, job: Job) -> None:
     now = ctx.table.get(job.id)
     if stored_here or now is None or now.owner != job.owner or DBOS.get_workflow_status(job.id) is not None:
         return
-    ctx.table.release_key(job, projection.amounts(job.request))
-    _end_as_failed(ctx, job, "not all images were stored; send them again", "upload-interrupted")
+    reason, used = "not all images were stored; send them again", projection.amounts(job.request)
+    _end_as_failed(ctx, job, reason, "upload-interrupted", undo=used)
 
 
-def _end_as_failed(ctx: JobContext, job: Job, reason: str, problem_kind: str = "internal") -> None:
+def _end_as_failed(
+    ctx: JobContext, job: Job, reason: str, problem_kind: str = "internal", *, undo: Mapping[str, int] | None = None
+) -> None:
     """End a job as failed: now, or in a later sweep if shards are running, which have to notice that they are to stop."""
-    execution.record_failure(ctx, job, reason, problem_kind)
-    _cancel_queued(job.id)
-    if not _shard_workflows(job.id, "PENDING"):
+    execution.record_failure(ctx, job, reason, problem_kind, undo=undo)
+    _cancel_queued(job)
+    if not _shard_workflows(job, "PENDING"):
         execution.end(ctx, job.id)
 
 
-def _cancel_queued(job_id: str) -> None:
-    queued = _shard_workflows(job_id, "ENQUEUED")
+def _cancel_queued(job: Job) -> None:
+    queued = _shard_workflows(job, "ENQUEUED")
     if queued:
         DBOS.cancel_workflows(queued)
 
@@ -302,9 +337,12 @@ def _run_of(status: WorkflowStatus) -> tuple[str, str | None, int | None]:
 
 
 def _is_stuck(workflow_id: str) -> bool:
-    """Whether DBOS listed a workflow in several sweeps as running here although it was not: its end was not recorded."""
+    """Whether DBOS listed a workflow in several sweeps as running here although it was not: its end was not recorded.
+
+    In a stop no workflow runs, and none is stuck: another worker takes it over when the lease has ended.
+    """
     with _running_lock:
-        idle = workflow_id not in _running
+        idle = workflow_id not in _running and not _context().stopping.is_set()
     _idle_sweeps[workflow_id] = _idle_sweeps.get(workflow_id, 0) + 1 if idle else 0
     return _idle_sweeps[workflow_id] >= _STUCK_SWEEPS
 
@@ -367,12 +405,12 @@ def _are_shards_over(ctx: JobContext, job_id: str, check_workflows: bool) -> boo
             return True
         if ctx.table.must_stop(job_id):
             # Queued shards must not start; running ones check regularly whether they must stop.
-            _cancel_queued(job_id)
-            return not _shard_workflows(job_id, "PENDING")
+            _cancel_queued(job)
+            return not _shard_workflows(job, "PENDING")
         if job.shards_done == job.shards_total:
             return True
         # `sweep` starts failed ones again.
-        if not check_workflows or _shard_workflows(job_id, "ENQUEUED", "PENDING", "ERROR") or _is_whole(job_id):
+        if not check_workflows or _shard_workflows(job, "ENQUEUED", "PENDING", "ERROR") or _is_whole(job_id):
             return False
         execution.record_failure(ctx, job, "its shards ended without a result; create the job again")
         return True
@@ -381,7 +419,27 @@ def _are_shards_over(ctx: JobContext, job_id: str, check_workflows: bool) -> boo
 @DBOS.step(name="dermis.finish")
 def _finish(job_id: str) -> str:
     ctx = _context()
-    return retry_transient(ctx, lambda: execution.finish(ctx, job_id))
+
+    def finish() -> str:
+        state = execution.finish(ctx, job_id, _executor_id)
+        job = ctx.table.get(job_id)
+        if job is not None and not job.active:
+            with _database():
+                _delete_ended_shards(job)
+        return state
+
+    return retry_transient(ctx, finish)
+
+
+def _delete_ended_shards(job: Job) -> None:
+    """Delete the workflows of an ended job's shards, else each query of DBOS would read those of every job that there was.
+
+    A replay of the job's workflow does not need them: it has recorded that they were enqueued, and waits for none. One that is
+    still recording its end is left, until the job is deleted.
+    """
+    ended = _shard_workflows(job, "SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
+    if ended:
+        DBOS.delete_workflows(ended)
 
 
 def _is_whole(job_id: str) -> bool:
@@ -400,11 +458,19 @@ def _shard_workflow_id(job_id: str, shard: int) -> str:
     return f"{job_id}-{shard:05d}"
 
 
-def _shard_workflows(job_id: str, *states: str) -> list[str]:
-    statuses = DBOS.list_workflows(
-        workflow_id_prefix=f"{job_id}-", status=list(states) or None, load_input=False, load_output=False
-    )
-    return [status.workflow_id for status in statuses]
+def _shard_workflows(job: Job, *states: str) -> list[str]:
+    """Ids of the workflows of a job's shards in these states, by default in any. By id: DBOS has no index of their prefixes."""
+    ids = [_shard_workflow_id(job.id, shard) for shard in range(job.shards_total)]
+    return [
+        status.workflow_id
+        for first in range(0, len(ids), _LISTED_AT_ONCE)
+        for status in DBOS.list_workflows(
+            workflow_ids=ids[first : first + _LISTED_AT_ONCE],
+            status=list(states) or None,
+            load_input=False,
+            load_output=False,
+        )
+    ]
 
 
 @contextmanager
@@ -421,12 +487,12 @@ def _database() -> Iterator[None]:
 def _running_here(workflow_id: str) -> Iterator[JobContext]:
     ctx = _context()
     with _running_lock:
-        _running.add(workflow_id)
+        _running.append(workflow_id)
     try:
         yield ctx
     finally:
         with _running_lock:
-            _running.discard(workflow_id)
+            _running.remove(workflow_id)
 
 
 def _context() -> JobContext:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +20,14 @@ from dermis.errors import BundleError, DermisError, RequestError, StorageError
 from dermis.files import names_below
 from dermis.image_reading import ImageError, read_training_image
 from dermis.imaging import Images, as_rgb, encode
-from services.errors import is_transient
+from services.errors import DatabaseUnavailableError, is_transient
 from services.inference.client import InferenceClients
 from services.inference.samples import Options, pack_rows
 from services.models import ServedModels
 from services.observed_store import ObservedStore, check_free_space
 from services.problems import ProblemError
 from services.settings import Settings
-from services.studies.table import UPLOAD_PREFIX, StudyTable, upload_file
+from services.studies.table import CLAIM_SECONDS, UPLOAD_PREFIX, StudyTable, upload_file
 from services.studies.tables import Study, StudyImage
 from services.tenants import folder_of
 
@@ -114,7 +115,7 @@ class StudyPreparer:
             await asyncio.to_thread(self._remove_ended)
         while (study := await asyncio.to_thread(self._table.claim)) is not None:
             try:
-                await self._prepare(study)
+                await self._prepare_claimed(study)
             except asyncio.CancelledError:
                 self._table.release(study.id)
                 raise
@@ -149,6 +150,18 @@ class StudyPreparer:
             await asyncio.to_thread(self._table.release, study.id, 5.0)
         else:
             await asyncio.to_thread(self._table.record_failure, study.id, message, most)
+
+    async def _prepare_claimed(self, study: Study) -> None:
+        """Prepare a study, and renew the claim on it meanwhile: another process would make the same images."""
+        preparation = asyncio.create_task(self._prepare(study))
+        try:
+            while not (await asyncio.wait([preparation], timeout=CLAIM_SECONDS / 3))[0]:
+                with suppress(DatabaseUnavailableError):  # the preparation itself waits for the database, or fails
+                    await asyncio.to_thread(self._table.renew, study.id)
+            await preparation
+        finally:
+            preparation.cancel()
+            await asyncio.gather(preparation, return_exceptions=True)
 
     async def _prepare(self, study: Study) -> None:
         more = await asyncio.to_thread(self._table.record_prepared, study.id, {})

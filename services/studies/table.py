@@ -32,7 +32,8 @@ UPLOAD_PREFIX = "upload-"  # of the names of files of uploaded images
 _TOKEN = re.compile(r"dermis_rd_([a-z0-9]{12})_[A-Za-z0-9_-]{43}")
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 _LAST_USE_SECONDS = 60.0
-_CLAIM_SECONDS = 60.0  # longer than one batch of images takes
+CLAIM_SECONDS = 60.0
+"""Time for which a process has a study whose images it prepares; it renews the claim meanwhile."""
 MAX_INVITATIONS = 200  # of one study, revoked ones included
 
 
@@ -140,7 +141,7 @@ class StudyTable:
         """
         with writing(self._engine) as connection:
             counters.lock_tenant(connection, study.tenant)
-            _check_state(_study(connection, study.id), "collecting", "it takes no more images")
+            _check_state(_locked(connection, study.id), "collecting", "it takes no more images")
             known = {row.sha256: row.number for row in connection.execute(_uploads(study.id))}
             new = [digest for digest in sizes if digest not in known]
             if len(known) + len(new) > most:
@@ -169,7 +170,8 @@ class StudyTable:
         """
         with writing(self._engine) as connection:
             counters.lock_tenant(connection, study.tenant)
-            state = connection.scalar(sa.select(tables.studies.c.state).where(tables.studies.c.id == study.id))
+            row = connection.execute(_select(study.id).with_for_update()).one_or_none()
+            state = None if row is None else row.state
             known = {row.sha256 for row in connection.execute(_uploads(study.id))}
             if state not in (None, "collecting", DELETING):
                 return [digest for digest in sizes if digest not in known]
@@ -226,7 +228,7 @@ class StudyTable:
         generated = sum(slot.truth == "generated" for slot, _ in slots)
         with writing(self._engine) as connection:
             counters.lock_tenant(connection, study.tenant)
-            _check_state(_study(connection, study.id), "collecting", "it was opened already")
+            _check_state(_locked(connection, study.id), "collecting", "it was opened already")
             known = {row.sha256 for row in connection.execute(_uploads(study.id))}
             if not known.issuperset(uploads):
                 raise StudyStateError("an upload failed at this moment; try again")
@@ -246,8 +248,7 @@ class StudyTable:
             StudyStateError: The study is not open.
         """
         with writing(self._engine) as connection:
-            connection.execute(_select(study.id).with_for_update())  # a deletion at the same moment must not be undone
-            current = _study(connection, study.id)
+            current = _locked(connection, study.id)
             if current.state != "closed":
                 _check_state(current, "open", "only open studies can be closed")
                 _change(connection, study.id, state="closed", closed_at=time.time())
@@ -269,8 +270,15 @@ class StudyTable:
             row = connection.execute(query.with_for_update(skip_locked=True)).one_or_none()
             if row is None:
                 return None
-            _change(connection, row.id, claimed_until=now + _CLAIM_SECONDS)
+            _change(connection, row.id, claimed_until=now + CLAIM_SECONDS)
             return study_of(row)
+
+    def renew(self, study_id: str) -> None:
+        """Prolong the claim on a study whose preparation goes on, unless it was released."""
+        until = time.time() + CLAIM_SECONDS
+        claimed = (tables.studies.c.id == study_id) & (tables.studies.c.claimed_until > 0)
+        with writing(self._engine) as connection:
+            connection.execute(sa.update(tables.studies).where(claimed).values(claimed_until=until))
 
     def release(self, study_id: str, seconds: float = 0.0) -> None:
         """Let another process prepare the study, after some seconds."""
@@ -295,7 +303,7 @@ class StudyTable:
         """
         of_study = tables.images.c.study == study_id
         with writing(self._engine) as connection:
-            row = connection.execute(_select(study_id)).one_or_none()
+            row = connection.execute(_select(study_id).with_for_update()).one_or_none()
             if row is None or row.state != "preparing":
                 return False
             if sizes:
@@ -304,7 +312,7 @@ class StudyTable:
             done = connection.scalar(sa.select(sa.func.count()).where(of_study, tables.images.c.prepared)) or 0
             longest = max((row.longest, *sizes.values()))
             failures = 0 if sizes else row.failures
-            claimed_until = time.time() + _CLAIM_SECONDS
+            claimed_until = time.time() + CLAIM_SECONDS
             _change(
                 connection, study_id, prepared=done, longest=longest, failures=failures, claimed_until=claimed_until
             )
@@ -342,6 +350,8 @@ class StudyTable:
     def delete(self, study_id: str) -> None:
         """Delete all rows of a study."""
         with writing(self._engine) as connection:
+            # Before the other rows, so that nobody adds some to a study that is gone then.
+            connection.execute(_select(study_id).with_for_update())
             for table in (tables.answers, tables.invitations, tables.images, tables.uploads):
                 connection.execute(sa.delete(table).where(table.c.study == study_id))
             connection.execute(sa.delete(tables.studies).where(tables.studies.c.id == study_id))
@@ -377,7 +387,7 @@ class StudyTable:
         last = sa.select(sa.func.max(tables.invitations.c.number)).where(tables.invitations.c.study == study.id)
         with writing(self._engine) as connection:
             counters.lock_tenant(connection, study.tenant)
-            if _study(connection, study.id).state in ("closed", "failed", DELETING):
+            if _locked(connection, study.id).state in ("closed", "failed", DELETING):
                 raise StudyStateError("the study has ended; nobody can be invited to it")
             number = (connection.scalar(last) or 0) + 1
             if number > MAX_INVITATIONS:
@@ -508,7 +518,8 @@ class StudyTable:
         replace = sa.update(tables.answers).where(at).values(changes=changes, **values)
         try:
             with writing(self._engine) as connection:
-                _check_state(_study(connection, invitation.study), "open", "it takes no answers")
+                # Readers do not wait for each other.
+                _check_state(_locked(connection, invitation.study, shared=True), "open", "it takes no answers")
                 answered = _answered(connection, invitation.id)
                 if position > answered:
                     raise AnswerOrderError(f"image {answered + 1} has no answer yet; answer it first")
@@ -547,7 +558,18 @@ def _images(study_id: str) -> sa.Select[Any]:
 
 
 def _study(connection: sa.Connection, study_id: str) -> Study:
-    row = connection.execute(_select(study_id)).one_or_none()
+    return _found(connection.execute(_select(study_id)).one_or_none())
+
+
+def _locked(connection: sa.Connection, study_id: str, *, shared: bool = False) -> Study:
+    """A study that no other transaction changes or deletes until this one has ended; only reads it itself if `shared`.
+
+    Without the lock, a transaction of PostgreSQL that began before a deletion would undo it, or add rows that nothing removes.
+    """
+    return _found(connection.execute(_select(study_id).with_for_update(read=shared)).one_or_none())
+
+
+def _found(row: sa.Row[Any] | None) -> Study:
     if row is None:
         raise StudyStateError("the study was deleted meanwhile")
     return study_of(row)

@@ -130,7 +130,7 @@ class Deliverer:
             status, outcome = None, f"failed ({type(error).__name__})"
         delivered = status is not None and 200 <= status < 300
         level = logging.INFO if delivered else logging.WARNING
-        fields = {"message": message.id, "webhook": endpoint.id, "attempt": message.attempts, "outcome": outcome}
+        fields = {"message": message.id, "webhook": endpoint.id, "attempt": message.attempts + 1, "outcome": outcome}
         logger.log(level, "webhook", extra={f"webhook_{name}": value for name, value in fields.items()})
         try:
             await asyncio.to_thread(self.table.record, claim, outcome, status, time.time())

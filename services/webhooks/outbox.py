@@ -98,7 +98,7 @@ class Message:
     event: str
     body: str
     state: State
-    attempts: int
+    attempts: int  # whose outcome was recorded
     due_at: float
     outcome: str | None
     created_at: float
@@ -115,7 +115,7 @@ class Due:
 
 @dataclass(frozen=True)
 class Claim:
-    """A message that this process is to send now."""
+    """A message that this process is to send now. The end of the claim, `message.due_at`, tells it from later claims."""
 
     message: Message
     endpoint: Endpoint
@@ -282,7 +282,7 @@ class WebhookTable:
                 values: dict[str, Any] = {"state": "dead", "outcome": "the webhook is disabled", "ended_at": now}
                 connection.execute(sa.update(_messages).where(_messages.c.id == row.id).values(values))
                 return []
-            values = {"attempts": row.attempts + 1, "due_at": now + CLAIM_SECONDS}
+            values = {"due_at": now + CLAIM_SECONDS}
             connection.execute(sa.update(_messages).where(_messages.c.id == row.id).values(values))
             message = Message(**{**row._mapping, **values})
         return [Claim(message, _endpoint_of(to))]
@@ -297,17 +297,18 @@ class WebhookTable:
             now: Seconds since 1970.
         """
         message = claim.message
+        values: dict[str, Any] = {"attempts": message.attempts + 1, "outcome": outcome[:100]}
         if status is not None and 200 <= status < 300:
-            values: dict[str, Any] = {"state": "delivered", "ended_at": now}
-        elif status == _GONE or message.attempts > len(RETRY_SECONDS):
-            values = {"state": "dead", "ended_at": now}
+            values |= {"state": "delivered", "ended_at": now}
+        elif status == _GONE or message.attempts >= len(RETRY_SECONDS):
+            values |= {"state": "dead", "ended_at": now}
         else:
-            pause = RETRY_SECONDS[message.attempts - 1]
-            values = {"due_at": now + pause * (1 + 0.1 * secrets.randbelow(100) / 100)}
-        # The number of attempts is compared, because a claim that took too long may have been taken over.
-        mine = (_messages.c.id == message.id) & (_messages.c.attempts == message.attempts)
+            pause = RETRY_SECONDS[message.attempts]
+            values |= {"due_at": now + pause * (1 + 0.1 * secrets.randbelow(100) / 100)}
+        # A claim that took too long may have been taken over, which made its end later.
+        mine = (_messages.c.id == message.id) & (_messages.c.due_at == message.due_at)
         with writing(self._engine) as connection:
-            connection.execute(sa.update(_messages).where(mine).values(values | {"outcome": outcome[:100]}))
+            connection.execute(sa.update(_messages).where(mine, _messages.c.state == "waiting").values(values))
             if status == _GONE:
                 of_it = _endpoints.c.id == claim.endpoint.id
                 connection.execute(sa.update(_endpoints).where(of_it).values(disabled_at=now))

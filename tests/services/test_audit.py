@@ -295,6 +295,38 @@ def test_writer_loses_nothing_and_reports_what_it_cannot_store(
     table.close()
 
 
+def test_one_failed_attempt_answers_all_who_wait(
+    sqlite: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also if more entries are kept than a transaction has new ones, and if the service stops."""
+    monkeypatch.setattr("services.audit.writer._RETRY_SECONDS", 0.01)
+    attempts: list[int] = []
+
+    class Away(AuditTable):
+        def append(self, events: Any) -> list[trail_module.Entry]:
+            attempts.append(len(events))
+            time.sleep(0.05)
+            raise DatabaseUnavailableError("no database")
+
+    async def run() -> None:
+        writer = AuditWriter(Away(sqlite))
+        writer.start()
+        await asyncio.gather(*(writer.write_later(event(i)) for i in range(300)))
+        while not attempts or attempts[-1] < 300:
+            await asyncio.sleep(0.01)
+        before = len(attempts)
+        answers = await asyncio.gather(*(writer.write(event(i)) for i in range(50)), return_exceptions=True)
+        assert all(isinstance(answer, DatabaseUnavailableError) for answer in answers)
+        assert len(attempts) <= before + 3
+        await asyncio.gather(*(writer.write_later(event(i)) for i in range(500)))
+        before = len(attempts)
+        await asyncio.to_thread(writer.close)
+        assert len(attempts) <= before + 4
+
+    asyncio.run(run())
+    assert caplog.text.count("audit entry lost") == 800
+
+
 def test_key_file_is_checked(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("short-secret")
     for path in (tmp_path / "key", tmp_path / "none"):

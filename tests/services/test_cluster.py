@@ -126,6 +126,8 @@ def test_gateways_and_workers_make_the_files_of_one_machine(
     assert state["jobs"]["dataset"]["succeeded"] == 1 and state["running_shards"] == 0
     stored = {"location": storage, "free_bytes": None, "problem": None}
     assert state["storage"] == stored | {"stored_bytes": sum(map(len, direct.values()))}
+    away = status(shared | {"storage_url": "s3://no-such-bucket/datasets"})["storage"]
+    assert "no-such-bucket" in away["problem"]
     assert state["database"]["schema"] == state["database"]["newest_known_schema"]
     assert [each["digest"] for each in state["bundles"]] == [open_bundle(bundle).digest]
 

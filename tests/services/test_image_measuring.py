@@ -32,6 +32,7 @@ def _measuring() -> list[psutil.Process]:
     return [each for each in psutil.Process().children() if "spawn_main" in " ".join(each.cmdline())]
 
 
+@pytest.mark.full
 def test_images_are_measured_in_other_processes_which_may_be_killed(measure: AppearanceProcesses) -> None:
     expected = appearances(IMAGES)
     assert [bool(each.artefacts) for each in expected] == [False, True, False]
@@ -48,6 +49,7 @@ def test_images_are_measured_in_other_processes_which_may_be_killed(measure: App
     assert not _measuring()
 
 
+@pytest.mark.full
 def test_process_ends_with_its_parent() -> None:
     """A gateway that is killed leaves no process behind."""
     program = (

@@ -67,6 +67,7 @@ def test_every_line_is_an_object() -> None:
     assert "Ada" not in done.stderr and "192.0.2.7" not in done.stderr
 
 
+@pytest.mark.full
 def test_lines_of_a_request_have_its_id(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from service_kit import Service, service, wait_for
@@ -26,6 +26,8 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "k8s/observability"
 PAGE = (ROOT / "docs/observability.md").read_text()
 NAME = re.compile(r"\bdermis_[a-z0-9_]+")
+# Labels of every series that a ServiceMonitor scrapes. Prometheus renames a label of ours with one of these names.
+TARGET_LABELS = {"namespace", "service", "pod", "container", "endpoint", "job", "instance", "node"}
 BODY = {"classes": {"benign": 6}, "shard_size": 3}
 
 
@@ -157,6 +159,16 @@ def test_alerts_board_and_page_name_the_metrics_that_exist(served: Service) -> N
         assert family.documentation and not {"tenant", "id", "subject"} & {
             label for sample in family.samples for label in sample.labels
         }
+    for metric in vars(metrics).values():
+        if isinstance(metric, Counter | Gauge | Histogram):
+            assert not TARGET_LABELS & set(metric._labelnames)
+
+
+def test_first_failure_of_the_database_is_an_increase() -> None:
+    """Without the 0 before it, `rate` would not show it."""
+    for access in ("read", "write"):
+        labels = {"access": access, "outcome": "unavailable"}
+        assert REGISTRY.get_sample_value("dermis_database_transaction_duration_seconds_count", labels) is not None
 
 
 def test_each_alert_has_a_runbook() -> None:
@@ -166,6 +178,7 @@ def test_each_alert_has_a_runbook() -> None:
         assert rule["alert"].lower() in headings, rule["alert"]
 
 
+@pytest.mark.full
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian package prometheus)")
 def test_promtool_accepts_rules_board_and_metrics(served: Service, tmp_path: Path) -> None:
     def promtool(*arguments: str, text: str | None = None) -> None:

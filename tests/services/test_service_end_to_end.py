@@ -207,6 +207,7 @@ def test_open_service_needs_keys_and_logs_none(
     assert not any(text[23:] in log for text in (admin, made["key"]))
 
 
+@pytest.mark.full
 def test_failed_start_prints_one_line_with_its_cause(tmp_path: Path) -> None:
     def run(**settings: str) -> str:
         environment = os.environ | {"DERMIS_DATA_DIR": str(tmp_path / "data")} | settings

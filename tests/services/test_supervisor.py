@@ -126,6 +126,7 @@ def run_until(
             process.kill()
 
 
+@pytest.mark.full
 def test_processes_that_ignore_the_signal_are_killed_in_time(settings: Settings, programs: Path) -> None:
     programs.write_text(STUBBORN)
     options: list[list[str]] = []
@@ -217,6 +218,7 @@ def test_pause_before_a_start_grows_to_half_a_minute_however_often_a_process_end
     assert [supervisor._pause(deaths) for deaths in (1, 2, 3, 4, 10, 5000)] == [0, 1, 2, 4, 30, 30]
 
 
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("name, value", [("MALLOC_ARENA_MAX", "2"), ("ARROW_DEFAULT_MEMORY_POOL", "system")])
 @pytest.mark.parametrize("chosen", [None, "chosen"])

@@ -277,6 +277,17 @@ def test_message_is_claimed_by_one_process_and_again_when_that_died(table: Webho
     assert len(claim_due(table, now + 1000, busy)) == 1
 
 
+def test_claims_that_were_lost_are_no_attempts(table: WebhookTable) -> None:
+    endpoint, now = table.create("a", "https://receiver.example/", outbox.EVENTS, 5), time.time() + 1
+    end_job(table)
+    for _ in range(len(outbox.RETRY_SECONDS) + 2):
+        (claim,) = claim_due(table, now)
+        now += outbox.CLAIM_SECONDS
+    table.record(claim, "status 503", 503, now)
+    (message,) = table.messages(endpoint.id)
+    assert (message.state, message.attempts, message.outcome) == ("waiting", 1, "status 503")
+
+
 def test_slow_receivers_of_a_tenant_delay_no_other_tenant(table: WebhookTable) -> None:
     """One message of another tenant is sent although ten receivers of the first one do not answer."""
     for _ in range(10):

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -64,7 +64,7 @@ def draw(rows: Samples) -> list[Image]:
 class LocalClient:
     """An inference service that is always ready."""
 
-    async def not_ready(self) -> str | None:
+    async def not_ready(self, _unusable: Container[str] = ()) -> str | None:
         return None
 
     async def not_alive(self) -> str | None:
@@ -238,7 +238,9 @@ class Service:
         ends = states or ("succeeded", "failed", "cancelled")
         status: dict[str, Any] = {}
         wait_for(
-            lambda: status.update(self.client.get(dataset["links"]["self"]).json()) or status["state"] in ends, seconds
+            lambda: status.update(self.client.get(dataset["links"]["self"]).json()) or status["state"] in ends,
+            seconds,
+            pause=0.05,  # each call takes time from the job
         )
         return status
 

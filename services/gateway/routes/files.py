@@ -115,7 +115,7 @@ async def _file(dataset_id: str, name: str, request: Request, context: Context, 
     return file_response(
         info,
         request.headers,
-        lambda: context.jobs.open(job, info.name),
+        lambda: context.jobs.open(job, info),
         context.storage_threads,
         download=context.limits.downloads.hold(principal.tenant),
         head=request.method == "HEAD",

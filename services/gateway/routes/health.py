@@ -40,7 +40,7 @@ async def healthz(context: ContextDep) -> Health:
 
 @router.get("/readyz", summary="Whether the service can process requests", responses=problems("not-ready"))
 async def readyz(context: ContextDep) -> Health:
-    """200 if the inference services answer, every bundle is intact and the jobs database can be read."""
+    """200 if the inference services answer, a bundle is intact and the jobs database can be read."""
     reason = await context.not_ready()
     if reason is not None:
         raise ProblemError("not-ready", reason, headers={"Retry-After": "5"})
@@ -58,6 +58,6 @@ async def readyz(context: ContextDep) -> Health:
 )
 async def get_metrics(context: ContextDep, principal: _Reader) -> Response:
     """Counters, latencies, the queue and the served models, in the text format of Prometheus."""
-    models = [(bundle.name, bundle.digest, bundle.generator.img_resolution) for bundle in context.models.bundles]
-    text = await asyncio.to_thread(metrics.render, context.jobs.statistics, context.jobs.free_bytes, models)
+    jobs, states = context.jobs, context.models.states
+    text = await asyncio.to_thread(lambda: metrics.render(jobs.statistics, jobs.free_bytes, states()))
     return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE})

@@ -195,7 +195,7 @@ async def download_projection_file(
     return file_response(
         info,
         request.headers,
-        lambda: context.projections.open(job, info.name),
+        lambda: context.projections.open(job, info),
         context.storage_threads,
         download=context.limits.downloads.hold(principal.tenant),
     )

@@ -73,7 +73,7 @@ async def get_report(
     return file_response(
         info,
         relevant,
-        lambda: context.jobs.open(job, info.name),
+        lambda: context.jobs.open(job, info),
         context.storage_threads,
         download=context.limits.downloads.hold(principal.tenant),
         inline=True,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +17,13 @@ from starlette.responses import Response
 
 from dermis.bundle import Bundle
 from service_kit import Service, service
+from services.audit import writer as writer_module
 from services.audit.trail import AuditTable, Entry, Event, HeadMissingError
 from services.audit.verification import verify
+from services.audit.writer import AuditWriter
+from services.errors import DatabaseUnavailableError
 from services.gateway import audit as audit_module
-from services.gateway.audit import ACTIONS, NOT_RECORDED, DeniedRequests, RepeatedDenials
+from services.gateway.audit import ACTIONS, NOT_RECORDED, AuditTrail, DeniedRequests, RepeatedDenials
 from services.gateway.auth.principal import SCOPES
 from services.gateway.studio import Studio
 
@@ -170,6 +175,35 @@ def test_denied_requests_are_recorded_within_limits(served: Service, monkeypatch
     assert (entries[0].detail, entries[-1].detail) == (None, "3 more such denied requests")
     with context_of(served).audit.writer.table.snapshot() as snapshot:
         assert verify(snapshot).intact
+
+
+def test_count_that_cannot_be_written_at_the_stop_is_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While the database is away and as many entries wait as are kept without letting their requests wait."""
+    monkeypatch.setattr(writer_module, "_RETRY_SECONDS", 0.01)
+
+    class Away:
+        def append(self, _events: object) -> None:
+            raise DatabaseUnavailableError("no database")
+
+        def close(self) -> None:
+            pass
+
+    async def stop() -> threading.Thread | None:
+        writer = AuditWriter(Away())  # type: ignore[arg-type]
+        writer.start()
+        thread = writer._thread
+        writer._pending = writer_module._MAX_PENDING
+        trail = AuditTrail(writer)
+        trail._denied.left_out = 1
+        await trail.close()
+        return thread
+
+    thread = asyncio.run(stop())
+    assert thread is not None and not thread.is_alive()
+    (lost,) = (record for record in caplog.records if record.getMessage() == "audit entry lost")
+    assert "1 more denied requests" in lost.entry  # type: ignore[attr-defined]
 
 
 def test_limit_of_denied_requests_is_by_address_and_by_minute() -> None:

@@ -109,6 +109,7 @@ def test_generated_images_are_placed_and_compared(everybody: Caller, trusted: Ca
     assert (refused.status_code, "images" in refused.json()["detail"]) == (403, True)
 
 
+@pytest.mark.full
 def test_images_are_resized_in_threads(everybody: Caller, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the event loop every other call would wait for it."""
     threads: list[str] = []

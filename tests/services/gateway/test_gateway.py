@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -403,15 +404,21 @@ def test_service_answers_models_health_metrics_and_documentation(served: Service
     assert served.client.get("/docs/swagger-ui.css").status_code == 200
 
 
-def test_damaged_bundle_is_reported_and_others_are_served(tiny_bundle: Bundle, tmp_path: Path) -> None:
+def test_damaged_bundle_is_reported_and_others_are_served(
+    tiny_bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The service stays ready: all replicas may have the same bundles, and then none would receive requests."""
     bundles = tmp_path / "bundles"
     shutil.copytree(tiny_bundle.location, bundles / "tiny")
     shutil.copytree(tiny_bundle.location, bundles / "worse")
     (bundles / "worse" / "bundle.json").write_text("{")
     with service(bundles, tmp_path / "data") as running:
         assert [model["name"] for model in running.client.get("/v1/models").json()["data"]] == ["tiny"]
-        assert "worse" in problem(running.client.get("/readyz"), 503, "not-ready")["detail"]
+        assert running.client.get("/readyz").status_code == 200
         assert running.client.get("/livez").status_code == 200
+        shown = re.findall(r"^dermis_model_info\{(.*)\} (.*)$", running.client.get("/metrics").text, re.MULTILINE)
+        assert [value for _, value in shown] == ["1.0", "0.0"]
+        assert shown[1][0] == 'digest="",model="worse",resolution=""'
         answer = running.client.post("/v1/images", json={"classes": {"benign": 1}, "model": "worse"})
         problem(answer, 503, "model-unavailable")
         assert running.client.post("/v1/images", json={"classes": {"benign": 1}}).status_code == 200
@@ -421,7 +428,12 @@ def test_damaged_bundle_is_reported_and_others_are_served(tiny_bundle: Bundle, t
         data[-1] ^= 1
         weights.write_bytes(data)
         running.models._checked = float("-inf")  # no need to wait for the next check of the files
-        assert "tiny" in problem(running.client.get("/readyz"), 503, "not-ready")["detail"]
+        detail = problem(running.client.get("/readyz"), 503, "not-ready")["detail"]  # now it has no other bundle
+        assert "tiny" in detail and "worse" in detail
+        assert "model not served" in caplog.messages
+        assert f'dermis_model_info{{digest="{tiny_bundle.digest}",model="tiny",resolution="16"}} 0.0' in (
+            running.client.get("/metrics").text
+        )
         answer = running.client.post("/v1/datasets", json={"classes": {"benign": 1}})
         problem(answer, 503, "model-unavailable")
 

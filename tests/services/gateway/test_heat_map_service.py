@@ -173,7 +173,7 @@ def test_closing_the_connection_cancels_the_computation(tmp_path: Path, served: 
     with listening(parts) as url:
         for count in (1, 2):
             with pytest.raises(httpx.ReadTimeout):
-                httpx.post(f"{url}/v1/classifications?heat_map=xrai", files={"files": encode(PIXELS)}, timeout=1.0)
+                httpx.post(f"{url}/v1/classifications?heat_map=xrai", files={"files": encode(PIXELS)}, timeout=3.0)
             wait_for(lambda count=count: len(ended) == count)  # type: ignore[misc]
 
 

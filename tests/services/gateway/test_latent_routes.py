@@ -274,6 +274,7 @@ def decoded(answer: Any) -> list[Images]:
     return [decode(base64.b64decode(row["b64"])) for row in answer.json()["data"]]
 
 
+@pytest.mark.full
 def test_interpolation_begins_and_ends_with_its_samples(running: Service, synthesizer: Synthesizer) -> None:
     body = {
         "start": {"class": "benign", "seed": 5, "index": 1},
@@ -292,6 +293,7 @@ def test_interpolation_begins_and_ends_with_its_samples(running: Service, synthe
     assert getattr(film, "n_frames", 1) == 4  # there and back
 
 
+@pytest.mark.full
 def test_neighbours_have_the_distance_and_the_noise_of_the_sample(
     running: Service, synthesizer: Synthesizer, bundle: Bundle
 ) -> None:

@@ -8,12 +8,13 @@ import math
 import random
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import AsyncMock
 
 import pytest
@@ -292,15 +293,18 @@ def test_images_of_one_tenant_do_not_lock_out_another() -> None:
 
 
 class Generator:
-    """A generator of 20 images per second, and calls for one image each of three tenants at a constant rate.
+    """A generator of 20 images per second, and calls for one image each of some tenants at a constant rate.
+
+    Args:
+        tenants: Their names.
 
     Attributes:
         waits: Time of each accepted call and the seconds that it took.
         refused: Time and Retry-After of each refused call.
     """
 
-    def __init__(self) -> None:
-        self.now, self._random = 0.0, random.Random(0)
+    def __init__(self, tenants: Sequence[str] = "abc") -> None:
+        self.now, self._random, self._tenants = 0.0, random.Random(0), tenants
         self.limiter = WaitLimiter(5.0, clock=lambda: self.now)
         self._calls: deque[tuple[float, AbstractContextManager[None]]] = deque()
         self.waits: list[tuple[float, float]] = []
@@ -312,7 +316,7 @@ class Generator:
     def request(self, images: int = 1) -> None:
         """Request images with a call for each."""
         for _ in range(images):
-            call = requested(self.limiter, self._random.choice("abc"), 1)
+            call = requested(self.limiter, self._random.choice(self._tenants), 1)
             try:
                 call.__enter__()
             except ProblemError as refusal:
@@ -339,16 +343,123 @@ def test_accepted_calls_stay_fast_while_more_is_requested_than_can_be_made(rate:
     generator = Generator()
     begin = generator.now
     generator.run(120, rate)
-    overloaded = begin + 5 * rate / (rate - 20) + 6  # the queue that would be there has become five seconds long
+    overloaded = (
+        begin + 5 * max(1, 10 / (rate - 20)) + 6
+    )  # the queue that would be there is two and a half seconds long
     late = [wait for moment, wait in generator.waits if moment > overloaded]
-    assert max(late) < 0.8, "half a second before them, and one call of each tenant"
+    assert max(late) < 0.45, "twice the time of a fast call before them, which is a tenth of a second"
     assert len(late) == pytest.approx(20 * (generator.now - overloaded), rel=0.05), "the generator was idle"
     assert all(5 <= retry_after <= 6 for moment, retry_after in generator.refused if moment > overloaded)
-    generator.run(12, 10)  # the overload has ended
+    generator.run(16, 10)  # the overload has ended more than ten seconds ago
     refused = len(generator.refused)
     generator.request(60)  # three seconds
     generator.run(30, 16)
     assert len(generator.refused) == refused
+
+
+def test_calls_stay_fast_also_if_many_tenants_have_one_each() -> None:
+    generator = Generator([str(number) for number in range(20)])
+    generator.run(60, 60)
+    begin = generator.now
+    generator.run(60, 60)
+    late = sorted(wait for moment, wait in generator.waits if moment > begin)
+    assert late[len(late) * 19 // 20] < 0.5, "with one call of each it would be a second"
+    assert len(late) == pytest.approx(20 * 60, rel=0.05), "the generator was idle"
+
+
+def test_tenant_that_requests_little_is_not_refused_in_an_overload() -> None:
+    generator = Generator()
+    for _ in range(60):
+        generator.run(2, 60)
+        with requested(generator.limiter, "modest", 1):
+            pass
+    assert generator.limiter.is_overloaded and generator.refused
+
+
+@pytest.mark.parametrize("calm_seconds", [5, 300])
+def test_tenant_that_comes_back_is_not_refused_at_the_begin_of_an_overload(calm_seconds: float) -> None:
+    generator = Generator()
+    generator.run(calm_seconds, 10)
+    while not generator.limiter.is_overloaded:
+        generator.run(0.5, 60)
+    for _ in range(20):
+        generator.run(0.5, 60)
+        with requested(generator.limiter, "other", 1):
+            pass
+
+
+def test_calls_that_the_number_of_calls_refuses_are_load_too() -> None:
+    limits = GatewayLimits.of(Settings(_env_file=None, max_waiting_image_calls=4))
+    generator = Generator()
+    limits = replace(limits, image_waits=cast(Any, SimpleNamespace(of=lambda digest: generator.limiter)))
+    for calls_refused, seconds, overloaded in ((100, 0.1, False), (250, 0.025, True)):
+        with ExitStack() as calls:
+            for _ in range(4):
+                calls.enter_context(limits.hold_images("a", "digest", 1))()
+            for _ in range(calls_refused):
+                generator.now += seconds
+                with pytest.raises(ProblemError, match="too many calls"):
+                    calls.enter_context(limits.hold_images("a", "digest", 1))
+        assert generator.limiter.is_overloaded == overloaded
+
+
+@pytest.mark.parametrize(("seconds", "more_seconds", "most"), [(0.15, 0.0, 8), (0.05, 0.005, 64), (0.02, 0.04, 8)])
+def test_overload_uses_a_device_that_makes_several_images_at_once(
+    seconds: float, more_seconds: float, most: int
+) -> None:
+    """Batches of n images take `seconds` + n * `more_seconds`."""
+    rate = most / (seconds + most * more_seconds)
+    now, due, made, random_numbers = 0.0, 0.0, 0, random.Random(0)
+    limiter = WaitLimiter(5.0, clock=lambda: now)
+    waiting: deque[AbstractContextManager[None]] = deque()
+    while now < 150:
+        batch = [waiting.popleft() for _ in range(min(most, len(waiting)))]
+        end = now + (seconds + len(batch) * more_seconds if batch else 0.01)
+        while due <= end:
+            now = max(now, due)
+            call = requested(limiter, random_numbers.choice("abc"), 1)
+            with suppress(ProblemError):
+                call.__enter__()
+                waiting.append(call)
+            due += 1 / (2 * rate if now > 5 else 1.2 * rate)
+        now = end
+        made += len(batch) if now > 50 else 0
+        for call in batch:
+            call.__exit__(None, None, None)
+    assert limiter.is_overloaded
+    assert made > 0.65 * rate * 100
+
+
+def test_jobs_yield_while_calls_wait() -> None:
+    generator = Generator()
+    assert not generator.limiter.is_busy
+    generator.request(4)  # a fifth of a second
+    assert not generator.limiter.is_busy
+    generator.request(2)
+    assert generator.limiter.is_busy and not generator.limiter.is_overloaded
+    generator.run(1, 0)
+    assert not generator.limiter.is_busy
+
+
+def test_overload_ends_without_further_calls() -> None:
+    generator = Generator()
+    generator.run(60, 60)
+    assert generator.limiter.is_overloaded
+    generator.now += 1
+    assert generator.limiter.is_overloaded
+    generator.now += 2
+    assert not generator.limiter.is_overloaded
+
+
+def test_calls_stay_fast_if_hardly_more_is_requested_than_can_be_made() -> None:
+    """The queue of the requested images becomes empty again and again."""
+    generator, random_numbers = Generator(), random.Random(1)
+    begin = generator.now
+    for _ in range(300):
+        generator.run(1, random_numbers.choice((12, 20, 32)))
+    late = sorted(wait for moment, wait in generator.waits if moment > begin + 100)
+    assert late[len(late) * 19 // 20] < 0.7
+    assert len(late) > 0.85 * 20 * 200
 
 
 def test_measured_rate_is_right_where_the_queue_is_hardly_long_enough() -> None:
@@ -407,8 +518,8 @@ def test_calls_that_a_quota_refuses_or_whose_callers_leave_are_no_load() -> None
 
 def test_wait_is_limited_for_each_model() -> None:
     limits = GatewayLimits.of(Settings(_env_file=None))
-    assert limits.image_wait("x") is limits.image_wait("x") is not limits.image_wait("y")
-    assert GatewayLimits.of(Settings(_env_file=None)).image_wait("x") is not limits.image_wait("x")
+    assert limits.image_waits.of("x") is limits.image_waits.of("x") is not limits.image_waits.of("y")
+    assert GatewayLimits.of(Settings(_env_file=None)).image_waits.of("x") is not limits.image_waits.of("x")
 
 
 def test_calls_of_few_images_correct_a_rate_that_was_low() -> None:

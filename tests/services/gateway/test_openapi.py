@@ -28,6 +28,7 @@ CHECKS = (
 )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("examples", "phases"),
     [(4, "examples,fuzzing"), pytest.param(20, "examples,coverage,fuzzing,stateful", marks=pytest.mark.full)],

@@ -107,6 +107,7 @@ def test_projection_returns_latents_and_removes_uploaded_images(
     assert stored(running, job) == [] and running.client.get(f"/v1/projections/{job['id']}").status_code == 404
 
 
+@pytest.mark.full
 def test_running_projection_shows_its_image_and_leaves_nothing(running: Service) -> None:
     picture = encode(noise(1, seed=9)[0])
     running.projector.previews = [ProjectionPreview(0, 40, [(1, 2.5), (40, 1.25)], picture)]
@@ -281,6 +282,7 @@ def test_upload_that_cannot_be_stored_leaves_no_job(running: Service, monkeypatc
     assert running.ctx.table.active() == [] and not list(Path(running.settings.storage).iterdir())
 
 
+@pytest.mark.full
 def test_projection_succeeds_while_its_progress_is_unknown(running: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     async def silent(_ticket: str) -> tuple[int, list[ProjectionPreview]]:
         raise InferenceUnavailableError("no answer")

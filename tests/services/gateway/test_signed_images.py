@@ -64,6 +64,7 @@ def test_images_are_signed_unless_the_request_refuses(running: Service, signer: 
     assert state(base64.b64decode(edited["b64"]), signer) == "signed"
 
 
+@pytest.mark.full
 def test_datasets_are_signed_by_default_and_keep_their_hashes(running: Service, signer: SignerFiles) -> None:
     body = BODY | {"classes": {"benign": 5}, "format": "webdataset", "shard_size": 3}
     plain = running.wait(running.ask(body | {"provenance": {"c2pa": False}}))

@@ -420,6 +420,7 @@ def test_bundle_that_cannot_be_opened_is_unknown_to_other_tenants(tmp_path: Path
     assert refusal("b", "secret") == refusal("b", "nothing") and "secret" not in refusal("b", "secret")
     assert "BundleError" in refusal("a", "secret")
     # Everyone can read /readyz.
+    models = ServedModels([str(broken.location)], "secret", {"secret": ["a"]})
     ctx: Any = SimpleNamespace(stopping=threading.Event(), models=models)
     reason = asyncio.run(_readiness(ctx, ctx)())
     assert reason is not None and "secret" not in reason

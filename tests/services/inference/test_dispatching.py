@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -12,11 +13,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import REGISTRY
 
 import services.service  # noqa: F401  it makes BentoML use the dispatcher
 from services import callers
 from services.inference.base import batch_api, inference_service
-from services.inference.dispatching import BatchDispatcher, shares
+from services.inference.dispatching import BatchDispatcher, measured_batch, shares
 
 doubled: list[list[int]] = []
 may_double = asyncio.Event()
@@ -386,3 +388,16 @@ def test_services_drop_requests_whose_callers_have_disconnected() -> None:
 
 def test_bentoml_uses_the_dispatcher() -> None:
     assert _bentoml_impl.server.app.CorkDispatcher is BatchDispatcher
+
+
+def test_a_batch_of_a_service_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BatchDispatcher, "busy_rows", 2)
+    monkeypatch.setattr(BatchDispatcher, "_seconds_per_row", None)
+
+    def compute() -> list[int]:
+        time.sleep(0.01)
+        return [2, 4]
+
+    assert measured_batch("doubler", 2, compute) == [2, 4]
+    assert BatchDispatcher._seconds_per_row is not None and BatchDispatcher._seconds_per_row >= 0.005
+    assert REGISTRY.get_sample_value("dermis_inference_batch_size_sum", {"inference_service": "doubler"}) == 2

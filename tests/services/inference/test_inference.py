@@ -18,15 +18,19 @@ import fsspec
 import numpy as np
 import pytest
 import torch
+from bentoml.exceptions import ServiceUnavailable
 
 from dermis.bundle import Bundle, open_bundle
 from dermis.bundle.folder import exists
 from dermis.classifier.graph_trial import try_graph
 from dermis.errors import BundleError, DermisError, StorageError
+from dermis.projection.schedule import Schedule
 from flaky_storage import EndpointConnectionError, failing
 from services.errors import InferenceFailedError, InferenceUnavailableError, LoadPostponedError
 from services.inference.client import ClassifierClient, GeneratorClient, InferenceClients
-from services.inference.samples import Options, Samples, from_bytes, pack_rows
+from services.inference.projections import ProjectionTask
+from services.inference.samples import Options, Samples, from_bytes, pack_rows, to_bytes
+from services.jobs import context
 from services.models import ServedModels
 
 BUNDLE: Any = SimpleNamespace(name="tiny", digest="d" * 64, classifier=None, authenticity=None)
@@ -82,6 +86,7 @@ def test_model_that_was_not_loaded_is_reported_with_its_reason() -> None:
     client = GeneratorClient(service, MODELS)
     reason = asyncio.run(client.not_ready())
     assert reason == "the generator did not load tiny: generator.safetensors is damaged"
+    assert asyncio.run(client.not_ready({"tiny": "its files were changed"})) is None  # no restart of the service helps
     assert asyncio.run(client.not_alive()) is None
     with pytest.raises(
         InferenceUnavailableError, match="no model with digest dddddddddddd: generator.safetensors is damaged"
@@ -102,6 +107,30 @@ def test_readiness_names_every_service_that_is_missing() -> None:
     services["projector"] = services["generator"]
     clients = InferenceClients.connect(lambda name: services.get(name, FakeService()), MODELS)
     assert "the projector did not load tiny" in str(asyncio.run(clients.not_ready()))
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "used"),
+    [
+        ("auto", 2, ["cuda:0", "cuda:1", "cuda:0"]),
+        ("cuda", 2, ["cuda:0", "cuda:1", "cuda:0"]),
+        ("cuda", 1, ["cuda"] * 3),
+        ("auto", 0, ["auto"] * 3),
+        ("cuda:1", 2, ["cuda:1"] * 3),
+    ],
+)
+def test_generator_processes_use_several_gpus_in_turn(
+    monkeypatch: pytest.MonkeyPatch, device: str, gpus: int, used: list[str]
+) -> None:
+    from services.inference import generator
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(generator, "_settings", SimpleNamespace(device=device, generator_workers=3))
+    devices = []
+    for number in (1, 2, 3):
+        monkeypatch.setattr(generator, "bentoml", SimpleNamespace(server_context=SimpleNamespace(worker_index=number)))
+        devices.append(generator._device())
+    assert devices == used
 
 
 def run_here(monkeypatch: pytest.MonkeyPatch, *locations: str) -> None:
@@ -266,6 +295,68 @@ def test_process_that_lacks_memory_for_one_of_two_models_serves_the_other(monkey
     assert list(described["identities"]) == ["digest"] and len(described["problems"]) == 1
 
 
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+DEVICE_LOST = [
+    torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700),
+    RuntimeError("CUDA error: unspecified launch failure"),
+    RuntimeError("[ONNXRuntimeError] : 1 : FAIL : CUDA failure 700: an illegal memory access was encountered"),
+]
+
+
+@pytest.mark.parametrize(
+    ("error", "answered", "ends"),
+    [(OUT_OF_MEMORY, ServiceUnavailable, False), (RuntimeError("CUDA error: out of memory"), ServiceUnavailable, False)]
+    + [(error, type(error), True) for error in DEVICE_LOST]
+    + [(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), RuntimeError, False)],
+    ids=str,
+)
+def test_call_that_lacks_memory_can_be_repeated_and_lost_device_ends_the_process(
+    error: Exception, answered: type[Exception], ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from services.inference import base
+    from services.inference.generator import GeneratorService
+    from services.inference.projector import ProjectorService
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    timers: list[Any] = []
+    monkeypatch.setattr(
+        base.threading, "Timer", lambda *arguments: timers.append(arguments) or SimpleNamespace(start=int)
+    )
+    service: Any = SimpleNamespace(
+        logger=logging.getLogger("test"), _models={BUNDLE.digest: SimpleNamespace(images=fail, bundle=BUNDLE)}
+    )
+    with pytest.raises(answered):
+        GeneratorService.inner.generate.func(service, to_bytes(rows_of(2)))  # type: ignore[attr-defined]
+    bundle = SimpleNamespace(name="tiny", location="/models/tiny")
+    service = SimpleNamespace(
+        logger=service.logger, _models={"d": bundle}, _projector=fail, _cancelled={}, _steps={}, _previews={}
+    )
+    task = ProjectionTask(Schedule(steps=1)).to_dict()
+    project = ProjectorService.inner.project.func  # type: ignore[attr-defined]
+    if answered is RuntimeError and not ends:
+        assert "mat1" in project(service, "d", np.zeros((1, 8, 8, 3), np.uint8), [0], task, "t")["problem"]
+    else:
+        with pytest.raises(answered):
+            project(service, "d", np.zeros((1, 8, 8, 3), np.uint8), [0], task, "t")
+    assert timers == [(base._END_SECONDS, os._exit, (1,))] * (2 if ends else 0)
+    assert base._END_SECONDS < context._FIRST_PAUSE_SECONDS
+
+
+def test_every_method_that_computes_handles_errors_of_the_machine() -> None:
+    from services.inference import authenticity, classifier, explainer, generator, projector
+
+    modules = (authenticity, classifier, explainer, generator, projector)
+    services = [
+        each for module in modules for each in vars(module).values() if isinstance(getattr(each, "apis", None), dict)
+    ]
+    methods = [method for each in services for method in each.apis.values()]
+    assert len(services) == 5 and len(methods) >= 10
+    for method in methods:
+        assert asyncio.iscoroutinefunction(method.func) or hasattr(method.func, "__wrapped__"), method.name
+
+
 def test_gateway_ends_if_it_cannot_open_a_bundle_for_too_little_memory(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,6 +370,7 @@ def test_gateway_ends_if_it_cannot_open_a_bundle_for_too_little_memory(
     assert ServedModels([tiny_bundle.location]).bundles
 
 
+@pytest.mark.full
 def test_every_inference_client_has_a_service_with_process_count(tmp_path: Path) -> None:
     program = (
         "import dataclasses, json, sys, services.service as service\n"
@@ -305,6 +397,7 @@ def test_every_inference_client_has_a_service_with_process_count(tmp_path: Path)
     assert not torch
 
 
+@pytest.mark.full
 def test_gateway_without_inference_depends_on_no_service(tmp_path: Path) -> None:
     """BentoML would otherwise load the models in the process of the gateway."""
     settings = {

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dermis.projection.schedule import Schedule
-from services.callers import CallerMiddleware
+from services.callers import CallerMiddleware, caller_has_disconnected
 from services.inference.base import InferenceService
 from services.inference.projections import ProjectionTask
 from services.inference.projector import _MAX_CANCELLED, ProjectorService
@@ -22,7 +22,7 @@ TASK = ProjectionTask(Schedule(steps=3)).to_dict()
 
 
 class FakeProjector:
-    """Counts steps, and waits in the first one until `ready` is set."""
+    """Counts steps, and waits in the first one until `ready` is set or the caller has disconnected."""
 
     bundle: Any = SimpleNamespace(digest="d", name="tiny", provenance={})
 
@@ -33,7 +33,9 @@ class FakeProjector:
     def project(self, _targets: Any, schedule: Schedule, on_step: Callable[[Any], None], **_: Any) -> Iterator[Any]:
         for step in range(schedule.steps):
             self.begun.set()
-            assert self.ready.wait(10)
+            deadline = time.monotonic() + 10
+            while not (self.ready.wait(0.01) or caller_has_disconnected()):
+                assert time.monotonic() < deadline
             self.steps += 1
             on_step([(0, step + 1)])
         yield from ()
@@ -115,9 +117,18 @@ def test_call_whose_caller_has_disconnected_ends_at_its_next_step(projecting: An
     call = Call(projecting)
     assert projector.begun.wait(10)
     call.left.set()
-    time.sleep(0.5)
-    projector.ready.set()
     assert "disconnected" in call.problem()
+    assert projector.steps == 1
+
+
+def test_call_that_cannot_end_in_time_is_refused(
+    projecting: Any, projector: FakeProjector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.inference.projector._ESTIMATED_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr("services.inference.projector._WORK_SECONDS", 1e-9)
+    projector.ready.set()
+    answer = projecting.project("d", np.zeros((1, 8, 8, 3), np.uint8), [0], TASK, "one")
+    assert "longer than an hour with 3 steps" in answer["refused"] and answer["field"] == "steps"
     assert projector.steps == 1
 
 

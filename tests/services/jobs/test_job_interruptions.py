@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from email.utils import formatdate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,16 +22,24 @@ import sqlalchemy as sa
 
 import flaky_storage
 from benchmarks.components.postgres import Postgres
-from dermis.bundle import Bundle
+from dermis.bundle import Bundle, open_bundle
+from dermis.dataset import shards
 from dermis.dataset.store import Store, storage_error
-from dermis.errors import DermisError, StorageError
+from dermis.errors import BundleError, StorageError
 from dermis.imaging import encode
 from flaky_storage import EndpointConnectionError, failing
 from service_kit import Service, make_directly, service, wait_for
-from services.errors import DatabaseUnavailableError, InferenceUnavailableError, InferenceUnreachableError
+from services import models
+from services.errors import (
+    BundleAwayError,
+    DatabaseUnavailableError,
+    InferenceUnavailableError,
+    InferenceUnreachableError,
+)
 from services.jobs import context, execution, projection, workflow
 from services.jobs.database import database_errors
 from services.jobs.lease import Lease
+from services.jobs.service import ProjectionJobs
 from services.jobs.table import JobTable
 
 REQUEST: dict[str, Any] = {"classes": {"benign": 70, "malignant": 30}, "seed": 3, "shard_size": 9}
@@ -83,6 +93,7 @@ def assert_says_that_the_database_is_away(running: Service, *paths: str) -> None
     assert running.client.get("/metrics").status_code == 200
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("mode", "seconds"), [("fast", 0.6), pytest.param("immediate", 3.0, marks=pytest.mark.full)])
 def test_dataset_job_survives_database_restart(
     tiny_bundle: Bundle, tmp_path: Path, postgres: Postgres, mode: str, seconds: float
@@ -104,6 +115,7 @@ def test_dataset_job_survives_database_restart(
         assert running.generator.calls <= 14  # 12 shards of one batch each: what was finished was not made again
 
 
+@pytest.mark.full
 def test_projection_job_survives_database_restart(tiny_bundle: Bundle, tmp_path: Path, postgres: Postgres) -> None:
     with service(tiny_bundle.location, tmp_path / "data", database_url=postgres.url) as running:
         alone = project(running)
@@ -156,6 +168,7 @@ jobs.stop()
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["postgresql", pytest.param("sqlite", marks=pytest.mark.full)])
 def test_four_processes_may_start_at_once_on_an_empty_database(
     tmp_path: Path, kind: str, request: pytest.FixtureRequest
@@ -213,6 +226,10 @@ class NoCredentialsError(Exception):
     """As botocore's."""
 
 
+class CredentialRetrievalError(Exception):
+    """As botocore's."""
+
+
 class ClientError(Exception):
     """As botocore's."""
 
@@ -247,6 +264,8 @@ class ClientError(Exception):
         (ClientError(500), True, "storage-unavailable"),
         (ClientError(400), True, "storage"),
         (NoCredentialsError(), True, "storage"),
+        (CredentialRetrievalError("time-out"), True, "storage-unavailable"),
+        (RuntimeError("..., but the refreshed credentials are still expired."), True, "storage-unavailable"),
         (EndpointConnectionError("no storage of ours"), False, None),
         (TypeError("our fault"), True, None),
     ],
@@ -275,6 +294,7 @@ def test_refusal_because_of_a_wrong_clock_is_transient(seconds: float, change: f
     assert ("the clock of this machine" in str(storage_problem)) == (kind == "storage-unavailable")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("error", [OSError(errno.EBUSY, "SlowDown"), EndpointConnectionError("s3.example.com")])
 def test_dataset_job_survives_storage_failures(
     tiny_bundle: Bundle, tmp_path: Path, hurried: None, error: Exception
@@ -294,6 +314,98 @@ def test_dataset_job_survives_storage_failures(
         assert min(calls.values()) > 0
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("away", ["stale", "unmounted"])
+def test_job_waits_while_the_folder_of_its_bundle_is_away(
+    tiny_bundle: Bundle,
+    tmp_path: Path,
+    hurried: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    away: str,
+) -> None:
+    def stale(_location: str) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    folder = Path(shutil.copytree(tiny_bundle.location, tmp_path / "bundle"))
+    monkeypatch.setattr(models, "_CHECK_SECONDS", 0.0)
+    with service(folder, tmp_path / "data") as running:
+        running.generator.gate.clear()
+        asked = running.ask(REQUEST)
+        wait_for(lambda: running.client.get(asked["links"]["self"]).json()["state"] == "running")
+        with monkeypatch.context() as patch:
+            if away == "stale":
+                patch.setattr(models, "_fingerprint", stale)
+            else:
+                folder.rename(tmp_path / "away")
+            running.generator.gate.set()
+            wait_for(lambda: "work waits" in caplog.text)
+            refused = running.client.post("/v1/datasets", json=REQUEST)
+            assert (refused.status_code, refused.headers["Retry-After"]) == (503, "5"), refused.text
+            assert "cannot be read at the moment" in refused.json()["detail"]
+            if away == "unmounted":
+                (tmp_path / "away").rename(folder)
+        assert running.wait(asked)["state"] == "succeeded"
+
+
+def test_folder_of_a_bundle_that_comes_back_during_a_check_is_checked_again(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, away = Path(shutil.copytree(tiny_bundle.location, tmp_path / "bundle")), tmp_path / "away"
+    monkeypatch.setattr(models, "_CHECK_SECONDS", 0.0)
+    served = models.ServedModels([str(folder)], tiny_bundle.name)
+    folder.rename(away)
+
+    def come_back(location: str) -> Bundle:
+        away.rename(folder)
+        monkeypatch.setattr(models, "open_bundle", open_bundle)
+        raise BundleError(f"{location}: is not a folder")
+
+    monkeypatch.setattr(models, "open_bundle", come_back)
+    with pytest.raises(BundleAwayError):
+        served.serving(tiny_bundle.name)
+    assert served.serving(tiny_bundle.name).digest == tiny_bundle.digest
+    (folder / "generator.safetensors").write_bytes(b"damaged")
+    with pytest.raises(BundleError, match="is not what the service loaded"):
+        served.serving(tiny_bundle.name)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("moment", ["before", "during"])
+def test_dataset_waits_for_space_for_temporary_files(
+    tiny_bundle: Bundle,
+    tmp_path: Path,
+    hurried: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    moment: str,
+) -> None:
+    write, full = shards.container_writer, [1, 2, 3]
+
+    def fill(*arguments: Any) -> Any:
+        if full:
+            full.pop()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(*arguments)
+
+    with service(tiny_bundle.location, tmp_path / "data", storage_url="flaky://bucket/jobs") as running:
+        with monkeypatch.context() as patch:
+            if moment == "before":
+                patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=1 << 40, free=1000))
+            else:
+                patch.setattr(shards, "container_writer", fill)
+            asked = running.ask(REQUEST)
+            wait_for(lambda: "work waits" in caplog.text)
+            assert running.client.get(asked["links"]["self"]).json()["state"] in ("queued", "running")
+            if moment == "during":
+                wait_for(lambda: not full)
+        assert running.wait(asked)["state"] == "succeeded"
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=1000, free=1000))
+        failed = running.wait(running.ask(REQUEST | {"seed": 4}))  # it can never fit
+        assert failed["error"]["type"] == "urn:dermis:problem:storage-full"
+
+
+@pytest.mark.full
 def test_projection_is_not_repeated_after_storage_failure(tiny_bundle: Bundle, tmp_path: Path, hurried: None) -> None:
     refusals = 5
 
@@ -349,14 +461,17 @@ def test_calls_get_503_while_the_storage_cannot_be_reached(tiny_bundle: Bundle, 
         for answer in answers:
             assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5"), answer.text
             assert "s3.example.com" not in answer.text and "bucket" not in answer.text
-        # Nothing remains of work that failed: the sweep, and the next call, complete it.
-        assert running.client.delete(dataset["links"]["self"]).status_code == 204
+        # Nothing remains of work that failed: sweeps complete it.
+        running.jobs.datasets.remove_expired()
+        assert running.client.get(dataset["links"]["self"]).status_code == 404
         workflow.sweep()
         assert [name for name in flaky_storage.names() if "ds_" in name or "input" in name] == []
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("headers", [{"Idempotency-Key": "k"}, {}], ids=["key", "no key"])
 def test_interrupted_projection_upload_fails_and_can_be_repeated(
-    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, headers: dict[str, str]
 ) -> None:
     options = {"storage_url": "flaky://bucket/jobs", "quotas": {"*": {"projections_per_day": 2}}}
     with service(tiny_bundle.location, tmp_path / "data", **options) as running:
@@ -370,9 +485,9 @@ def test_interrupted_projection_upload_fails_and_can_be_repeated(
                 write(store, name, data)
 
             patch.setattr(Store, "write", killed)
-            patch.setattr(execution, "remove_files", lambda *_: (_ for _ in ()).throw(DermisError("killed")))
+            patch.setattr(ProjectionJobs, "_remove_begun", lambda *_: None)
             files = [("files", (f"{i}.png", encode(np.zeros((9, 9, 3), np.uint8)), "image/png")) for i in range(2)]
-            sent = running.client.post("/v1/projections?steps=3", files=files, headers={"Idempotency-Key": "k"})
+            sent = running.client.post("/v1/projections?steps=3", files=files, headers=headers)
             assert sent.status_code == 500
         left = running.ctx.table.page("default", "projection", 1)[0]
         workflow.sweep()
@@ -381,11 +496,12 @@ def test_interrupted_projection_upload_fails_and_can_be_repeated(
         assert job["error"]["instance"] == f"/v1/projections/{left.id}"
         assert flaky_storage.names() == []
         # The first attempt is not counted any more: otherwise this one would exceed the quota.
-        again = running.client.post("/v1/projections?steps=3", files=files, headers={"Idempotency-Key": "k"})
+        again = running.client.post("/v1/projections?steps=3", files=files, headers=headers)
         assert again.status_code == 202, again.text
         assert end_of(running, again.json())["state"] == "succeeded"
 
 
+@pytest.mark.full
 def test_repeated_upload_stores_images_that_the_first_call_could_not(tiny_bundle: Bundle, tmp_path: Path) -> None:
     options = {"storage_url": "flaky://bucket/jobs", "quotas": {"*": {"projections_per_day": 3}}}
     with service(tiny_bundle.location, tmp_path / "data", **options) as running:
@@ -399,6 +515,7 @@ def test_repeated_upload_stores_images_that_the_first_call_could_not(tiny_bundle
         assert use.used == 3  # once
 
 
+@pytest.mark.full
 def test_late_failure_of_a_first_upload_does_not_end_the_job_that_a_repeated_one_was_given(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -434,6 +551,7 @@ def test_late_failure_of_a_first_upload_does_not_end_the_job_that_a_repeated_one
         assert end_of(running, job)["state"] == "succeeded"
 
 
+@pytest.mark.full
 def test_sweep_ignores_projection_whose_images_are_being_stored(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -457,6 +575,7 @@ def test_sweep_ignores_projection_whose_images_are_being_stored(
         assert end_of(running, jobs[0])["state"] == "succeeded"
 
 
+@pytest.mark.full
 def test_failed_workflow_restarts_and_keeps_finished_shards(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -494,6 +613,7 @@ def test_workflow_that_always_fails_ends_as_failed_job(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     monkeypatch.setattr(workflow, "_MAX_RESTARTS", 2)
+    monkeypatch.setattr(workflow, "_STUCK_SWEEPS", 100)  # on a busy machine a workflow may begin late
 
     def broken(*_: Any) -> str:
         raise RuntimeError("a fault of ours")
@@ -506,6 +626,7 @@ def test_workflow_that_always_fails_ends_as_failed_job(
         assert list(Path(running.settings.storage).iterdir()) == []
 
 
+@pytest.mark.full
 def test_sweep_with_stale_job_list_keeps_files_of_ended_job(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -534,7 +655,7 @@ def test_sweep_with_stale_list_does_not_resume_what_another_worker_runs(
         stale = find(status="PENDING")
         for each in stale:
             each.executor_id = "lost"
-        monkeypatch.setattr(workflow.DBOS, "resume_workflow", lambda workflow_id, **_: resumed.append(workflow_id))
+        monkeypatch.setattr(workflow, "_resume", lambda status: resumed.append(status.workflow_id))
         patched = lambda **options: stale if options.get("status") == "PENDING" else find(**options)  # noqa: E731
         monkeypatch.setattr(workflow.DBOS, "list_workflows", patched)
         workflow.sweep()
@@ -559,6 +680,7 @@ def test_late_error_of_second_worker_does_not_change_ended_job(tmp_path: Path) -
     table.close()
 
 
+@pytest.mark.full
 def test_unreachable_service_is_retried_longer_than_unavailable(
     tiny_bundle: Bundle, tmp_path: Path, hurried: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,6 +47,8 @@ def test_a_job_makes_the_files_that_the_library_makes(tiny_bundle: Bundle, tmp_p
             assert files_of(running, dataset) == expected(tiny_bundle, tmp_path / file_format, format=file_format)
             assert verify(Path(running.settings.storage) / dataset["id"]).ok
             assert (dataset["progress"]["samples_done"], dataset["progress"]["shards_done"]) == (100, 12)
+            # Besides the job itself some shards can be left, whose end was still being recorded.
+            wait_for(lambda asked=asked: len(workflow.DBOS.list_workflows(workflow_id_prefix=asked["id"])) <= 6)  # type: ignore[misc]
 
 
 def test_job_of_stopped_service_resumes_at_next_start(tiny_bundle: Bundle, tmp_path: Path) -> None:
@@ -127,13 +129,17 @@ def headers_of(running: Service, tenant: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {text}"}
 
 
+@pytest.mark.full
 def test_job_of_live_worker_is_not_taken_over(tiny_bundle: Bundle, tmp_path: Path) -> None:
     with service(tiny_bundle.location, tmp_path / "data", executor_id="first") as running:
         running.generator.close_after = 3
         asked = running.ask(REQUEST)
-        running.wait_for_shards(asked, 2)
+        running.wait_for_shards(asked, 3)
+        wait_for(lambda: running.ctx.table.statistics().shards_begun)
     table = JobTable(running.settings.jobs_url)
     takeovers = REGISTRY.get_sample_value("dermis_lease_takeovers_total")
+    retries = REGISTRY.get_sample_value("dermis_shard_retries_total", {"kind": "dataset"})
+    assert table.statistics().shards_begun == 0
     table.renew_lease("first", 3600)
     with service(tiny_bundle.location, tmp_path / "data", executor_id="second", lease_seconds=1) as running:
         workflow.sweep()
@@ -143,8 +149,25 @@ def test_job_of_live_worker_is_not_taken_over(tiny_bundle: Bundle, tmp_path: Pat
         dataset = running.wait(asked)
         assert dataset["state"] == "succeeded"
         assert shards < 12
-    assert REGISTRY.get_sample_value("dermis_lease_takeovers_total") == takeovers  # it has stopped, and was not lost
+        assert dataset["progress"]["samples_done"] == 100
+    # It has stopped, and was not lost.
+    assert REGISTRY.get_sample_value("dermis_lease_takeovers_total") == takeovers
+    assert REGISTRY.get_sample_value("dermis_shard_retries_total", {"kind": "dataset"}) == retries
     table.close()
+
+
+def test_work_is_stopped_although_another_part_of_the_service_fails_to_stop(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def close_and_fail(*arguments: Any) -> None:
+        close(*arguments)
+        raise RuntimeError("audit")
+
+    with pytest.raises(RuntimeError, match="audit"), service(tiny_bundle.location, tmp_path / "data") as running:
+        writer = running.client.app.state.context.audit.writer  # type: ignore[attr-defined]
+        close = writer.close
+        monkeypatch.setattr(writer, "close", close_and_fail)
+    assert not any(thread.name == "dermis-lease" for thread in threading.enumerate())
 
 
 def test_a_cancelled_job_stops_soon_and_leaves_nothing(tiny_bundle: Bundle, tmp_path: Path) -> None:
@@ -192,6 +215,7 @@ def test_a_disk_that_is_nearly_full_refuses_new_work(tiny_bundle: Bundle, tmp_pa
         assert running.client.get("/v1/datasets").json()["data"] == []
 
 
+@pytest.mark.full
 def test_job_retries_failing_generator_a_limited_number_of_times(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,15 +231,24 @@ def test_job_retries_failing_generator_a_limited_number_of_times(
         assert "always" not in dataset["error"]["detail"]
 
 
-def test_files_of_unknown_jobs_are_removed_at_start(tiny_bundle: Bundle, tmp_path: Path) -> None:
+def test_start_removes_unfinished_files_of_unknown_jobs_and_no_dataset(
+    tiny_bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     storage = tmp_path / "data" / "datasets"
-    (storage / f"ds_{'0' * 32}").mkdir(parents=True)
-    (storage / f"ds_{'0' * 32}" / "manifest.json").write_text("{}")
-    (storage / "notes").mkdir()
     with service(tiny_bundle.location, tmp_path / "data") as running:
-        kept = running.wait(running.ask({"classes": {"benign": 1}}))
+        finished = running.wait(running.ask({"classes": {"benign": 1}}))["id"]
+    for lost in (tmp_path / "data").glob("jobs.sqlite*"):
+        lost.unlink()
+    unfinished = f"ds_{'0' * 32}"
+    (storage / unfinished / ".partial").mkdir(parents=True)
+    (storage / "notes").mkdir()
+    with service(tiny_bundle.location, tmp_path / "data") as running:  # the database is empty
+        assert {path.name for path in storage.iterdir()} == {"notes", finished, unfinished}
+        assert any("was the database lost?" in record.getMessage() for record in caplog.records)
+        new = running.wait(running.ask({"classes": {"benign": 1}}))["id"]
     with service(tiny_bundle.location, tmp_path / "data"):
-        assert {path.name for path in storage.iterdir()} == {"notes", kept["id"]}
+        assert {path.name for path in storage.iterdir()} == {"notes", finished, new}
+        assert (storage / finished / "manifest.json").exists()
 
 
 def test_worker_names_are_distinct_and_reused_after_process_end(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from services import compared_answers
 from services.audit import trail as trail_module
 from services.gateway.auth import keys as keys_module
 from services.jobs import counters, executors
-from services.jobs import table as table_module
+from services.jobs import tables as table_definitions
 from services.jobs.database import make_engine
 from services.jobs.schema import VERSION_TABLE, SchemaTooNewError
 from services.jobs.table import IdempotencyConflictError, JobTable, Kind
@@ -207,6 +207,7 @@ def test_statistics_count_what_is_left_of_all_tenants(url: str) -> None:
         "succeeded": 1,
     }
     assert statistics.shards_left == {"dataset": 3, "projection": 4} and statistics.shards_begun == 1
+    assert statistics.jobs_ending == {"dataset": 0, "projection": 0}
     assert "dataset" not in statistics.oldest and statistics.oldest_age("projection") >= 0
     assert [(worker.name, worker.works, worker.jobs) for worker in statistics.workers] == [
         ("gateway", False, 0),
@@ -214,6 +215,16 @@ def test_statistics_count_what_is_left_of_all_tenants(url: str) -> None:
         ("here", True, 3),
     ]
     assert statistics.live_workers == 1 and statistics.stored_bytes == 7 << 32
+    table.return_shard("job0", 0)  # it is finished
+    table.return_shard("job0", 1)
+    table.return_shard("job0", 2)  # it was not begun
+    assert table.is_begun("job0", 0) and not table.is_begun("job0", 1)
+    returned = table.get("job0")
+    assert returned is not None and (returned.samples_done, returned.shards_done) == (2, 1)
+    for shard in (1, 2, 3):
+        table.progress("job0", shard, 2, finished=True)
+    assert table.statistics().jobs_ending == {"dataset": 1, "projection": 0}
+    assert table.statistics().shards_left == {"dataset": 0, "projection": 4}
     table.close()
 
 
@@ -262,7 +273,7 @@ def test_migrations_create_the_tables_that_the_code_defines(url: str) -> None:
     with table._engine.connect() as connection:
         options = {"compare_type": True, "version_table": VERSION_TABLE}
         tables = [
-            table_module._metadata,
+            table_definitions.metadata,
             keys_module.metadata,
             trail_module.metadata,
             outbox.metadata,
@@ -275,6 +286,7 @@ def test_migrations_create_the_tables_that_the_code_defines(url: str) -> None:
     table.close()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("prepare", [create_0_1_0, make_engine])
 def test_many_workers_upgrade_database_at_once(url: str, prepare: Callable[[str], sa.Engine]) -> None:
     prepare(url).dispose()

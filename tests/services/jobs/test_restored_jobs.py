@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from dermis.bundle import Bundle
+from dermis.errors import MissingShardsError, StorageError
 from dermis.imaging import encode
 from service_kit import Service, make_directly, service, wait_for
-from services.jobs import dataset, projection
+from services.jobs import dataset, execution, projection
+from services.jobs.context import StoppedError
 
 REQUEST: dict[str, Any] = {"classes": {"benign": 7, "malignant": 3}, "seed": 3, "shard_size": 2}
 
@@ -78,6 +80,58 @@ def test_dataset_that_another_worker_finishes_meanwhile_succeeds(
         assert running.generator.calls == 5  # no shard was made again
 
 
+def test_worker_that_was_taken_over_neither_finishes_the_dataset_nor_removes_its_manifest(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = list[int]()
+
+    def assemble(ctx: Any, job: Any) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            ctx.table.set_owner(job.id, "other")
+            ctx.store(job).write("manifest.json", b"of the other worker")
+            raise StorageError("a part was removed")
+        if len(calls) == 2:
+            raise MissingShardsError("here", 5, [0], "is of another version")
+
+    monkeypatch.setattr(dataset, "_assemble", assemble)
+    with service(tiny_bundle.location, tmp_path / "data") as running:
+        asked = running.ask(REQUEST)
+        wait_for(lambda: len(calls) >= 3)  # the third call would finish the dataset
+        wait_for(lambda: caplog.text.count("work waits") >= 2)
+        job = running.ctx.table.get(asked["id"])
+        assert job is not None and (job.state, job.owner) == ("running", "other")
+        running.ctx.table.finish(job.id, "succeeded", stored_bytes=1, owner="other")
+        assert running.wait(asked)["state"] == "succeeded"
+        manifest = Path(running.settings.storage) / asked["id"] / "manifest.json"
+        assert manifest.read_bytes() == b"of the other worker"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("end", ["cancelled", "deleted"])
+@pytest.mark.parametrize("step", ["run_shard", "finish"])
+def test_worker_that_was_taken_over_leaves_no_files_of_an_ended_job(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, end: str
+) -> None:
+    written = list[str]()
+
+    def late(ctx: Any, job: Any, *_shard: int) -> None:
+        ctx.table.request_cancel(job.id)
+        execution.end(ctx, job.id)
+        if end == "deleted":
+            ctx.table.delete(job.id)
+        ctx.store(job).write("late.zip", b"late")
+        written.append(job.id)
+        if step == "run_shard":
+            raise StoppedError
+
+    monkeypatch.setattr(dataset, step, late)
+    with service(tiny_bundle.location, tmp_path / "data") as running:
+        running.ask(REQUEST | {"shard_size": 100})
+        wait_for(lambda: written and not list(Path(running.settings.storage).iterdir()), 30)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["datasets", "projections"])
 def test_deletion_in_the_last_moment_of_a_job_is_kept(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str

@@ -101,6 +101,29 @@ def test_place_goes_to_the_next_tenant_if_the_first_one_is_ahead() -> None:
     assert turns._next() is turns._waiting[1]
 
 
+def test_one_shard_at_a_time_works_a_quarter_of_the_time_while_jobs_yield_to_calls() -> None:
+    clock = Clock()
+    yields = threading.Event()
+    turns = Turns(2, clock, must_yield=yields.is_set)
+    first, second = Shards(turns, "a"), Shards(turns, "b")
+    assert first.works.wait(60) and second.works.wait(60)
+    yields.set()
+    clock.now = 2.0
+    first.end_batch()
+    wait_for(lambda: len(turns._waiting) == 1)
+    assert turns._next() is None
+    clock.now = 2.5
+    second.end_batch()
+    wait_for(lambda: len(turns._waiting) == 2)
+    clock.now = 9.9  # three times the two and a half seconds of the last batch
+    assert turns._next() is None
+    clock.now = 10.1
+    wait_for(lambda: first.batches + second.batches == 3)
+    assert turns._next() is None
+    clock.now = 20.2  # the one that works waits for something
+    wait_for(lambda: first.batches + second.batches == 4)
+
+
 def test_error_while_waiting_leaves_the_queue() -> None:
     turns = Turns(1)
     holder = Shards(turns, "a")
@@ -116,6 +139,7 @@ def test_error_while_waiting_leaves_the_queue() -> None:
     assert holder.works.wait(60)
 
 
+@pytest.mark.full
 def test_queued_jobs_of_one_tenant_do_not_delay_another(tiny_bundle: Bundle, tmp_path: Path) -> None:
     values: dict[str, Any] = {"auth": "keys", "shard_concurrency": 1, "max_active_datasets": 12}
     with service(tiny_bundle.location, tmp_path / "data", **values) as running:
@@ -138,6 +162,7 @@ def test_queued_jobs_of_one_tenant_do_not_delay_another(tiny_bundle: Bundle, tmp
         assert sum(ended < small for ended in others) < 8
 
 
+@pytest.mark.full
 def test_datasets_write_no_more_archives_at_once_than_there_are_places(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,6 +64,7 @@ def open_and_finish(
     assert result.entries >= (4 if version >= "0005" else 1)  # three of the earlier version, and the repeated request
 
 
+@pytest.mark.full
 def test_datasets_of_version_0_1_0_are_finished(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
