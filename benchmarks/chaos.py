@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.cluster import stop_everything_on_sigterm
 from benchmarks.components import MissingComponentError
-from benchmarks.faults import database, processes, storage
+from benchmarks.faults import database, processes, removals, storage
 from benchmarks.faults.cluster import running_cluster
 from benchmarks.faults.jobs import Extent, Scenario
 from benchmarks.faults.results import Result, report
@@ -32,6 +32,7 @@ SCENARIOS: Mapping[str, Scenario] = {
     "storage": storage.faults_of_s3,
     "paused": processes.paused_workers,
     "clock": processes.clock_jumps,
+    "removals": removals.removals,
     "disk": storage.full_disk,
 }
 
@@ -49,7 +50,10 @@ def run(names: list[str], extent: Extent, seed: int) -> Iterator[Result]:
     """
     with running_cluster(seed, extent.images) as (cluster, undisturbed):
         for name in names:
-            yield from SCENARIOS[name](cluster, undisturbed, extent)
+            for result in SCENARIOS[name](cluster, undisturbed, extent):
+                result.unclear += [f"{text} ({count} times)" for text, count in cluster.caller.unclear.items()]
+                cluster.caller.unclear.clear()
+                yield result
 
 
 def main() -> int:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -195,11 +196,16 @@ def wait_for(condition: Callable[[], bool], seconds: float, pause: float = 0.1) 
 
 @dataclass
 class Caller:
-    """A client of a gateway that repeats every request until it is answered, as the SDK does."""
+    """A client of a gateway that repeats every request until it is answered, as the SDK does.
+
+    Attributes:
+        unclear: How often answers of class 5xx did not say when to repeat the request, by their text.
+    """
 
     url: str
     headers: Mapping[str, str] = field(default_factory=dict)
     patience: float = 300.0
+    unclear: Counter[str] = field(default_factory=Counter)
 
     def request(self, method: str, path: str, **options: Any) -> httpx.Response:
         """Send a request until the answer is neither a failed connection nor 5xx.
@@ -218,6 +224,8 @@ class Caller:
                 if response.status_code < 500:
                     return response
                 last = f"{response.status_code} {response.text[:300]}"
+                if response.status_code != 503 or "Retry-After" not in response.headers:
+                    self.unclear[f"{method} {path} was answered {last}"] += 1
             except httpx.HTTPError as error:
                 last = repr(error)
             time.sleep(0.2)

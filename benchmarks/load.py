@@ -1,8 +1,8 @@
 """The calls of many clients on one service, made with locust. `benchmarks.soak` runs it as a process of its own.
 
 `python -m benchmarks.load --url URL --keys FILE --rate N --seconds N --out FILE`. Each call is a line of JSON in the output:
-time, route, status, milliseconds, and what was wrong. Importing locust replaces parts of Python by those of gevent, so nothing
-else may import this module.
+time, route, status, milliseconds, what was wrong, and the kind of problem of a refused call. Importing locust replaces parts of
+Python by those of gevent, so nothing else may import this module.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ PROJECTION_PERIOD = 60.0
 """Seconds from one projection to the next one, at any load: a projection takes as long as hundreds of other operations, so with
 a weight of its own the load of a minute would depend on chance."""
 REFUSALS = (429, 503)
+SURPLUS = ("overloaded", "too-many-requests")
+"""The kinds of problems that refuse surplus load. Any other one with such a status, as "not-ready", is an error."""
 _FORMATS = ("imagefolder", "webdataset", "parquet")
 _PHOTOGRAPHS = 12
 _STOP_SECONDS = 180
@@ -151,15 +153,19 @@ class Caller(FastHttpUser):
             )
             content = response.content or b""
             milliseconds = 1000 * (time.perf_counter() - began)
-            status, wrong = response.status_code, ""
+            status, wrong, kind = response.status_code, "", ""
             refused = status in REFUSALS
-            if refused and not response.headers.get("Retry-After"):
-                wrong = f"{status} without Retry-After"
-            elif not refused and status != expect:
+            if refused:
+                kind, detail = _problem(content)
+                if kind not in SURPLUS:
+                    wrong = f"{kind or 'no problem document'}: {detail}"
+                elif not response.headers.get("Retry-After"):
+                    wrong = f"{kind} without Retry-After"
+            elif status != expect:
                 wrong = str(getattr(response, "error", None) or content[:300].decode(errors="replace") or status)
-            elif not refused and check is not None and not check(content):
+            elif check is not None and not check(content):
                 wrong = "the content is not what it has to be"
-            recorder.add(time.time(), route, status, round(milliseconds, 2), wrong)
+            recorder.add(time.time(), route, status, round(milliseconds, 2), wrong, kind)
             if refused and persist and not wrong:
                 gevent.sleep(min(float(response.headers["Retry-After"]), 10))
                 continue
@@ -173,6 +179,15 @@ class Caller(FastHttpUser):
         began, self.completed = time.time(), True
         operation(self)
         recorder.add("operation", name, began, time.time(), self.completed)
+
+
+def _problem(content: bytes) -> tuple[str, str]:
+    """The kind and the detail of a problem document; no kind if the content is none."""
+    try:
+        document = json.loads(content)
+        return str(document["type"]).rpartition(":")[2], str(document.get("detail", ""))
+    except (ValueError, LookupError, TypeError):
+        return "", content[:300].decode(errors="replace")
 
 
 def _sample(count: int, seed: int) -> dict[str, Any]:

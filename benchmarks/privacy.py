@@ -93,6 +93,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, PrivacyAudit]:
             seed=0,
             members_without_ids=without_ids(members),
             non_members_without_ids=without_ids(others),
+            dataset_of_bundle=True,
         )
         patients = groups if groups is not None else [str(i) for i in range(len(real))]
         evidence = Evidence(spaces, patients, (), [Attribute("class", real, classes.tolist())], planted)

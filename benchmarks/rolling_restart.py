@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import json
 import logging
-import random
 import statistics
 import sys
 import tempfile
@@ -43,7 +42,9 @@ from dermis_client import DermisClient
 
 _PAUSE_SECONDS = 3.0  # between a replica that is ready and the restart of the next one
 _STOP_PAUSE_SECONDS = "3"  # longer than the time until the load balancer has seen a failed probe
-_SEEDS = 20
+_PATIENCE_SECONDS = 600.0  # for the last calls of the clients
+_KINDS = ("image", "dataset")
+_SEEDS = {"image": 3, "dataset": 1}  # few, so that each request is repeated
 
 
 @dataclass
@@ -69,11 +70,21 @@ class Restart:
 
 @dataclass
 class Result:
-    """All calls and restarts."""
+    """All calls and restarts.
+
+    Attributes:
+        calls: What clients did.
+        restarts: The restarts.
+        repetitions: Requests that the SDK repeated.
+        compared: Answers that were compared with an earlier one to the same request, by kind.
+        different: Requests whose answer was another one than before.
+        connections: Connections that each replica got from the load balancer.
+    """
 
     calls: list[Call] = field(default_factory=list)
     restarts: list[Restart] = field(default_factory=list)
     repetitions: int = 0
+    compared: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_KINDS, 0))
     different: list[str] = field(default_factory=list)
     connections: list[int] = field(default_factory=list)
 
@@ -81,6 +92,7 @@ class Result:
         """What was required and is not met."""
         failures = sorted({f"{call.kind}: {call.error}" for call in self.calls if call.error})
         failures += [f"other bytes than before: {name}" for name in self.different]
+        failures += [f"no {kind} was requested twice" for kind, count in self.compared.items() if not count]
         failures += [f"{each.replica} ended with status {each.status}" for each in self.restarts if each.status]
         return failures if self.calls and self.restarts else [*failures, "nothing was called or restarted"]
 
@@ -118,33 +130,39 @@ class Clients:
         self._digests: dict[tuple[str, int], str] = {}
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self._threads: list[threading.Thread] = []
+        self._threads: dict[threading.Thread, str] = {}
 
     def start(self, count: int) -> None:
         """Start this number of clients for images and as many for datasets."""
         for number in range(count):
-            for kind, work in (("image", self._image), ("dataset", self._dataset)):
+            for kind, work in zip(_KINDS, (self._image, self._dataset), strict=True):
                 thread = threading.Thread(target=self._repeat, args=(kind, work, number), daemon=True)
                 thread.start()
-                self._threads.append(thread)
+                self._threads[thread] = kind
 
     def stop(self) -> None:
-        """Let the present calls end."""
+        """Let the present calls end, and further ones until each client has repeated a request."""
         self._stopped.set()
-        for thread in self._threads:
-            thread.join(600)
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        for thread, kind in self._threads.items():
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                error = f"a client did not end within {_PATIENCE_SECONDS:.0f} s after the last restart"
+                with self._lock:
+                    self._result.calls.append(Call(kind, time.time() - _PATIENCE_SECONDS, _PATIENCE_SECONDS, error))
 
     def _repeat(self, kind: str, work: Callable[[DermisClient, int, Path], str], number: int) -> None:
-        choose = random.Random(f"{kind}{number}")
         with DermisClient(self._url) as client:
             for turn in range(1_000_000):
-                if self._stopped.is_set():
+                if self._stopped.is_set() and turn > _SEEDS[kind]:
                     return
-                seed = choose.randrange(_SEEDS)
+                seed = (number + turn) % _SEEDS[kind]
                 call = Call(kind, time.time(), 0.0)
                 try:
                     digest = work(client, seed, self._folder / f"{number}-{turn}")
                     with self._lock:
+                        if (kind, seed) in self._digests:
+                            self._result.compared[kind] += 1
                         if self._digests.setdefault((kind, seed), digest) != digest:
                             self._result.different.append(f"{kind} {seed}")
                 except Exception as error:
@@ -270,7 +288,7 @@ def report(result: Result) -> str:
         "| call | calls | failed | median, s | p95, s | longest, s |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for kind in ("image", "dataset"):
+    for kind in _KINDS:
         for disturbed in (False, True):
             calls = [call for call in result.calls if call.kind == kind and result.is_disturbed(call) == disturbed]
             if calls:

@@ -33,7 +33,8 @@ def _loop_in_thread() -> Iterator[asyncio.AbstractEventLoop]:
 class TcpProxy:
     """Forwards connections to a port. `cut` closes them and refuses new ones; `stall` keeps them without forwarding.
 
-    With `reports_end` false the server does not learn that a client has ended, as if its machine had lost power.
+    While `reports_end` is false the server does not learn that a client has ended, as if its machine had lost power. The
+    connections of clients that ended in that time stay open at the server, also after it.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, target: int) -> None:
@@ -78,9 +79,9 @@ class TcpProxy:
                 asyncio.ensure_future(self._copy(reader, there_writer)),
                 asyncio.ensure_future(self._copy(there_reader, writer)),
             }
-            await asyncio.wait(
-                copying, return_when=asyncio.FIRST_COMPLETED if self.reports_end else asyncio.ALL_COMPLETED
-            )
+            _, open_ends = await asyncio.wait(copying, return_when=asyncio.FIRST_COMPLETED)
+            if open_ends and not self.reports_end:
+                await asyncio.wait(open_ends)
         finally:
             self._writers -= ends
             for end in ends:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import fsspec
 import httpx
 import numpy as np
 import psycopg
@@ -21,7 +22,7 @@ from benchmarks.cluster import NO_TLS, Caller, Replica
 from benchmarks.components import free_port
 from benchmarks.components.postgres import Postgres, running_postgres
 from benchmarks.components.proxies import S3Proxy, TcpProxy, s3_proxy, tcp_proxy
-from benchmarks.components.s3 import running_s3
+from benchmarks.components.s3 import ACCESS_KEY, SECRET_KEY, running_s3
 from dermis.bundle import open_bundle
 
 # The bundle and the files to compare with are made by the code of the tests, which is not a package.
@@ -70,6 +71,14 @@ class Database:
         query = "SELECT state, samples_done, shards_done, shards_total FROM dermis_jobs WHERE id = %s"
         return Progress(*self._rows(query, dataset["id"])[0])
 
+    def rows_of(self, dataset: Mapping[str, Any]) -> int:
+        """The number of rows of a job, its shards and its workflows."""
+        query = (
+            "SELECT (SELECT count(*) FROM dermis_jobs WHERE id = %s) + (SELECT count(*) FROM dermis_shards WHERE job_id = %s) "
+            "+ (SELECT count(*) FROM dbos.workflow_status WHERE starts_with(workflow_uuid, %s))"
+        )
+        return int(self._rows(query, *[dataset["id"]] * 3)[0][0])
+
     def busy_workers(self) -> set[str]:
         """Names of the workers that have begun a workflow and not ended it."""
         rows = self._rows("SELECT DISTINCT executor_id FROM dbos.workflow_status WHERE status = %s", "PENDING")
@@ -109,7 +118,7 @@ class Cluster:
         self.random = random.Random(seed)
         self.bundle, self.images = bundle, images
         self.postgres: Postgres = stack.enter_context(running_postgres())
-        bucket = stack.enter_context(running_s3())
+        self._bucket = bucket = stack.enter_context(running_s3())
         self.database = Database(self.postgres)
         stack.callback(self.database.close)
         self.database_proxy: TcpProxy = stack.enter_context(tcp_proxy(self.postgres.port))
@@ -158,6 +167,15 @@ class Cluster:
         if again.json()["id"] != record["id"]:
             raise RuntimeError("one idempotency key made two datasets")
         return record
+
+    def stored(self, dataset: Mapping[str, Any]) -> list[str]:
+        """The files of a job in the bucket, listed past the proxy."""
+        options = {"endpoint_url": self._bucket.endpoint, "key": ACCESS_KEY, "secret": SECRET_KEY}
+        storage = fsspec.filesystem("s3", use_listings_cache=False, **options)
+        folder = f"{self._bucket.bucket}/datasets/{dataset['id']}"
+        return [
+            name for name in storage.find(folder) if name.rstrip("/") != folder
+        ]  # SeaweedFS also lists empty folders
 
     def restart_ended(self) -> None:
         """Start replicas whose supervisor has ended, as Kubernetes does."""

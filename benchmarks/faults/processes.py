@@ -14,6 +14,7 @@ from benchmarks.faults.jobs import Extent, run_jobs
 from benchmarks.faults.results import Result
 
 _TAKEOVER_SECONDS = 60.0  # a paused worker can hold a lock, which PostgreSQL ends after 30 s
+_CLOSED_SECONDS = 1.0  # within which the proxy sees that the connections of a killed process have ended
 _CLOCK_SECONDS = 20.0  # libfaketime reads its file every two seconds; a lease is renewed every second
 _JUMPS = {"+1 h": 3600, "-1 h": -3600}
 
@@ -50,6 +51,7 @@ def lost_machines(cluster: Cluster, undisturbed: Undisturbed, extent: Extent) ->
     def lose() -> Mapping[str, int]:
         cluster.database_proxy.reports_end = False
         cluster.random.choice(cluster.workers).kill()
+        time.sleep(_CLOSED_SECONDS)
         cluster.database_proxy.reports_end = True
         return {"machine": 1}
 

@@ -105,7 +105,7 @@ def _fill_disk(
     if job["state"] == "failed":
         if not job["error"]["type"].endswith("storage-full"):
             result.unclear.append(f"with a full disk the dataset failed with {job['error']}")
-        if any((folder / "data" / "datasets").rglob("*.tar")):
+        if (folder / "data" / "datasets" / dataset["id"]).exists():
             result.unclear.append("files of the failed dataset were left")
         result.note = "the dataset failed with storage-full and was requested again"
         dataset = caller.request("POST", "/v1/datasets", json=body).json()

@@ -136,7 +136,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     reserved = 60 * options.minutes * options.train_share if options.train else 0
     statuses = []
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs `finally`, which ends the current part
     for part in parts_of(options):
         left = deadline - time.monotonic() - reserved - GRACE_SECONDS
         if left < MIN_SECONDS:
@@ -155,4 +154,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs `finally`, which ends the current part
     sys.exit(main())

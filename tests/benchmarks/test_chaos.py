@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from benchmarks.faults.cluster import Cluster, Undisturbed
 
 IMAGES = 250
-NAMES = ["kills", "lost", "database", "connections", "storage", "paused", "clock", "disk"]
+NAMES = ["kills", "lost", "database", "connections", "storage", "paused", "clock", "removals", "disk"]
 
 
 @pytest.fixture(scope="module")

@@ -92,6 +92,7 @@ train.main()
     assert log == [20, 24, 28, 32], "the second run's own steps"
 
 
+@pytest.mark.full
 def test_cuda_tests_are_collected_without_optional_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # plugins of packages that are missing there
     collect = ["--collect-only", "-m", "cuda", "-p", "no:cacheprovider", "tests/test_cuda.py"]

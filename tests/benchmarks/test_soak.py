@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.soak import Phase, Result, Route
+
 ROOT = Path(__file__).resolve().parents[2]
 
 ROUTES = {
@@ -84,6 +86,67 @@ def test_callers_begin_apart_and_keep_their_period() -> None:
     for number in range(4):
         times = sorted(each[number] for each in callers)
         assert all(late - early > 3 for early, late in itertools.pairwise(times)), "callers begin together"
+
+
+ANSWERS = """
+import json, sys
+from types import SimpleNamespace
+import benchmarks.load as load
+from locust.env import Environment
+
+load.inputs = load.Inputs("http://127.0.0.1:1", ["key"], seed=1)
+load.Caller.host = load.inputs.url
+caller = load.Caller(Environment())
+caller.key = "key"
+rows = []
+load.recorder = SimpleNamespace(add=lambda *row: rows.append(row))
+for status, kind, headers in json.loads(sys.argv[1]):
+    content = json.dumps({"type": f"urn:dermis:problem:{kind}", "detail": "why"}).encode() if kind else b"busy"
+    answer = SimpleNamespace(content=content, status_code=status, headers=headers)
+    caller.client = SimpleNamespace(request=lambda *_, **__: answer)
+    caller.ask("GET /v1/models")
+print(json.dumps(rows))
+"""
+
+
+def test_only_refusals_of_surplus_load_are_no_errors() -> None:
+    if find_spec("locust") is None:
+        pytest.skip("locust (the extra `soak`) is not installed")
+    later = {"Retry-After": "1"}
+    answers = [
+        (503, "overloaded", later, ""),
+        (429, "too-many-requests", later, ""),
+        (503, "overloaded", {}, "overloaded without Retry-After"),
+        (503, "not-ready", later, "not-ready: why"),
+        (503, "model-unavailable", later, "model-unavailable: why"),
+        (503, "", later, "no problem document: busy"),
+        (500, "internal", {}, '{"type": "urn:dermis:problem:internal", "detail": "why"}'),
+    ]
+    command = [sys.executable, "-W", "ignore", "-c", ANSWERS, json.dumps([answer[:3] for answer in answers])]
+    rows = json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+    assert [row[4] for row in rows] == [answer[3] for answer in answers]
+    route = Route.of([row for row in rows if row[2] != 500])
+    assert (route.calls, route.refused, len(route.wrong)) == (6, 2, 4)
+    assert route.refusals == {"overloaded": 1, "too-many-requests": 1}
+
+
+def test_calls_that_are_slower_in_an_overload_are_reported_and_those_that_are_not_compared_as_well() -> None:
+    def phase(p50: float, calls: int) -> Phase:
+        route = Route(calls, 0, {}, [], p50, 2 * p50, 3 * p50)
+        few = Route(99, 0, {}, [], 10 * p50, p50, p50)
+        routes = {"GET /v1/models": route, "GET /v1/usage": few, "GET /v1/datasets/ID/events": route}
+        return Phase("80 %", 1.0, 60.0, 1.0, 1.0, 1.0, routes, {"200": calls})
+
+    def result(p50: float) -> Result:
+        soak, overload = phase(100.0, 100), phase(p50, 100)
+        return Result(soak, [], 1.0, soak, overload, overload, 2.0, [], [], [], [])
+
+    assert result(149.0).slower() == []
+    assert [text.partition(" of ")[0] for text in result(151.0).slower()] == [
+        "GET /v1/models: p50",
+        "GET /v1/models: p95",
+    ]
+    assert result(149.0).not_compared() == ["GET /v1/usage", "GET /v1/datasets/ID/events"]
 
 
 @pytest.mark.full
