@@ -178,11 +178,13 @@ def with_privacy_section(card: str, audit: Mapping[str, Any] | None) -> str:
         return _with_section(card, _PRIVACY_BEGIN, _PRIVACY_END, "")
     subject, verdict = audit["subject"], audit["verdict"]
     rows = "\n".join(f"| {outcome['rule']} | {outcome['status']} |" for outcome in audit["outcomes"])
+    psi = subject.get("truncation_psi")  # of audits of bundles only
+    truncated = "" if psi is None else f" (truncation psi {psi:g})"
     text = f"""## Privacy audit
 
 **Verdict: {verdict["status"]}.** {verdict["text"][:1].upper()}{verdict["text"][1:]}. Measured with {subject["members"]:,}
-training images, {subject["non_members"]:,} held-out images and {subject["generated"]:,} generated ones, before the audit was
-stored here (digest {subject["bundle_digest"][:12]}). `privacy_audit.json` has all numbers: `dermis privacy show`.
+training images, {subject["non_members"]:,} held-out images and {subject["generated"]:,} generated ones{truncated}, before the
+audit was stored here (digest {subject["bundle_digest"][:12]}). `privacy_audit.json` has all numbers: `dermis privacy show`.
 
 | rule | status |
 | --- | --- |

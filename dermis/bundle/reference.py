@@ -4,8 +4,8 @@
     statistics.safetensors  optional: for each class, mean, covariance and cells of the features
 
 The report of a dataset compares the generated images with these numbers. No file holds an image or the features of an
-image: every number is of at least `MINIMUM_GROUP` images, and counts are rounded to multiples of `COUNT_STEP`. The folder
-can be used by itself, or is part of a bundle as `reference/`. `docs/bundles.md` documents it.
+image: every number is of images of at least `MINIMUM_GROUP` patients, and counts are rounded to multiples of `COUNT_STEP`.
+The folder can be used by itself, or is part of a bundle as `reference/`. `docs/bundles.md` documents it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ REFERENCE_FORMAT = 1
 DESCRIPTOR = "reference.json"
 STATISTICS = "statistics.safetensors"
 MINIMUM_GROUP = 50
-"""Least number of images of every mean, covariance, cell and share."""
+"""Least number of patients, or of lesions or images whose patient is not known, of every mean, covariance, cell and share."""
 COUNT_STEP = 5
 MAX_CELLS = 32
 _MAX_STATISTICS_BYTES = 64 << 20
@@ -70,7 +70,7 @@ class ClassReference:
 
     images: int
     patients: int | None
-    """Number of patients (or lesions); None if the images do not name them."""
+    """Number of known patients (or lesions); None if no image names one."""
     artefacts: Mapping[str, int]
     """Number of images that show each artefact."""
     skin_tones: Mapping[str, int]
@@ -93,7 +93,7 @@ class ReferenceDescription:
     """Side, px, to which the images were resized: that of the generator."""
     classes: Mapping[str, ClassReference]
     suppressed: tuple[str, ...]
-    """Classes with fewer than `MINIMUM_GROUP` images, of which there are no statistics."""
+    """Classes with images of fewer than `MINIMUM_GROUP` patients, of which there are no statistics."""
     thresholds: Mapping[str, float]
     """Score from which on an artefact counts as present."""
     space: FeatureSpace | None = None

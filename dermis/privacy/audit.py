@@ -35,9 +35,8 @@ from dermis.privacy.disclosure import Disclosures, disclosures
 from dermis.privacy.epsilon import DELTA, EpsilonBound, epsilon_bound, patient_halves
 from dermis.privacy.power import Power, plant, power_of
 from dermis.privacy.questions import Answer, Attribute, answer_questions
-from dermis.privacy.verdict import Outcome, Scope, Status, Verdict, verdict_of
+from dermis.privacy.verdict import FORMAT_VERSION, Outcome, Scope, Status, Verdict, contradiction, verdict_of
 
-FORMAT_VERSION = 2  # 1 had no reasons in `disclosures`, and judged questions without any success
 MIN_IMAGES = 50  # of members and of non-members
 
 
@@ -76,6 +75,8 @@ class Subject:
         truncation_psi: Truncation of the samples; None for a dataset.
         members_without_ids: Numbers of members without an id; None if they were not counted, as in earlier audits.
         non_members_without_ids: The same numbers for held-out images.
+        dataset_of_bundle: Whether the bundle with this digest made the dataset. None for a bundle, for a dataset without a
+            manifest, and in earlier audits.
     """
 
     scope: Scope
@@ -95,6 +96,7 @@ class Subject:
     truncation_psi: float | None = None
     members_without_ids: WithoutIds | None = None
     non_members_without_ids: WithoutIds | None = None
+    dataset_of_bundle: bool | None = None
 
     @property
     def unit(self) -> str:
@@ -182,17 +184,12 @@ class PrivacyAudit:
 
 def _contradiction(audit: PrivacyAudit) -> str | None:
     """Return how the fields of an audit contradict each other; None if they do not."""
-    names = [outcome.rule for outcome in audit.outcomes]
-    if len(set(names)) < len(names):
-        return "outcomes: a rule occurs more than once"
-    verdict = verdict_of(audit.outcomes, audit.subject.scope)
-    if (audit.verdict.status, audit.verdict.complete) != (verdict.status, verdict.complete):
-        stated, correct = (
-            f"{each.status}{'' if each.complete else ' (incomplete)'}" for each in (audit.verdict, verdict)
-        )
-        return f"verdict: is {stated}, but the outcomes of its rules give {correct}"
+    if problem := contradiction(audit.verdict, audit.outcomes, audit.subject.scope):
+        return problem
     for number, answer in enumerate(audit.answers):
-        if answer.excess is not None and None in (answer.members, answer.controls, answer.risk):
+        if answer.excess is None:
+            continue
+        if answer.members is None or answer.controls is None or (answer.risk is None and answer.controls < 1):
             return f"answers.{number}: has excess, but not all of members, controls and risk"
     return None
 
@@ -240,7 +237,7 @@ def run_audit(
         _disclosures(near, control),
         _epsilon(epsilon, control, subject),
         *(_question(answers, name, control) for name in ("singling out", "linkability", "inference")),
-        _detectable(power),
+        _detectable(power, subject),
     )
     return PrivacyAudit(
         FORMAT_VERSION,
@@ -356,13 +353,7 @@ def _power(
 
 
 def _outcomes_of_images(subject: Subject) -> list[Outcome]:
-    same = subject.members_are_training_set
-    if same:
-        outcomes = [Outcome("training-set", "pass", "The members are the bundle's training set.")]
-    else:
-        why = "The bundle names no training set." if same is None else "The bundle names another training set."
-        finding = f"{why} What is found for these members need not hold for the others."
-        outcomes = [Outcome("training-set", "warn", finding)]
+    outcomes = [_training_set(subject)]
     if subject.member_patients is None or subject.non_member_patients is None:
         finding = "Patients are not known: each image counts as a patient, so intervals may be too narrow."
         outcomes.append(Outcome("patients", "warn", finding))
@@ -374,6 +365,25 @@ def _outcomes_of_images(subject: Subject) -> list[Outcome]:
         )
         outcomes.append(Outcome("patients", "pass", finding))
     return outcomes
+
+
+def _training_set(subject: Subject) -> Outcome:
+    """Judge whether the members are the training set of the generator that made the images."""
+    same, made = subject.members_are_training_set, subject.dataset_of_bundle
+    if not same:
+        why = "The bundle names no training set." if same is None else "The bundle names another training set."
+        finding = f"{why} What is found for these members need not hold for the others."
+    elif subject.scope == "bundle" or made:
+        return Outcome("training-set", "pass", "The members are the bundle's training set.")
+    else:
+        why = (
+            "The dataset has no manifest, so it is not known which generator made it."
+            if made is None
+            else "The dataset was made by a bundle with another digest: by another generator, or by this one before a part or "
+            "an audit was attached to the bundle, which changes the digest."
+        )
+        finding = f"{why} If it was another generator, the members need not be its training images."
+    return Outcome("training-set", "warn", finding)
 
 
 def _without_patient(subject: Subject) -> str:
@@ -522,7 +532,7 @@ def _question(answers: Sequence[Answer], name: str, control: SplitControl) -> Ou
     return _by_interval(rule, text, excess.low, rules.FAIL_RISK, control)
 
 
-def _detectable(power: Power) -> Outcome:
+def _detectable(power: Power, subject: Subject) -> Outcome:
     share, planted = power.detectable_copies, power.planted
     text = (
         "Even copies of all members could not be detected"
@@ -537,4 +547,25 @@ def _detectable(power: Power) -> Outcome:
         f"{'detected' if planted.detected else 'not detected'} (adjusted p {planted.p:.2g})."
     )
     good = share is not None and share <= rules.MAX_DETECTABLE_COPIES and planted.detected
-    return Outcome("power", "pass" if good else "warn", text)
+    missed = _missed_samples(subject)
+    return Outcome("power", "pass" if good and not missed else "warn", text + missed)
+
+
+def _missed_samples(subject: Subject) -> str:
+    """State why the samples of a bundle may not show what its generator repeats, as sentences; empty if they can.
+
+    The planted copies are added to whatever was generated, so they are detected among few or truncated samples too. The images
+    of a dataset are all that its recipients get.
+    """
+    text = ""
+    if subject.scope == "bundle" and subject.generated < subject.members:
+        text += (
+            f" Only {subject.generated:,} images were generated for {subject.members:,} members: copies that the generator "
+            "makes rarely may not be among them."
+        )
+    if subject.truncation_psi not in (None, 1):
+        text += (
+            f" The samples were truncated (psi {subject.truncation_psi:g}): copies that the generator makes at psi 1 may not "
+            "be among them."
+        )
+    return text

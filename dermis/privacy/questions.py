@@ -2,7 +2,7 @@
 
 Each is asked as an attack of which the success on members is compared with the success on non-members, of which the generator
 knows nothing (Giomi et al., "Anonymeter", arXiv 2211.10459): success on non-members is what the images of any person reveal.
-The risk is (r_members - r_controls) / (1 - r_controls).
+The risk is (r_members - r_controls) / (1 - r_controls), not defined for r_controls = 1.
 
 singling out  Can a generated image be used to isolate one person? Each generated image makes one guess: "exactly one patient
               has an image nearer to this one than the nearest other generated image". The guess uses generated images
@@ -43,7 +43,8 @@ class Answer:
     """Answer to one question about one kind of information.
 
     `members` and `controls` are rates of success; `excess` is their difference with an interval of the level `level`. All are
-    None if it was not measured, for the reason in `reason`.
+    None if it was not measured, for the reason in `reason`. `risk` is also None if every attempt on held-out images succeeds:
+    no success on members can be higher then, and there is no rest that the difference could be a share of.
     """
 
     question: Name
@@ -77,7 +78,7 @@ def _answer(
     level: float,
 ) -> Answer:
     members, controls = rates
-    risk = (members - controls) / (1 - controls)
+    risk = (members - controls) / (1 - controls) if controls < 1 else None
     return Answer(question, subject, measure, members, controls, excess, risk, attempts, level)
 
 

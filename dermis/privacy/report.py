@@ -69,6 +69,7 @@ def _head(audit: PrivacyAudit) -> str:
         ("members (training images)", f"{subject.members:,}, {patients[0]}, SHA-256 {subject.members_sha256}"),
         ("held-out images", f"{subject.non_members:,}, {patients[1]}, SHA-256 {subject.non_members_sha256}"),
         ("generated images", f"{subject.generated:,}"),
+        *([] if subject.truncation_psi is None else [("truncation psi", f"{subject.truncation_psi:g}")]),
         ("feature spaces", ", ".join(sorted(subject.spaces))),
         ("seed", str(subject.seed)),
     ]
@@ -186,7 +187,7 @@ def _answers(audit: PrivacyAudit) -> str:
                 f"{each.members:.1%}",
                 f"{each.controls:.1%}",
                 f"{each.excess.value:+.1%} [{each.excess.low:+.1%}, {each.excess.high:+.1%}]",
-                f"{each.risk:.1%}",
+                "not defined" if each.risk is None else f"{each.risk:.1%}",
             )
         )
     header = ("question", "about", "an attempt succeeds if", "on members", "on held-out images", "difference", "risk")
@@ -194,8 +195,8 @@ def _answers(audit: PrivacyAudit) -> str:
         "Success on held-out images is what the images of anybody reveal; only the difference comes from the "
         "training. The intervals "
         f"have the level {max((each.level for each in audit.answers), default=0.95):.1%}, so that all together have "
-        f"95 %. The risk is "
-        "(members - held-out) / (1 - held-out).\n\n" + _table(header, rows)
+        "95 %. The risk is (members - held-out) / (1 - held-out), not defined if every attempt on held-out images "
+        "succeeds.\n\n" + _table(header, rows)
     )
 
 

@@ -7,12 +7,17 @@ generator.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 Status = Literal["pass", "warn", "fail", "not measured"]
 Scope = Literal["bundle", "dataset"]
+
+FORMAT_VERSION = 2  # of audits; 1 had no reasons in `disclosures`, and judged questions without any success
 
 WARN_LEVEL, FAIL_LEVEL = 0.05, 0.01
 FAIL_AUC = 0.55
@@ -38,7 +43,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "training-set",
         "the members are the images that the bundle names as its training set",
-        "they are others, or the bundle names none",
+        "they are others, the bundle names none, or a dataset is not known to be made by the bundle with this digest",
         "never",
     ),
     Rule(
@@ -104,7 +109,7 @@ RULES: tuple[Rule, ...] = (
         "power",
         "what the audit could have detected",
         f"copies of {MAX_DETECTABLE_COPIES:.0%} of the members could not be detected, by calculation or in the test with "
-        "planted copies",
+        "planted copies; a bundle: fewer images were generated than there are members, or with a truncation psi that is not 1",
         "never",
     ),
 )
@@ -150,3 +155,53 @@ def verdict_of(outcomes: Sequence[Outcome], scope: Scope) -> Verdict:
         parts.append("no rule found a disclosure; this is no proof that there is none")
     status: Literal["pass", "warn", "fail"] = "fail" if failed else "warn" if warned or missing else "pass"
     return Verdict(status, not missing, "; ".join(parts))
+
+
+@dataclass(frozen=True)
+class _StoredSubject:
+    """The part of an audit's subject that decides which rules there are."""
+
+    scope: Scope
+
+
+@dataclass(frozen=True)
+class StoredVerdict:
+    """Verdict and rules of a stored audit."""
+
+    format_version: int
+    subject: _StoredSubject
+    verdict: Verdict
+    outcomes: tuple[Outcome, ...]
+
+
+_STORED = TypeAdapter(StoredVerdict)
+
+
+def read_verdict(document: Mapping[str, Any]) -> StoredVerdict | None:
+    """Read verdict and rules of a stored audit. `PrivacyAudit.from_json` reads all of it, but imports torch.
+
+    Returns:
+        None if they cannot be relied on: it is not an audit, or one of a newer format, its fields contradict each other, or it
+        is of an earlier format, whose rules passed what could not be measured. Only a fail of an earlier format is returned.
+    """
+    try:
+        stored = _STORED.validate_json(json.dumps(document), strict=True)
+    except ValidationError:
+        return None
+    if stored.format_version > FORMAT_VERSION or contradiction(stored.verdict, stored.outcomes, stored.subject.scope):
+        return None
+    if stored.format_version < FORMAT_VERSION and stored.verdict.status != "fail":
+        return None
+    return stored
+
+
+def contradiction(verdict: Verdict, outcomes: Sequence[Outcome], scope: Scope) -> str | None:
+    """Return how a verdict and the outcomes of its rules contradict each other; None if they do not."""
+    names = [outcome.rule for outcome in outcomes]
+    if len(set(names)) < len(names):
+        return "outcomes: a rule occurs more than once"
+    expected = verdict_of(outcomes, scope)
+    if (verdict.status, verdict.complete) != (expected.status, expected.complete):
+        stated, correct = (f"{each.status}{'' if each.complete else ' (incomplete)'}" for each in (verdict, expected))
+        return f"verdict: is {stated}, but the outcomes of its rules give {correct}"
+    return None

@@ -20,7 +20,7 @@ from dermis.bundle.reference import (
 )
 from dermis.errors import DataError
 from dermis.report.appearance import Appearance, artefact_counts, skin_tones
-from dermis.report.features import Floats, baseline, statistics_of
+from dermis.report.features import Counts, Floats, baseline, statistics_of
 from dermis.skin_tone import tone_counts
 
 MAX_DIM = 64
@@ -36,7 +36,7 @@ class RealImages:
     Attributes:
         classes: Class of each image.
         appearances: Artefacts and skin tone of each image; empty for held-out images, of which only features are used.
-        groups: Patient or lesion of each image; None if they are not known.
+        groups: Patient or lesion of each image, "" where neither is known; None if it is for none.
         features: Features [N, dim]; None without an index.
     """
 
@@ -54,7 +54,10 @@ def build_reference(
     held_out: RealImages | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> tuple[ReferenceDescription, dict[str, ClassFeatures]]:
-    """Compute the statistics of each class. Classes with fewer than `MINIMUM_GROUP` images have none.
+    """Compute the statistics of each class. Classes with images of fewer than `MINIMUM_GROUP` patients have none.
+
+    Where only the lesion of an image is known, it takes the place of the patient. An image without both counts as one patient,
+    because nothing says which images belong together; so if no image has an id, images are counted.
 
     Args:
         real: The images that the generator was trained on.
@@ -67,13 +70,17 @@ def build_reference(
         The description, and the statistics of features by class.
 
     Raises:
-        DataError: No class has enough images.
+        DataError: No class has images of enough patients.
     """
     classes = np.array(real.classes)
+    patients = _patients(real)
     names = sorted(set(real.classes))
-    large = [name for name in names if (classes == name).sum() >= MINIMUM_GROUP]
+    large = [name for name in names if len(set(patients[classes == name])) >= MINIMUM_GROUP]
     if not large:
-        raise DataError(f"no class has at least {MINIMUM_GROUP} images; statistics of fewer could disclose single ones")
+        raise DataError(
+            f"no class has images of at least {MINIMUM_GROUP} patients; statistics of fewer could disclose single ones "
+            "(an image without an id of patient and lesion counts as a patient)"
+        )
     width = 0 if real.features is None else real.features.shape[1]
     smallest = int(min((classes == name).sum() for name in large))
     dim = max(1, min(MAX_DIM, width, smallest // IMAGES_PER_DIM))
@@ -83,19 +90,21 @@ def build_reference(
         chosen = np.flatnonzero(classes == name).tolist()
         measured = [real.appearances[i] for i in chosen]
         angles = skin_tones(measured)
-        if len(angles) < MINIMUM_GROUP:  # a median of few images could be the angle of one of them
+        seen = {patients[i] for i in chosen if real.appearances[i].skin_tone is not None}
+        if len(seen) < MINIMUM_GROUP:  # a median of few patients could be the angle of one of them
             angles = []
         cells: tuple[int, ...] = ()
         typical: float | None = None
         samples: tuple[BaselineSample, ...] = ()
         if real.features is not None and index is not None:
-            features[name], cells, typical = statistics_of(real.features[chosen, :dim])
+            features[name], cells, typical = statistics_of(real.features[chosen, :dim], patients[chosen])
             if held_out is not None and held_out.features is not None:
-                others = held_out.features[np.array(held_out.classes) == name, :dim]
-                samples = baseline(others, features[name], cells, typical)
+                others = np.array(held_out.classes) == name
+                if len(set(_patients(held_out)[others])) >= MINIMUM_GROUP:
+                    samples = baseline(held_out.features[others, :dim], features[name], cells, typical)
         described[name] = ClassReference(
             images=len(chosen),
-            patients=None if real.groups is None else len({real.groups[i] for i in chosen}),
+            patients=None if real.groups is None else len({real.groups[i] for i in chosen} - {""}),
             artefacts={key: _coarse(count) for key, count in artefact_counts(measured).items()},
             skin_tones={key: _coarse(count) for key, count in tone_counts(angles).items()},
             skin_tone_median=round(float(np.median(angles)), 1) if angles else 0.0,
@@ -112,6 +121,13 @@ def build_reference(
         provenance=dict(provenance or {}),
     )
     return description, features
+
+
+def _patients(real: RealImages) -> Counts:
+    """Return a number for each image, which is the same for images of one patient. An image without an id has its own."""
+    numbers: dict[str | int, int] = {}
+    groups = [""] * len(real.classes) if real.groups is None else real.groups
+    return np.array([numbers.setdefault(group or i, len(numbers)) for i, group in enumerate(groups)], np.intp)
 
 
 def _coarse(count: int) -> int:

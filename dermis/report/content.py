@@ -20,6 +20,7 @@ from dermis.bundle.reference import MINIMUM_GROUP, read_features
 from dermis.dataset.plan import DatasetPlan, request_in_words
 from dermis.dataset.privacy import SHOWN, PrivacyReport, has_percentile
 from dermis.dataset.scoring import ClassifierTally
+from dermis.privacy.verdict import read_verdict
 from dermis.report.appearance import Appearance, artefact_counts, skin_tones
 from dermis.report.features import MIN_IMAGES, FeatureComparison, Floats, compare
 from dermis.skin_tone import CLASSES, tone_counts
@@ -490,20 +491,12 @@ def _privacy(plan: DatasetPlan, privacy: PrivacyReport | None) -> ReportSection:
 
 
 def report_audit(audit: Mapping[str, Any] | None) -> ReportAudit:
-    """Read verdict and rules of privacy_audit.json. `dermis.privacy.audit` reads all of it, but imports torch."""
-    verdict = None if audit is None else audit.get("verdict")
-    status = verdict.get("status") if isinstance(verdict, Mapping) else None
-    if audit is None or status not in ("pass", "warn", "fail"):
+    """Read verdict and rules of privacy_audit.json. An audit whose verdict cannot be relied on measured nothing."""
+    stored = None if audit is None else read_verdict(audit)
+    if stored is None:
         return ReportAudit(NOT_MEASURED, remedy="run `dermis privacy audit --attach`, then make the dataset again")
-    outcomes = audit.get("outcomes")
-    rules = tuple(
-        ReportRule(
-            str(outcome.get("rule", "")), str(outcome.get("status", NOT_MEASURED)), str(outcome.get("finding", ""))
-        )
-        for outcome in (outcomes if isinstance(outcomes, list) else ())
-        if isinstance(outcome, Mapping)
-    )
-    return ReportAudit(status, rules)
+    rules = tuple(ReportRule(each.rule, each.status, each.finding) for each in stored.outcomes)
+    return ReportAudit(stored.verdict.status, rules)
 
 
 def _artefacts(bundle: Bundle, measured: Measurements) -> ReportSection:

@@ -139,17 +139,23 @@ def interpolate(samples: list[tuple[int, float]], images: int) -> float | None:
     return float(np.interp(1 / images, [1 / size for size, _ in ordered], [value for _, value in ordered]))
 
 
-def statistics_of(features: Floats) -> tuple[ClassFeatures, tuple[int, ...], float]:
+def statistics_of(features: Floats, patients: Counts | None = None) -> tuple[ClassFeatures, tuple[int, ...], float]:
     """Compute the statistics of the features [N, dim] of real images of one class.
+
+    Args:
+        features: The features.
+        patients: Number of the patient of each image; None if each image is of another patient.
 
     Returns:
         The statistics, the number of images in each cell, and the 95th percentile of the Mahalanobis distances. More than
         5 % of other images of the same distribution are beyond it, as mean and covariance fit these images.
     """
-    if len(features) < MINIMUM_GROUP:
-        raise ValueError(f"{len(features)} images; statistics need at least {MINIMUM_GROUP}")
+    if patients is None:
+        patients = np.arange(len(features))
+    if (known := len(np.unique(patients))) < MINIMUM_GROUP:
+        raise ValueError(f"images of {known} patients; statistics need at least {MINIMUM_GROUP}")
     values = features.astype(np.float64)
-    cells, counts = _cells(values)
+    cells, counts = _cells(values, patients)
     real = ClassFeatures(
         values.mean(axis=0).astype(np.float32), np.atleast_2d(np.cov(values.T)).astype(np.float32), cells
     )
@@ -157,29 +163,37 @@ def statistics_of(features: Floats) -> tuple[ClassFeatures, tuple[int, ...], flo
     return real, tuple(counts.tolist()), float(np.percentile(distances, TYPICAL_PERCENT))
 
 
-def _cells(values: Doubles) -> tuple[Floats, Counts]:
-    """Divide features into cells of at least `MINIMUM_GROUP` images by k-means; small cells join their nearest one."""
+def _cells(values: Doubles, patients: Counts) -> tuple[Floats, Counts]:
+    """Divide features into cells with `MINIMUM_GROUP` patients or more by k-means; small cells join their nearest one."""
     from scipy.cluster.vq import kmeans2
 
-    number = int(np.clip(len(values) // (2 * MINIMUM_GROUP), 1, MAX_CELLS))
+    number = int(np.clip(len(np.unique(patients)) // (2 * MINIMUM_GROUP), 1, MAX_CELLS))
     _, labels = kmeans2(values, number, minit="++", rng=np.random.default_rng(0))
     while True:
-        names, counts = np.unique(labels, return_counts=True)
-        centres = np.stack([values[labels == name].mean(axis=0) for name in names])
-        smallest = int(counts.argmin())
-        if counts[smallest] >= MINIMUM_GROUP:
+        names, labels = np.unique(labels, return_inverse=True)
+        centres = np.stack([values[labels == label].mean(axis=0) for label in range(len(names))])
+        sizes = _patients_in(labels, patients, len(names))
+        smallest = int(sizes.argmin())
+        if sizes[smallest] >= MINIMUM_GROUP:
             break
         others = np.linalg.norm(centres - centres[smallest], axis=1)
         others[smallest] = np.inf
-        labels[labels == names[smallest]] = names[int(others.argmin())]
+        labels[labels == smallest] = int(others.argmin())
     cells = centres.astype(np.float32)
     # The images are counted as those of a dataset will be; a cell can then have fewer images than it was made of.
-    counts = np.bincount(nearest_cells(values, cells.astype(np.float64)), minlength=len(cells))
-    keep = counts >= MINIMUM_GROUP
-    if not keep.all():
-        cells = cells[keep]
-        counts = np.bincount(nearest_cells(values, cells.astype(np.float64)), minlength=len(cells))
-    return cells, counts
+    while True:
+        nearest = nearest_cells(values, cells.astype(np.float64))
+        sizes = _patients_in(nearest, patients, len(cells))
+        smallest = int(sizes.argmin())
+        if sizes[smallest] >= MINIMUM_GROUP:
+            return cells, np.bincount(nearest, minlength=len(cells))
+        cells = np.delete(cells, smallest, axis=0)
+
+
+def _patients_in(labels: Counts, patients: Counts, cells: int) -> Counts:
+    """Count the patients of each cell; `labels` has the cell of each image."""
+    pairs = np.unique(np.stack([labels, patients]), axis=1)
+    return np.bincount(pairs[0], minlength=cells)
 
 
 def baseline(

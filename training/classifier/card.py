@@ -31,6 +31,7 @@ def classifier_card(name: str, description: ClassifierDescription) -> str:
     origin, measured = description.provenance, description.metrics
     test, validation, run = measured["test"], measured["validation"], origin["training"]
     raw = test["uncalibrated"]
+    alone = f"; {test['without_ids']:,} of these are images without an id" if test.get("without_ids") else ""
     options = "\n".join(f"| `{key}` | {value} |" for key, value in run["configuration"].items())
     return f"""# {name}
 
@@ -68,9 +69,9 @@ Melanoma is only one of the cancers: basal cell carcinoma and others count as be
 
 ## Measured
 
-On {test["images"]:,} real images of {test["patients"]:,} patients (or lesions, if patients are not known) that were not used
-in training, {test["positive"]:,} of them malignant. Intervals are 95 %, by bootstrap over patients. They do not cover
-differences between this collection and others.
+On {test["images"]:,} real images of {test["patients"]:,} patients (or lesions, if patients are not known{alone}) that were
+not used in training, {test["positive"]:,} of them malignant. Intervals are 95 %, by bootstrap over patients. They do not
+cover differences between this collection and others.
 
 | metric | value | 95 % |
 | --- | --- | --- |

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from dermis.metrics import classification as metrics
 from training.classifier.calibration import THRESHOLDS, calibrated, choose_thresholds, fit_temperature
 from training.classifier.data import RealPart
+from training.data.splits import count_without_ids
 
 MIN_GROUP_IMAGES = 10  # a group with fewer images of a class is not measured
 
@@ -39,8 +40,9 @@ def evaluate(
         replicates: Number of bootstrap replicates.
 
     Returns:
-        JSON: {"temperature", "thresholds", "validation": {"auc"}, "test": {"images", "positive", "patients", "metrics",
-        "at_thresholds", "breakdown"}}; a metric is {"value", "low", "high"} (95 %).
+        JSON: {"temperature", "thresholds", "validation": {"auc"}, "test": {"images", "positive", "patients", "without_ids",
+        "metrics", "at_thresholds", "breakdown"}}; a metric is {"value", "low", "high"} (95 %), and without_ids are those
+        patients that are images of which neither patient nor lesion are known.
     """
     validation, test = parts["validation"], parts["test"]
     temperature = fit_temperature(validation.labels, logits["validation"])
@@ -126,4 +128,9 @@ def _measured(
 
 
 def _counts(part: RealPart) -> dict[str, int]:
-    return {"images": len(part.labels), "positive": int(part.labels.sum()), "patients": len(set(part.groups))}
+    return {
+        "images": len(part.labels),
+        "positive": int(part.labels.sum()),
+        "patients": len(set(part.groups)),
+        "without_ids": count_without_ids(part.groups),
+    }

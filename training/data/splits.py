@@ -35,6 +35,7 @@ REST = "rest"
 _MAX_ROUNDS = 50  # rounds of moves and exchanges; a table of 33,000 images needs fewer than ten
 _CANDIDATES = 64  # patients of each part that are tried for an exchange
 _GROUP_WEIGHT = 0.2
+_ALONE = "image "  # begins the name of the group of an image of which neither patient nor lesion are known
 
 
 @dataclass(frozen=True)
@@ -150,12 +151,17 @@ def group_of(records: Sequence[Record]) -> list[str]:
     for record in records:
         patient = f"patient {record.patient_id}" if record.patient_id else ""
         lesion = f"lesion {record.lesion_id}" if record.lesion_id else ""
-        key = patient or lesion or f"image {record.id}"
+        key = patient or lesion or f"{_ALONE}{record.id}"
         keys.append(key)
         if patient and lesion:
             first, second = sorted((root(patient), root(lesion)))
             parent[second] = first
     return [root(key) for key in keys]
+
+
+def count_without_ids(groups: Sequence[str]) -> int:
+    """Count the images of which neither patient nor lesion are known: `group_of` gives each a group of its own."""
+    return sum(group.startswith(_ALONE) for group in groups)
 
 
 def assign(counts: NDArray[np.int64], targets: NDArray[np.float64], seed: int) -> NDArray[np.int64]:

@@ -28,7 +28,7 @@ from training.data.embedding import progress_bar
 from training.data.images import ImageDataset
 from training.evaluation import measure, pictures
 from training.evaluation.features import labels_in_proportion
-from training.evaluation.holdout import check_holdout, groups_of
+from training.evaluation.holdout import check_holdout, groups_of, without_ids
 from training.evaluation.measure import MIN_IMAGES, REPLICATES, ImageSets, Selection
 from training.evaluation.record import FORMAT_VERSION, discriminator_space
 from training.evaluation.report import report_page
@@ -141,6 +141,7 @@ def evaluate_bundle(
             metrics["holdout"] = {
                 "images": len(holdout.labels),
                 "patients": None if groups is None else len(set(groups[len(real_labels) :])),
+                "without_ids": None if groups is None else without_ids(holdout).patient_and_lesion,
                 "name": holdout_name,
                 "sha256": holdout.sha256,
             }

@@ -90,7 +90,7 @@ def audit_privacy(
         non_members: Held-out real images of other patients.
         extractors: The feature spaces.
         dataset: Generated images that are audited in place of new samples; attacks on the generator are left out.
-        dataset_location: Folder of the dataset, for the digest of its manifest.
+        dataset_location: Folder of the dataset, for its manifest; None if this bundle has just made the images.
         options: The options.
         cache: Folder for features of images.
         device: Device of the networks.
@@ -103,10 +103,11 @@ def audit_privacy(
     discriminator, more = (None, []) if dataset is not None else _discriminator(bundle, members, options, device)
     digest = trained_on(bundle.provenance)
     remarks = _remarks(bundle, members, groups, digest)
-    if dataset_location is not None and (dataset_location / MANIFEST).is_file():
-        made_by = read_manifest(Store(dataset_location)).bundle_digest
-        if made_by != bundle.digest:
-            remarks.append(f"The dataset was made by a bundle with another digest ({made_by[:12]}).")
+    made_by = bundle.digest if dataset_location is None else _made_by(dataset_location)
+    if made_by is None:
+        remarks.append("The dataset has no manifest, so it is not known which generator made it.")
+    elif made_by != bundle.digest:
+        remarks.append(f"The dataset was made by a bundle with another digest ({made_by[:12]}).")
     embedder = None if bundle.classifier is None else Embedder(CLASSIFIER, bundle, device=device)
     spaces = [*extractors, pixel_space()]
     if embedder is not None:
@@ -158,6 +159,7 @@ def audit_privacy(
         truncation_psi=options.truncation_psi if dataset is None else None,
         members_without_ids=without_ids(members),
         non_members_without_ids=without_ids(non_members),
+        dataset_of_bundle=None if dataset is None or made_by is None else made_by == bundle.digest,
     )
     evidence = Evidence(
         features,
@@ -402,6 +404,11 @@ def _value(record: Record, column: str) -> str:
         return f"{int(float(value)) // 10 * 10}"  # decades
     except (ValueError, OverflowError):
         return ""
+
+
+def _made_by(location: Path) -> str | None:
+    """The digest of the bundle that made a dataset, by its manifest; None without one. A manifest names no weights."""
+    return read_manifest(Store(location)).bundle_digest if (location / MANIFEST).is_file() else None
 
 
 def _digest(dataset: ImageDataset, location: Path | None) -> str:

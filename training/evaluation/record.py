@@ -4,7 +4,8 @@ Version 2, which `dermis evaluate` writes:
 
     format_version               2
     images, real_images          generated images, and real ones of --data
-    holdout                      images, patients, name, sha256; missing if no images were held out
+    holdout                      images, patients, without_ids, name, sha256; missing if no images were held out. without_ids
+                                 are those of the patients that are images without an id; early versions have no such number
     noise_mode                   noise of the generated images
     ppl                          perceptual path length: distance, end, full, their errors, paths, classes
     spaces.NAME                  one feature space

@@ -45,6 +45,15 @@ def measure_real(
                     features.append(checker.index.projected(checker.embed(chunk)))
                 bar.update(len(chunk))
             classes = [images.class_names[label] for label in images.labels]
-            return RealImages(classes, seen, groups_of(images), np.concatenate(features) if features else None)
+            return RealImages(classes, seen, _known_groups(images), np.concatenate(features) if features else None)
 
         return measure(dataset, True), None if held_out is None else measure(held_out, False)
+
+
+def _known_groups(images: ImageDataset) -> list[str] | None:
+    """The patient (or lesion) of every image, "" where neither is known; None if it is for none."""
+    groups = groups_of(images)
+    if groups is None:
+        return None
+    records = zip(groups, images.records, strict=True)
+    return [group if record.patient_id or record.lesion_id else "" for group, record in records]

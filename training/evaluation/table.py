@@ -114,7 +114,7 @@ def held_out_text(metrics: Part) -> str:
     if "holdout" not in known:
         return ""
     held = known["holdout"]
-    patients = f" of {held['patients']:,} patients or lesions" if held.get("patients") else ""
+    patients = f" of {_groups(held, 'patients or lesions')}" if held.get("patients") else ""
     name = f" ({held['name']})" if held.get("name") else ""
     digest = f", sha256 {held['sha256'][:16]}" if held.get("sha256") else ""
     text = f"Held out: {held['images']:,} real images{patients}{name}{digest}. "
@@ -127,6 +127,12 @@ def held_out_text(metrics: Part) -> str:
         "The real images that they are compared with are not the training set that the bundle names, so it is not known "
         "whether the generator was trained on the held-out ones."
     )
+
+
+def _groups(held: Part, noun: str) -> str:
+    """The number of patients or lesions, and how many of these are images of which neither is known."""
+    alone = held.get("without_ids")  # missing in metrics of early versions
+    return f"{held['patients']:,} {noun}" + (f", of which {alone:,} are images without an id" if alone else "")
 
 
 def _columns(metrics: Part, space: Part) -> dict[str, Part]:
@@ -202,7 +208,7 @@ def _with_interval(part: Part, key: str, factor: float) -> str:
 
 def _memorising(metrics: Part, test: Part) -> str:
     held = metrics["holdout"]
-    of_patients = f" ({held['patients']:,} groups by patient or lesion)" if held.get("patients") else ""
+    of_patients = f" ({_groups(held, 'groups by patient or lesion')})" if held.get("patients") else ""
     numbers = (
         f"{test['nearer_train']:.1%} of the generated images are nearer to one of the {metrics['real_images']:,} real "
         f"images than to any of the {held['images']:,} held-out ones{of_patients}; {test['expected_nearer_train']:.1%} "

@@ -13,6 +13,7 @@ from dermis.files import write_file
 from dermis.metrics import classification as metrics
 from dermis.metrics.classification import Estimate, Floats, Labels
 from training.classifier.data import RealPart
+from training.data.splits import count_without_ids
 from training.experiments.scenarios import BASELINE, PAPER, TABLE2, Scenario
 from training.experiments.table import RESULTS, TABLE, markdown_table
 from training.experiments.table2 import ScenarioRun
@@ -130,8 +131,10 @@ def remarks(rows: Sequence[Row], possibly_leaked: Sequence[str], test: RealPart)
         test: The test images.
     """
     seeds = sorted({len(row.seeds) for row in rows})
+    alone = count_without_ids(test.groups)
     texts = [
-        f"Measured on {len(test.labels):,} real images of {len(set(test.groups)):,} patients or lesions,"
+        f"Measured on {len(test.labels):,} real images of {len(set(test.groups)):,} patients or lesions"
+        f"{f' (of which {alone:,} are images without an id)' if alone else ''},"
         f" {int(test.labels.sum()):,} of them malignant, that no classifier was trained on. Means over"
         f" {' or '.join(map(str, seeds))} seeds; in brackets 95 % intervals over patients: the effect of drawing other"
         " patients from this collection. Differences are paired by patient."

@@ -26,8 +26,14 @@ _FREE = frozenset({
     "rounds", "clients", "min_clients", "attempts", "round_timeout", "wait_timeout", "evaluate_rounds",
     "evaluate_images", "snapshot_rounds", "secure_clip",
 })  # fmt: skip
-# Options of `dermis train classifier` about the end of epochs, which a federation does not have.
-_OF_EPOCHS = ("epochs", "patience", "plateau_factor", "plateau_patience", "monitor")
+OF_EPOCHS: Mapping[str, str] = {
+    "epochs": "give --rounds and --iterations",
+    "patience": "give --rounds, all of which are run",
+    "plateau_factor": "give learning_rate, which stays the same",
+    "plateau_patience": "give learning_rate, which stays the same",
+    "monitor": "the result is that of the last round, so give --rounds",
+}
+"""Options of `dermis train classifier` about the end of epochs, which a federation does not have, and what to give instead."""
 # Options of federations of generators, and their only values for classifiers.
 _OF_GENERATORS: Mapping[str, Any] = {
     "share": "both", "optimizer": "local", "base": "auto", "conditional": True, "binary": True,
@@ -67,7 +73,7 @@ class FederationConfig:
     seed: int = 0
     start: str = ""  # bundle or .pkl to start from, on the server; for a classifier: imagenet, none
     secure_aggregation: bool = False
-    secure_clip: float = 8.0  # largest change of a weight that secure aggregation can represent
+    secure_clip: float = 8.0  # largest value, change times share of images, that secure aggregation can represent
     dp_noise: float = 0.0  # noise multiplier of central differential privacy; 0: none
     dp_clip: float = 1.0  # largest norm of a client's update
     dp_delta: float = 1e-5
@@ -160,13 +166,16 @@ class FederationConfig:
     def changed_from(self, stored: Mapping[str, Any]) -> list[str]:
         """Return the names of the options that differ from `stored`, the identity of an earlier start.
 
-        Earlier versions did not store `start`, nor `clients`: such a federation can be continued with any. They accepted
-        options of generators for classifiers and ignored them.
+        Earlier versions did not store `start`, nor `clients`: such a federation can be continued with any. For classifiers they
+        accepted options of generators and of epochs, and ignored them.
         """
         identity = self.identity
         names = (identity.keys() | stored.keys()) - (_LATER - stored.keys()) - _FREE.difference(identity)
         if self.task == "classifier":
             names -= _OF_GENERATORS.keys()
+            identity, stored = (
+                {**each, "options": _without_epochs(each.get("options", ""))} for each in (identity, stored)
+            )
         return sorted(name for name in names if identity.get(name) != stored.get(name))
 
 
@@ -224,6 +233,10 @@ def gan_config(federation: FederationConfig, device: torch.device) -> GanConfig:
     return config
 
 
+def _without_epochs(options: str) -> str:
+    return " ".join(each for each in options.split() if each.partition("=")[0] not in OF_EPOCHS)
+
+
 def classifier_config(federation: FederationConfig) -> ClassifierConfig:
     """Return the configuration of the classifier's training on every client.
 
@@ -231,10 +244,8 @@ def classifier_config(federation: FederationConfig) -> ClassifierConfig:
         TrainingError: An option does not fit; the message names it.
     """
     options = parse_settings(federation.options.split(), ClassifierConfig, "options: ")
-    for name in _OF_EPOCHS:
+    for name, instead in OF_EPOCHS.items():
         if name in options:
-            raise TrainingError(
-                f"options: {name}: has no effect in a federation, which has rounds of `iterations` steps at one learning rate"
-            )
+            raise TrainingError(f"options: {name}: has no effect in a federation; {instead}")
     precision = "fp32" if federation.precision == "auto" else federation.precision
     return ClassifierConfig(size=federation.resolution, seed=federation.seed, **({"precision": precision} | options))

@@ -9,6 +9,7 @@ import re
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,20 @@ def test_bundle_part_changed_after_opening_is_refused(bundle: Path, part: str) -
             Classifier(opened, device="cpu")
 
 
+def test_index_is_checked_once_in_a_process_unless_another_one_is_expected(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, description = (bundle / "authenticity" / "index.faiss").read_bytes(), open_bundle(bundle).authenticity
+    assert description is not None
+    checked: list[bytes] = []
+    monkeypatch.setattr(index_check, "_passed", set())
+    monkeypatch.setattr(index_check, "run_limited", lambda _, data, *__, **___: checked.append(data) or "")
+    for vectors in (30, 30, 31):
+        index_check.check_index(data, replace(description, vectors=vectors), "index.faiss")
+    index_check.check_index(data + b"0", description, "index.faiss")
+    assert checked == [data, data, data + b"0"]
+
+
 def test_index_replaced_after_check_is_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = bundle / "authenticity" / "index.faiss"
     other = bundle.parent / "other"
@@ -265,6 +280,7 @@ def test_array_header_is_checked_before_allocation(bundle: Path, case: str) -> N
     assert re.search(reason, message), message
 
 
+@pytest.mark.full
 def test_an_index_with_huge_counts_is_refused(bundle: Path) -> None:
     name = "authenticity/index.faiss"
     data = (bundle / name).read_bytes()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import norm
 
+from dermis.bundle.card import with_privacy_section
 from dermis.errors import DataError
 from dermis.metrics.neighbours import nearest
 from dermis.privacy.attacks import (
@@ -23,12 +24,12 @@ from dermis.privacy.attacks import (
     neighbours_of,
     permutation_p,
 )
-from dermis.privacy.audit import Evidence, PrivacyAudit, Subject, WithoutIds, run_audit
+from dermis.privacy.audit import Evidence, PrivacyAudit, Subject, WithoutIds, _detectable, run_audit
 from dermis.privacy.controls import split_control
 from dermis.privacy.disclosure import disclosures
 from dermis.privacy.epsilon import bound_from_guesses, epsilon_bound, patient_halves
 from dermis.privacy.power import detectable_share
-from dermis.privacy.questions import Attribute, linkability
+from dermis.privacy.questions import Attribute, _answer_of_images, linkability
 from dermis.privacy.report import audit_report
 from dermis.privacy.verdict import RULES, Outcome, rules_of, verdict_of
 
@@ -86,6 +87,7 @@ def _audit(
         non_members_sha256="2" * 64,
         spaces={"one": "one", "two": "two"},
         seed=0,
+        dataset_of_bundle=True,
     )
     if classes is None:
         rng = np.random.default_rng(3)
@@ -132,6 +134,22 @@ def test_two_percent_near_copies_are_caught_with_500_held_out_images() -> None:
     audit = _audit(members, held_out, np.concatenate([generated, _noisy(members[100:140])]))
     assert audit.verdict.status == "fail" and _statuses(audit)["samples-few"] == "fail", audit.verdict
     assert max(attack.auc.value for attack in audit.attacks) < 0.6, "an average hides them"
+
+
+def test_few_or_truncated_samples_of_a_bundle_do_not_pass() -> None:
+    """The planted copies are detected among them, but the generator's own copies may be missing."""
+    audit = _audit(_population(1, 1000), _population(2, 500), _population(3, 50), scope="bundle")
+    planted = audit.power.planted
+    assert planted is not None and planted.detected and _statuses(audit)["power"] == "warn"
+    assert "Only 50 images were generated for 1,000 members" in audit_report(audit)
+    enough = replace(audit.subject, generated=1000, truncation_psi=1.0)
+    assert _detectable(audit.power, enough).status == "pass"
+    truncated = replace(enough, truncation_psi=0.2)
+    assert _detectable(audit.power, truncated).status == "warn"
+    assert "| truncation psi | 0.2 |" in audit_report(replace(audit, subject=truncated))
+    card = with_privacy_section("# Card\n", replace(audit, subject=truncated).to_json())
+    assert "1,000 generated ones (truncation psi 0.2)" in card
+    assert _detectable(audit.power, replace(audit.subject, scope="dataset")).status == "pass", "it has no other images"
 
 
 def test_attacks_that_cannot_succeed_are_not_measured() -> None:
@@ -182,12 +200,26 @@ def test_attack_that_always_succeeds_shows_no_difference() -> None:
     assert answer.excess is None and "0 of 200 patients do not show it" in answer.reason
 
 
+def test_risk_is_not_defined_if_every_held_out_attempt_succeeds() -> None:
+    success = np.arange(1100) >= 5  # 5 of 1,000 members fail, and none of 100 held-out images
+    labels = np.repeat(np.array([1, 0]), [1000, 100])
+    answer = _answer_of_images("inference", "class", "", success, labels, np.arange(1100), level=0.95, seed=0)
+    assert (answer.members, answer.controls, answer.risk) == (0.995, 1.0, None)
+    assert answer.excess is not None and answer.excess.low < 0
+    audit = replace(_audit(_population(1, 60), _population(2, 60), _population(3, 60)), answers=(answer,))
+    assert PrivacyAudit.from_json(audit.to_json()) == audit and "| not defined |" in audit_report(audit)
+    damaged = replace(audit, answers=(replace(answer, controls=0.9),))
+    with pytest.raises(DataError, match="answers"):
+        PrivacyAudit.from_json(damaged.to_json())
+
+
 def test_many_copies_with_the_same_highest_score_are_few_members_too() -> None:
     scores = np.concatenate([np.full(40, 9.0), np.random.default_rng(0).normal(size=1460)])
     p = permutation_p([scores], np.repeat(np.array([1, 0]), [1000, 500]), np.arange(1500), seed=0, permutations=1000)
     assert p[0, 1] < 0.01
 
 
+@pytest.mark.full
 def test_attack_on_sets_of_different_populations_does_not_count() -> None:
     held_out = (0.8 * _population(2, HELD_OUT) + 0.15).astype(np.float32)
     audit = _audit(_population(1, MEMBERS), held_out, _population(3, MEMBERS))
@@ -198,6 +230,7 @@ def test_attack_on_sets_of_different_populations_does_not_count() -> None:
     assert (audit.verdict.status, audit.verdict.complete) == ("warn", False)
 
 
+@pytest.mark.full
 def test_classifier_that_was_trained_on_the_members_hides_no_copies() -> None:
     members, held_out, generated = _population(11, 2000), _population(12, HELD_OUT), _population(13, 1960)
     audit = _audit(members, held_out, np.concatenate([generated, _noisy(members[100:140])]), shift=0.5)
@@ -222,6 +255,7 @@ def _split_p(simulations: int) -> NDArray[np.float64]:
     return np.array(values)
 
 
+@pytest.mark.full
 def test_p_of_the_classifier_of_the_split_is_uniform() -> None:
     """The normal quantiles of its p-values have a variance of 1; without fitting again it is about 1.6."""
     assert norm.ppf(np.clip(_split_p(200), 1e-3, 1 - 1e-3)).var() < 1.35
@@ -235,6 +269,7 @@ def test_p_of_the_classifier_of_the_split_is_uniform_in_many_audits() -> None:
     assert 160 <= (p_values < 0.5).sum() <= 240, "nor are they too large"
 
 
+@pytest.mark.full
 def test_attack_on_the_generator_is_judged_by_its_own_rule() -> None:
     members, held_out, generated = _population(1, MEMBERS), _population(2, HELD_OUT), _population(3, MEMBERS)
     values = np.random.default_rng(0).normal(size=MEMBERS + HELD_OUT)

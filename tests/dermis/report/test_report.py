@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -39,6 +39,7 @@ from dermis.dataset.shards import write_shard
 from dermis.dataset.store import Store
 from dermis.dataset.verify import verify
 from dermis.errors import BundleError, DataError
+from dermis.privacy.verdict import Outcome, Scope, verdict_of
 from dermis.report import content, sample
 from dermis.report.appearance import Appearance, appearances
 from dermis.report.build import RealImages, build_reference
@@ -258,20 +259,26 @@ def test_report_says_what_was_not_measured_and_never_passes_it(tmp_path: Path) -
     assert "not measured" in page and not re.search(r">\s*(pass|passed)\b", page)
 
 
+def _audit_document(outcomes: list[dict[str, Any]], scope: Scope = "bundle") -> dict[str, Any]:
+    """The part of privacy_audit.json that a report reads."""
+    verdict = verdict_of([Outcome(**each) for each in outcomes], scope)
+    return {"format_version": 2, "subject": {"scope": scope}, "verdict": asdict(verdict), "outcomes": outcomes}
+
+
 @pytest.mark.parametrize("file_format", ["imagefolder", "parquet"])
 def test_own_audit_of_a_dataset_replaces_that_of_the_bundle(tmp_path: Path, file_format: str) -> None:
     plain = make_bundle(tmp_path / "b")
     wanted = DatasetRequest.model_validate({"classes": {"malignant": 2, "benign": 1}, "format": file_format})
     planned, store = plan_for(wanted, plain), Store(tmp_path / "d")
     write_shard(planned, 0, noise, store)
-    document = {"verdict": {"status": "fail"}, "outcomes": [{"rule": "epsilon", "status": "fail", "finding": "large"}]}
+    document = _audit_document([{"rule": "epsilon", "status": "fail", "finding": "large"}], "dataset")
 
     def audit(samples: Iterable[tuple[Any, Any]]) -> DatasetAudit:
         assert [(sample.index, pixels.shape) for sample, pixels in samples] == [(i, (24, 24, 3)) for i in range(3)]
         assert not (tmp_path / "d" / "manifest.json").exists()
         return DatasetAudit(document, "# Audit\n")
 
-    finalize(planned, store, replace(plain, privacy_audit={"verdict": {"status": "pass"}}), {}, audit=audit)
+    finalize(planned, store, replace(plain, privacy_audit=_audit_document([])), {}, audit=audit)
     report = json.loads((tmp_path / "d" / "report.json").read_bytes())
     assert (report["audit"]["scope"], report["audit"]["verdict"]) == ("dataset", "fail")
     assert "Privacy audit of the dataset: fail." in str(report["scorecard"])
@@ -297,7 +304,7 @@ def test_numbers_of_a_small_gated_dataset_claim_no_more_than_it_can_show(bundle:
 def test_page_loads_nothing_and_escapes_all_text(bundle: Bundle, tmp_path: Path) -> None:
     attack = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
     hostile = replace(bundle, provenance={**bundle.provenance, "licence": attack, "attribution": attack})
-    audit = {"verdict": {"status": "warn"}, "outcomes": [{"rule": attack, "status": "warn", "finding": attack}]}
+    audit = _audit_document([{"rule": attack, "status": "warn", "finding": attack}])
     report = make(tmp_path / "d", replace(hostile, privacy_audit=audit), noise, classes={"benign": 1})
     assert report["audit"]["verdict"] == "warn" and report["origin"]["licence"] == attack
     page = (tmp_path / "d" / "report.html").read_text()
@@ -404,6 +411,28 @@ def test_small_classes_have_no_statistics() -> None:
         build_reference(RealImages(["few"] * 49, pictures[:49]), resolution=64, index=None)
 
 
+def test_statistics_need_patients_and_not_only_images() -> None:
+    tone = Appearance((), 40.0)
+
+    def build(patients: list[str], features: Any = None, held_out: RealImages | None = None) -> Any:
+        real = RealImages(["a"] * len(patients), [tone] * len(patients), patients, features)
+        return build_reference(real, resolution=64, index=None if features is None else "0" * 64, held_out=held_out)
+
+    with pytest.raises(DataError, match="at least 50 patients"):
+        build(["patient p"] * 60)
+    assert build([""] * 60)[0].classes["a"].images == 60, "nothing says that these are of one patient"
+    # Two modes of the features: 160 images of 160 patients, and 240 images of 40 others.
+    many, few = [f"p{i}" for i in range(160)], [f"q{i % 40}" for i in range(240)]
+    random = np.random.default_rng(0)
+    features = random.normal(size=(400, 4)) + np.repeat([[0.0], [50.0]], [160, 240], axis=0)
+    held_out = RealImages(["a"] * 60, (), ["patient h"] * 60, random.normal(size=(60, 4)).astype(np.float32))
+    of_class = build(many + few, features.astype(np.float32), held_out)[0].classes["a"]
+    assert of_class.cells == (400,), "the mode with 40 patients is no cell of its own"
+    assert of_class.baseline == (), "the held-out images are of one patient"
+    seen = RealImages(["a"] * 120, [tone] * 60 + [Appearance((), None)] * 60, ["p"] * 60 + [""] * 60)
+    assert build_reference(seen, resolution=64, index=None)[0].classes["a"].skin_tone_median == 0
+
+
 def test_sample_is_evenly_spaced_and_includes_every_class() -> None:
     assert evenly_spaced(10, 5) == [1, 3, 5, 7, 9] and evenly_spaced(3, 5) == [0, 1, 2] and evenly_spaced(0, 5) == []
     samples: dict[str, list[Any]] = {"rare": list(range(2)), "common": list(range(1000)), "none": []}
@@ -419,3 +448,17 @@ def test_report_shows_the_audit_that_a_bundle_holds(tmp_path: Path) -> None:
     for damaged in (None, {}, {"verdict": "pass"}, {"verdict": {"status": "fine"}}):
         assert content.report_audit(damaged).verdict == "not measured"
     assert content.report_audit({"verdict": {"status": "pass"}, "outcomes": "x"}).rules == ()
+    passed = [{**outcome, "status": "pass"} for outcome in held["outcomes"]]
+    passing = {**held, "outcomes": passed, "verdict": {"status": "pass", "complete": True, "text": ""}}
+    assert content.report_audit(passing).verdict == "pass"
+    for change in (
+        {"format_version": 1},
+        {"format_version": 3},
+        {"outcomes": []},
+        {"outcomes": [{**passed[0], "status": "fail"}, *passed[1:]]},
+        {"outcomes": [*passed, passed[0]]},
+    ):
+        assert content.report_audit({**passing, **change}).verdict == "not measured"
+    failed = [{**outcome, "status": "fail"} for outcome in held["outcomes"]]
+    former = {**passing, "format_version": 1, "outcomes": failed, "verdict": {**passing["verdict"], "status": "fail"}}
+    assert content.report_audit(former).verdict == "fail", "a fail is not hidden"

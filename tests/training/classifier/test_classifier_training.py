@@ -354,6 +354,7 @@ def test_exported_file_holds_named_fp16_weights_and_no_origin(trained: Path, ski
         assert str(Path.cwd()).encode() not in text
 
 
+@pytest.mark.full
 def test_a_finished_run_can_be_stored_in_eight_bits(trained: Path, skin: Path, real: RealData, tmp_path: Path) -> None:
     import onnx
 

@@ -65,6 +65,7 @@ def test_finished_run_can_be_made_longer(tmp_path: Path) -> None:
         make_detector(tmp_path, known, resume=True, steps=3, batch=4)
 
 
+@pytest.mark.full
 def test_training_lowers_the_loss_and_logs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = keep_curves(monkeypatch, "training.copies.loop")
     trained = make_detector(tmp_path, colour_fields(0, KNOWN), loggers=["tensorboard"], steps=20, batch=16)

@@ -70,6 +70,7 @@ def test_uniform_image_has_no_ruler_hair_or_ink(value: int) -> None:
     assert 0 <= scores.frame <= 1
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("width", [224, 231])  # a square is rotated by a matrix, others by Pillow
 def test_fast_filters_and_rotations_equal_those_of_scipy(width: int) -> None:
     picture = np.zeros((224, width), np.uint8)

@@ -510,6 +510,7 @@ def test_map_of_absent_value_is_refused(tmp_path: Path) -> None:
         assert b"nevus" in archive.read("metadata.csv")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["imagefolder", "webdataset", "parquet"])
 def test_generated_dataset_is_read_as_source(tmp_path: Path, tiny_bundle: Bundle, kind: str) -> None:
     make(tmp_path / "made", tiny_bundle, format=kind)

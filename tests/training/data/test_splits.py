@@ -129,6 +129,7 @@ def test_command_writes_parts_that_read_back(tmp_path: Path) -> None:
         assert isinstance(result.exception, DataError), wrong
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not TABLE.is_file(), reason="needs ../shared/data/ISIC_2020_Training_GroundTruth.csv.gz")
 @pytest.mark.parametrize("sizes", PRESETS.values(), ids=PRESETS.keys())
 def test_isic_2020_is_split_within_one_per_cent(sizes: dict[str, float]) -> None:

@@ -22,6 +22,7 @@ from dermis.bundle import Bundle, open_bundle
 from dermis.errors import DataError, DermisError
 from dermis.features import FeatureExtractor
 from dermis.imaging import decode
+from dermis.report.build import build_reference
 from dermis.synthesizer import Synthesizer
 from tiny import make_bundle
 from training.data.images import ImageDataset
@@ -32,9 +33,10 @@ from training.evaluation.features import labels_in_proportion, real_features
 from training.evaluation.holdout import check_holdout, groups_of
 from training.evaluation.measure import compare, subset
 from training.evaluation.record import discriminator_space, read_metrics
+from training.evaluation.reference import measure_real
 from training.evaluation.report import write_report
 from training.evaluation.sets import load_spaces, parse_noise_modes
-from training.evaluation.table import space_tables
+from training.evaluation.table import copies, held_out_text, space_tables
 from training.gan.card import model_card, renewed_card
 
 LABELS = [0] * 24 + [1] * 12
@@ -168,6 +170,7 @@ def _dataset(images: NDArray[np.uint8], labels: Sequence[int] = LABELS, prefix: 
     return ImageDataset(images, np.array(labels), ("benign", "malignant"), ids, prefix * 64)
 
 
+@pytest.mark.full
 def test_copying_generator_is_detected_and_shown(tiny_bundle: Bundle, generated: NDArray[np.uint8]) -> None:
     """Training images that are samples of the evaluated seed: the test finds them, the page shows them side by side."""
     with Synthesizer(tiny_bundle, device="cpu") as synthesizer:
@@ -196,6 +199,7 @@ def _records(ids: Sequence[str], patients: Sequence[str], lesions: Sequence[str]
     return tuple(Record(name, "benign", patient, lesion, None, {}) for name, patient, lesion in known)
 
 
+@pytest.mark.full
 def test_memorising_test_permutes_whole_patients(tiny_bundle: Bundle, generated: NDArray[np.uint8]) -> None:
     """Two patients a set: of 6 ways to call two of four training, even plain copies cannot be surer than 1 in 6."""
     with Synthesizer(tiny_bundle, device="cpu") as synthesizer:
@@ -209,6 +213,26 @@ def test_memorising_test_permutes_whole_patients(tiny_bundle: Bundle, generated:
     assert copied["memorising"]["p_value"] == pytest.approx(1 / 6, abs=0.03)
     text = json.dumps(evaluation.metrics)
     assert not any(f'"{name}"' in text for name in ("P1", "P3", "L4", "a0", "b0")), "no identifier gets into a bundle"
+
+
+def test_held_out_images_without_an_id_are_stated_beside_patients(
+    tiny_bundle: Bundle, generated: NDArray[np.uint8]
+) -> None:
+    data, held = _dataset(generated[:36]), _dataset(generated[36:], prefix="b")
+    data = replace(data, records=_records(data.ids, ["P1"] * 18 + ["P2"] * 18, [""] * 36))
+    held = replace(held, records=_records(held.ids, ["P3"] * 18 + [""] * 18, [""] * 33 + ["L4"] * 3))
+    metrics = evaluate_bundle(tiny_bundle, data, [_space()], holdout=held, selection="fast", device="cpu").metrics
+    assert (metrics["holdout"]["patients"], metrics["holdout"]["without_ids"]) == (17, 15)
+    assert "36 real images of 17 patients or lesions, of which 15 are images without an id" in held_out_text(metrics)
+    assert "(17 groups by patient or lesion, of which 15 are images without an id)" in copies(metrics)[0]
+
+
+def test_reference_counts_known_patients(tiny_bundle: Bundle, generated: NDArray[np.uint8]) -> None:
+    data = _dataset(generated, labels=[0] * 72)
+    data = replace(data, records=_records(data.ids, ["P1"] * 10 + [""] * 62, [""] * 62 + ["L2"] * 10))
+    real, _ = measure_real(tiny_bundle, data, None, "cpu")
+    description, _ = build_reference(real, resolution=16, index=None)
+    assert description.classes["benign"].patients == 2, "52 images have no id"
 
 
 def test_holdout_seen_in_training_is_refused(tmp_path: Path, folders: tuple[Path, Path]) -> None:

@@ -19,9 +19,10 @@ from dermis.dataset.reading import read_samples
 from dermis.dataset.verify import verify
 from dermis.errors import BundleError, DataError, DermisError, RequestError, StorageError
 from dermis.features import FeatureExtractor
-from dermis.privacy.audit import PrivacyAudit
+from dermis.privacy.audit import Evidence, PrivacyAudit, Subject, _training_set
 from dermis.synthesizer import Synthesizer
 from tiny import make_bundle
+from training.data.isic import load_isic
 
 LABELS = [0] * 50 + [1] * 30
 
@@ -107,6 +108,7 @@ def test_audit_of_a_bundle_is_written_attached_and_shown(folders: tuple[Path, Pa
     assert json.loads((again / "audit.json").read_text()) == document, "the result depends on the seed only"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("lesions", [False, True])
 def test_images_without_a_patient_are_counted_and_warned_of(
     folders: tuple[Path, Path, Path], tmp_path: Path, lesions: bool
@@ -150,7 +152,6 @@ def test_dataset_of_copies_fails(folders: tuple[Path, Path, Path], tmp_path: Pat
 def test_discriminator_of_a_training_state_is_attacked(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
     import torch
 
-    from training.data.isic import load_isic
     from training.gan.config import auto_config
     from training.gan.state import new_state, save_state
 
@@ -230,6 +231,37 @@ def _generate(folders: tuple[Path, Path, Path], out: Path, *arguments: object, a
     return result.output
 
 
+def test_dataset_of_another_or_an_unknown_generator_does_not_pass(
+    folders: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    audited: list[tuple[Subject, Evidence]] = []
+
+    def stop(subject: Subject, evidence: Evidence) -> None:
+        audited.append((subject, evidence))
+        raise DataError("enough")
+
+    monkeypatch.setattr("training.evaluation.privacy.run_audit", stop)
+    _generate(folders, tmp_path / "former", audited=False)
+    # Another bundle, which names the members as its training set.
+    descriptor = json.loads((folders[0] / "bundle.json").read_text())
+    descriptor["provenance"]["dataset"] = {"sha256": load_isic(folders[1], 16, progress=False).sha256}
+    (folders[0] / "bundle.json").write_text(json.dumps(descriptor))
+    _generate(folders, tmp_path / "present", audited=False)
+    found = {}
+    for name, dataset in (("former", tmp_path / "former"), ("unknown", folders[1]), ("present", tmp_path / "present")):
+        with pytest.raises(DataError, match="enough"):
+            _run(folders, tmp_path / "out", "--dataset", dataset)
+        subject, evidence = audited.pop()
+        assert subject.members_are_training_set
+        outcome = _training_set(subject)
+        found[name] = (outcome.status, subject.dataset_of_bundle)
+        assert ("another digest" in outcome.finding + str(evidence.remarks)) == (name == "former")
+        assert ("which generator made it" in outcome.finding) == (name == "unknown")
+        assert any("which generator made it" in remark for remark in evidence.remarks) == (name == "unknown")
+    assert found == {"former": ("warn", False), "unknown": ("warn", None), "present": ("pass", True)}
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("file_format", ["imagefolder", "parquet"])
 def test_dataset_is_audited_when_it_is_made(
@@ -274,6 +306,7 @@ def test_dataset_is_audited_when_it_is_made(
     assert again.exit_code == 0 and "every file except report and audit is the same" in again.output, again.exception
 
 
+@pytest.mark.full
 def test_audits_of_datasets_that_cannot_be_made_are_refused_first(
     folders: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -467,6 +467,7 @@ def test_survey_shows_real_images_of_given_metadata_only(
     assert status == 1 and "has the classes benign, but the bundle benign, malignant" in err
 
 
+@pytest.mark.full
 def test_invalid_answers_or_key_file_is_refused_by_name(run: Run, survey: Path, tmp_path: Path) -> None:
     key = survey / "secret/key.json"
     name = read_key(key).survey

@@ -215,6 +215,7 @@ def test_interrupted_experiment_resumes_to_same_results(
     assert "| Both |" in (parts / "table.md").read_text()
 
 
+@pytest.mark.full
 def test_table_rows_compare_with_training_images_despite_holdout(tmp_path: Path, data: Path) -> None:
     out, which = tmp_path / "out", ("cgan-no-color",)
     _run(out, data, "--holdout", _write(tmp_path / "held", 12, 10, first=32), which=which)

@@ -22,9 +22,11 @@ from tiny_skin import make_skin
 from training.classifier.config import ClassifierConfig
 from training.classifier.data import RealPart
 from training.classifier.run import ClassifierData, ClassifierOrigin
+from training.data.sources import Record
+from training.data.splits import group_of
 from training.experiments import table2
 from training.experiments.scenarios import TABLE2
-from training.experiments.synthetic_value import compare
+from training.experiments.synthetic_value import compare, remarks
 from training.experiments.table2 import ScenarioRun, ScenarioTask, read_generators, run_tasks
 
 SETTINGS = ("architecture=test_efficientnet", "batch=8", "epochs=1", "head_only=true", "rotation=0", "flips=false")
@@ -83,6 +85,7 @@ def test_finished_scenarios_are_compared_and_not_repeated(
         _run(skin, out, *generator_options, "--truncation-psi", "0.5")
 
 
+@pytest.mark.full
 def test_stopped_experiment_resumes_with_unfinished_runs(
     skin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,3 +164,11 @@ def test_a_planted_gain_is_found_with_its_interval() -> None:
     assert augmented.difference["auc"].low > 0.4 and augmented.difference["auc"].value == 1 - real.values["auc"].value
     assert [row.scenario.name for row in (real, augmented)] == ["real", "aug-cgan"]
     assert {scenario.auc for scenario in TABLE2} == {98.8, 94.2, 96.7, 92.7, 98.6}
+
+
+def test_remarks_state_test_images_without_an_id() -> None:
+    records = [Record(str(i), "", f"P{i // 2}" if i < 6 else "", "", None, {}) for i in range(10)]
+    groups = tuple(group_of(records))
+    test = RealPart(np.empty((10, 1, 1, 3), np.uint8), np.repeat([0, 1], 5), groups, groups, {}, "")
+    text = "10 real images of 7 patients or lesions (of which 4 are images without an id), 5 of them malignant"
+    assert text in remarks([], [], test)[0]

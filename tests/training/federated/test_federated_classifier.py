@@ -102,10 +102,12 @@ def test_federated_metrics_match_metrics_of_pooled_images(skin: Path, tmp_path: 
     assert measured["images"] == 2 * len(labels), "two clients with the same images"
     assert measured["metrics"]["auc"]["value"] == pytest.approx(float(auc(labels, logits)[0]), abs=0.02)
     assert measured["patients"] == 2 * len(set(load_real(skin, 32, progress=False).test.groups))
+    assert measured["without_ids"] == 0
     assert sorted(measured["breakdown"]["source"]) == ["client-1", "client-2"]
     card = (tmp_path / "out" / "classifier" / "CLASSIFIER_CARD.md").read_text()
     assert "2, with 62, 62 training images" in card
-    assert "by bootstrap over images" in card
+    assert "by bootstrap over images" in card and "`learning_rate`" in card
+    assert "`epochs`" not in card, "a federation has rounds"
     assert "elsewhere" not in card + json.dumps(description.provenance)
     losses = [line["measured"]["client-1"]["loss"] for line in read_rounds(tmp_path / "out")]
     assert losses[-1] < losses[0], "it must learn"
@@ -152,6 +154,7 @@ def test_malformed_counts_are_refused(tmp_path: Path) -> None:
         "validation": table,
         "test": table,
         **{f"{part}-patients": torch.tensor([7]) for part in ("validation", "test")},
+        **{f"{part}-without_ids": torch.tensor([2]) for part in ("validation", "test")},
     }
     images = 2 * BINS
     assert read_counts(_reply(good), images).keys() == good.keys()
@@ -161,6 +164,7 @@ def test_malformed_counts_are_refused(tmp_path: Path) -> None:
         good | {"more/validation": table},
         *(good | {"test": values} for values in (table[:, :-1], -table, table.float(), table * 10**6)),
         good | {"test-patients": torch.tensor([images + 1])},
+        good | {"test-without_ids": torch.tensor([8])},
     ):
         with pytest.raises(RefusedError):
             read_counts(_reply(bad), images)

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 from cryptography import x509
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,6 +45,7 @@ from training.federated.deployment.keys import CA, CERTIFICATE, KEY, write_certi
 from training.federated.deployment.server_folder import new_server, open_server
 from training.federated.deployment.site_check import check_site
 from training.federated.messages.replies import CheckedUpdate
+from training.federated.messages.secure_aggregation import SECURE_MODS, SecureMean, secure_mean
 from training.federated.messages.serialization import RefusedError, changes, decode, encode, pack
 from training.federated.messages.traffic import CountingGrid
 from training.federated.server.record import read_rounds, write_status
@@ -192,6 +194,32 @@ def test_change_beyond_range_of_secure_aggregation_is_refused_by_name(skin: Path
     assert replace(federation, secure_clip=8.0).changed_from(federation.identity | {"secure_clip": 1e-9}) == []
 
 
+def test_secure_aggregation_checks_changes_as_they_are_encoded() -> None:
+    """Times the client's images / those of the largest client. Larger values would be clipped, and the mean would be wrong."""
+    client = ClientApp()
+
+    @client.train(mods=SECURE_MODS)
+    def train(message: Message, context: Context) -> Message:
+        site: Any = context.node_config
+        numbers = MetricRecord({"num-examples": site["images"]})
+        content = RecordDict({"arrays": encode({"w": torch.tensor([site["change"]])}), "metrics": numbers})
+        return Message(content, reply_to=message)
+
+    def run(clip: float, max_images: int) -> SecureMean:
+        sites = [{"change": change, "images": images} for change, images in ((20.0, 100), (20.0, 100), (1.0, 400))]
+        federation = tiny_federation(secure_aggregation=True, secure_clip=clip)
+        grid = LocalGrid(client, sites, {})
+        return secure_mean(grid, federation, 1, [1, 2, 3], {}, {"w": torch.zeros(1)}, max_images)
+
+    mean = run(8.0, 400).changes
+    assert mean is not None
+    assert mean["w"].item() == pytest.approx((2 * 100 * 20 + 400 * 1) / 600, abs=1e-4)
+    refused = run(4.0, 400)
+    assert refused.changes is None
+    assert "w changed by 20, times 0.25 for" in refused.failures[0] and "secure_clip=16 or more" in refused.failures[0]
+    assert "has 400 training images now, but none announced more than 300" in run(8.0, 300).failures[0]
+
+
 def test_client_requiring_secure_aggregation_refuses_open_round(skin: Path, tmp_path: Path) -> None:
     sites = [replace(site, require_secure_aggregation=True) for site in tiny_sites(skin, tmp_path / "m")]
     messages: list[str] = []
@@ -300,8 +328,15 @@ def test_options_without_effect_on_classifiers_are_refused_by_name(skin: Path, t
     assert classifier_config(federation).precision == "bf16"
     assert classifier_config(replace(federation, precision="auto")).precision == "fp32"
     assert gan_config(tiny_federation(options="batch=4 precision=bf16"), torch.device("cpu")).precision == "bf16"
-    for option in ("epochs=3", "patience=2", "plateau_factor=0.5", "plateau_patience=2", "monitor=loss"):
-        with pytest.raises(TrainingError, match=f"options: {option.partition('=')[0]}: has no effect"):
+    refused = {
+        "epochs=3": "epochs: .*give --rounds and --iterations",
+        "patience=2": "patience: .*give --rounds",
+        "plateau_factor=0.5": "plateau_factor: .*give learning_rate",
+        "plateau_patience=2": "plateau_patience: .*give learning_rate",
+        "monitor=loss": "monitor: .*the result is that of the last round",
+    }
+    for option, why in refused.items():
+        with pytest.raises(TrainingError, match=f"options: {why}"):
             classifier_config(replace(federation, options=option))
     changes: tuple[dict[str, Any], ...] = ({"share": "generator"}, {"base": "paper256"}, {"conditional": False})
     for change in changes:
@@ -314,6 +349,13 @@ def test_options_without_effect_on_classifiers_are_refused_by_name(skin: Path, t
     joined = CliRunner().invoke(commands_app, join)
     assert isinstance(joined.exception, TrainingError)
     assert str(joined.exception).startswith("--validation: has no effect")
+
+
+def test_classifier_begun_with_ignored_options_of_epochs_continues_without_them() -> None:
+    federation = FederationConfig(task="classifier", options="batch=8")
+    begun = federation.identity | {"options": "epochs=3 batch=8 monitor=loss"}
+    assert federation.changed_from(begun) == []
+    assert replace(federation, options="batch=4").changed_from(begun) == ["options"]
 
 
 def test_started_generator_has_options_of_ordinary_training() -> None:

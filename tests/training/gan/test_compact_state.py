@@ -188,6 +188,7 @@ def test_state_resumes_with_other_rate_but_not_other_network(tmp_path: Path, hal
     assert state.G_opt.param_groups[0]["lr"] == pytest.approx(0.001 * 4 / 5)
 
 
+@pytest.mark.full
 def test_feature_moments_restart_after_resume(tmp_path: Path) -> None:
     options = config(projected=True, moments_weight=1.0, r1_gamma=0.0, pl_weight=0.0)
     state = trained(options, 2)

@@ -383,6 +383,7 @@ def test_no_other_option_changes_when_a_private_run_is_resumed(tmp_path: Path) -
         resolved_privacy(unset, _dataset(), tmp_path / "plain", resume=True)
 
 
+@pytest.mark.full
 def test_command_trains_with_privacy_and_the_bundle_states_it(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()

@@ -62,6 +62,7 @@ def test_discriminator_for_256_px_detects_single_pixel_detail() -> None:
         assert torch.allclose(flat, fine, atol=1e-4) is not seen
 
 
+@pytest.mark.full
 def test_discriminator_learns_on_fixed_features() -> None:
     torch.manual_seed(0)
     D = ProjectedDiscriminator(0, seed=0)
@@ -84,6 +85,7 @@ def test_discriminator_learns_on_fixed_features() -> None:
     assert images.grad is not None and (images.grad.flatten(1).norm(dim=1) > 0).all()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "options",
     [

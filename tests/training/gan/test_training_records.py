@@ -144,6 +144,7 @@ def test_best_snapshot_is_kept_with_its_numbers(tmp_path: Path) -> None:
     assert load_generator(best).get_parameter("synthesis.b8.torgb.bias")[0] == pytest.approx(0.2, abs=1e-3)
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("colours")
 @pytest.mark.parametrize(
     ("noise", "better"), [({}, True), ({"noise_mode": "const"}, True), ({"noise_mode": "random"}, False)]

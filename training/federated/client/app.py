@@ -23,7 +23,7 @@ from dermis.cpus import keep_freed_memory
 from dermis.errors import DermisError
 from training.federated.config import FederationConfig, parse_run_config
 from training.federated.messages.replies import ARRAYS, CONFIG, FAILED, METRICS, WEIGHT, versions
-from training.federated.messages.secure_aggregation import SECURE_MODS, check_range, is_secure_message
+from training.federated.messages.secure_aggregation import SECURE_MODS, is_secure_message
 from training.federated.messages.serialization import RefusedError, changes, check_finite, decode, encode, pack
 from training.federated.site import Site, parse_node_config
 from training.federated.tasks import task_of
@@ -86,8 +86,6 @@ def train(message: Message, context: Context) -> Message:
     update = task.train(request, site)
     check_finite(update.tensors)
     tensors = changes(update.tensors, request.tensors) if federation.sends_changes else update.tensors
-    if federation.secure_aggregation:
-        check_range(tensors, federation.secure_clip)
     # With secure aggregation the losses are not sent: they would reveal information about a single client.
     stats = {} if federation.secure_aggregation else {k: v for k, v in update.stats.items() if math.isfinite(v)}
     numbers = MetricRecord({WEIGHT: update.images, **stats})

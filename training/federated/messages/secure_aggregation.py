@@ -20,13 +20,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.client.mod import secaggplus_mod
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from flwr.common import Code, FitIns, FitRes, Parameters, Status, ndarrays_to_parameters, parameters_to_ndarrays
-from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key, Stage
+from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, RECORD_KEY_STATE, Key, Stage
 from flwr.compat.common import recorddict_compat
 from flwr.server.compat.legacy_context import LegacyContext
 from flwr.server.workflow import SecAggPlusWorkflow
 from flwr.serverapp import Grid
 
 from training.federated.config import FederationConfig
+from training.federated.messages.replies import WEIGHT
 from training.federated.messages.serialization import RefusedError, Tensors, unpack
 
 MIN_CLIENTS = 3
@@ -53,35 +54,51 @@ def secure_mod(message: Message, context: Context, call_next: ClientAppCallable)
         cast(int, request.get(Key.SAMPLE_NUMBER, 0)) < MIN_CLIENTS or cast(int, request.get(Key.THRESHOLD, 0)) < 2
     ):
         raise RefusedError("secure aggregation needs at least 3 clients and a threshold of at least 2")
-    return secaggplus_mod(message, context, lambda m, c: _in_older_format(call_next(m, c)))
+    return secaggplus_mod(message, context, lambda m, c: _checked_in_older_format(call_next(m, c), c))
 
 
 SECURE_MODS: list[Mod] = [secure_mod]
 
 
-def check_range(changes: Mapping[str, torch.Tensor], clip: float) -> None:
-    """Check that the protocol can represent all changes: it would clip larger ones without a word.
+def check_range(changes: Mapping[str, torch.Tensor], images: int, max_images: float, clip: float) -> None:
+    """Check that the protocol can represent changes as it encodes them: it would clip larger ones without a word.
+
+    It encodes each change times images / max_images.
+
+    Args:
+        changes: The client's changes by name of the tensor.
+        images: Its number of training images.
+        max_images: That of the client with the most images.
+        clip: Largest value that can be encoded.
 
     Raises:
-        RefusedError: A change is above `clip`; the text names the tensor.
+        RefusedError: A value is above `clip`, or the client has more images than `max_images`; the text says which.
     """
+    if images > max_images:
+        raise RefusedError(
+            f"the client has {images:,} training images now, but none announced more than {max_images:,.0f} to the server"
+        )
+    share = images / max_images
     for name, change in changes.items():
         largest = float(change.abs().max()) if change.numel() else 0.0
-        if largest > clip:
+        if share * largest > clip:
             raise RefusedError(
-                f"{name} changed by {largest:.4g}, which secure_clip={clip:g} cannot represent; "
-                f"continue with --federation secure_clip={2 ** math.ceil(math.log2(largest) + 1):g} or more"
+                f"{name} changed by {largest:.4g}, times {share:.3g} for the client's share of images, which "
+                f"secure_clip={clip:g} cannot represent; continue with --federation "
+                f"secure_clip={2 ** math.ceil(math.log2(share * largest) + 1):g} or more"
             )
 
 
-def _in_older_format(reply: Message) -> Message:
+def _checked_in_older_format(reply: Message, context: Context) -> Message:
     if reply.has_error():
         raise RefusedError(reply.error.reason)
     tensors = unpack(next(iter(reply.content.array_records.values())))
-    numbers = next(iter(reply.content.metric_records.values()))
+    images = cast(int, next(iter(reply.content.metric_records.values()))[WEIGHT])
+    setup = context.state.config_records[RECORD_KEY_STATE]  # what the server sent in the first stage
+    check_range(tensors, images, cast(float, setup[Key.MAX_WEIGHT]), cast(float, setup[Key.CLIPPING_RANGE]))
     # At least one dimension: Flower's in-place arithmetic does not change arrays without dimensions.
     parameters = ndarrays_to_parameters([np.atleast_1d(tensors[name].numpy()) for name in sorted(tensors)])
-    result = FitRes(Status(Code.OK, ""), parameters, cast(int, numbers["num-examples"]), {})
+    result = FitRes(Status(Code.OK, ""), parameters, images, {})
     reply.content = recorddict_compat.fitres_to_recorddict(result, keep_input=False)
     return reply
 

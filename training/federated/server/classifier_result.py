@@ -27,7 +27,7 @@ from training.classifier.export import to_onnx
 from training.classifier.loop import logits_of, seen_share
 from training.classifier.network import finished_network, prior_shift
 from training.classifier.run import check_agreement
-from training.federated.config import FederationConfig, classifier_config
+from training.federated.config import OF_EPOCHS, FederationConfig, classifier_config
 from training.federated.messages.replies import ARRAYS, MAX_IMAGES
 from training.federated.messages.serialization import RefusedError, Tensors, unpack
 from training.federated.server.global_state import GlobalState
@@ -36,6 +36,7 @@ from training.federated.tasks.classifier import BINS, EDGE, STEP, global_network
 
 FOLDER = "classifier"
 _PARTS = ("validation", "test")
+_TOTALS = ("patients", "without_ids")  # of each part
 _CHECKED_IMAGES = 4
 _MAX_BYTES = 2**20  # of the counts of a client; they have about 160 KB
 
@@ -67,8 +68,8 @@ def write_result(federation: FederationConfig, state: GlobalState, out: Path, co
     logits = {part: values + shift for part, values in logits.items()}
     metrics = evaluate(parts, logits, default_threshold=DEFAULT)
     for part in _PARTS:
-        patients = [int(v.sum()) for name, v in counts.items() if name.endswith(f"/{part}-patients")]
-        metrics[part]["patients"] = sum(patients)
+        for key in _TOTALS:
+            metrics[part][key] = sum(int(v.sum()) for name, v in counts.items() if name.endswith(f"/{part}-{key}"))
     network = global_network(federation, state.tensors)
     finished = finished_network(network, shift, config.weights_dtype)
     model = to_onnx(finished, config.size, config.weights_dtype)
@@ -96,7 +97,7 @@ def write_result(federation: FederationConfig, state: GlobalState, out: Path, co
                 "generator_saw_training_part_only": False,
             },
             "training": {
-                "configuration": config.to_dict(),
+                "configuration": {name: value for name, value in config.to_dict().items() if name not in OF_EPOCHS},
                 "weights": _started_from(federation),
                 "images": federation.iterations * config.batch * sum(client.rounds for client in state.contributors),
                 "hardware": "the clients' own",
@@ -138,7 +139,7 @@ def read_counts(reply: Message, validation: int) -> Tensors:
         raise RefusedError("the reply has no arrays")
     counts = unpack(record, _MAX_BYTES)
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_PARTS, (2, BINS))
-    shapes |= {f"{part}-patients": (1,) for part in _PARTS}
+    shapes |= {f"{part}-{key}": (1,) for part in _PARTS for key in _TOTALS}
     if counts.keys() != shapes.keys():
         raise RefusedError(f"the counts must be {', '.join(shapes)}")
     for name, shape in shapes.items():
@@ -148,11 +149,12 @@ def read_counts(reply: Message, validation: int) -> Tensors:
         if int(values.min()) < 0 or int(values.max()) > MAX_IMAGES or int(values.sum()) > MAX_IMAGES:
             raise RefusedError(f"{name} must hold counts from 0 to {MAX_IMAGES:,}")
     for part in _PARTS:
-        images, patients = int(counts[part].sum()), int(counts[f"{part}-patients"])
+        images = int(counts[part].sum())
+        patients, alone = (int(counts[f"{part}-{key}"]) for key in _TOTALS)
         if part == "validation" and images != validation:
             raise RefusedError(f"counts {images} validation images, but announced {validation}")
-        if patients > images:
-            raise RefusedError(f"counts {patients} patients of {images} {part} images")
+        if not alone <= patients <= images:
+            raise RefusedError(f"counts {patients} patients of {images} {part} images, {alone} of them without an id")
     return counts
 
 

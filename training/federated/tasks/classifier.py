@@ -28,6 +28,7 @@ from training.classifier.loop import all_features, logits_of, training_batches, 
 from training.classifier.network import finished_network, freeze, new_network, set_train_mode
 from training.classifier.state import ClassifierState, new_state
 from training.data.cache import new_array, read_array
+from training.data.splits import count_without_ids
 from training.distributed import Ranks
 from training.federated.config import FederationConfig, classifier_config
 from training.federated.messages.serialization import Tensors
@@ -133,8 +134,8 @@ def count(federation: FederationConfig, site: Site, tensors: Tensors) -> Tensors
     The logits are those of the network as it will be stored.
 
     Returns:
-        For each part, "validation" and "test", counts int64 [2, BINS], and under "PART-patients" the number of patients,
-        int64 [1].
+        For each part, "validation" and "test", counts int64 [2, BINS]; under "PART-patients" the number of patients, and under
+        "PART-without_ids" the number of those that are images without an id, each int64 [1].
     """
     device, real, config = use_device(site), _real(federation, site), classifier_config(federation)
     network = global_network(federation, tensors)
@@ -146,6 +147,7 @@ def count(federation: FederationConfig, site: Site, tensors: Tensors) -> Tensors
         by_class = [np.bincount(bins[part.labels == label], minlength=BINS) for label in (0, 1)]
         counts[name] = torch.from_numpy(np.stack(by_class).astype(np.int64))
         counts[f"{name}-patients"] = torch.tensor([len(set(part.groups))])
+        counts[f"{name}-without_ids"] = torch.tensor([count_without_ids(part.groups)])
     return counts
 
 
