@@ -8,7 +8,6 @@ from pathlib import Path
 
 import kubernetes_validate
 import pytest
-import yaml
 
 from kubernetes_manifests import (
     DATABASE,
@@ -23,6 +22,7 @@ from kubernetes_manifests import (
     Peer,
     allows,
     documents_of,
+    load_all,
     of_kind,
     pods,
     rendered,
@@ -62,7 +62,7 @@ def gpu_jobs(run: Run) -> list[Document]:
     options = ("--bundle", "demo", "--classes", "malignant=9000,benign=9000", "--out", "s3://datasets/lesions")
     status, text, err = run("generate", *options, "--format", "parquet", "--job-gpus", 1, "--print-job")
     assert status == 0, err
-    return list(yaml.safe_load_all(text))
+    return load_all(text)
 
 
 @pytest.mark.parametrize("component", ["studio", "traces", "gateway-without-inference"])

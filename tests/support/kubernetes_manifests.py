@@ -39,6 +39,11 @@ def kubectl_program() -> str | None:
     return next((place for place in places if place and os.access(place, os.X_OK)), None)
 
 
+def load_all(text: str) -> list[Document]:
+    """The documents of a YAML text, read by libyaml where it is installed: it is ten times as fast."""
+    return list(yaml.load_all(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+
+
 @lru_cache
 def why_kubectl_cannot_render() -> str | None:
     """The reason for which kubectl does not render the manifests; None if it does."""
@@ -65,7 +70,7 @@ def render(folder: str | Path) -> str:
 
 def rendered(overlay: str) -> list[Document]:
     """The documents of an overlay of the repository."""
-    return list(yaml.safe_load_all(render(f"k8s/overlays/{overlay}")))
+    return load_all(render(f"k8s/overlays/{overlay}"))
 
 
 def render_with(component: str, folder: Path, overlay: str) -> str:
@@ -81,12 +86,12 @@ def render_with(component: str, folder: Path, overlay: str) -> str:
 
 def rendered_with(component: str, folder: Path, overlay: str) -> list[Document]:
     """The documents of the overlay of a site with a component."""
-    return list(yaml.safe_load_all(render_with(component, folder, overlay)))
+    return load_all(render_with(component, folder, overlay))
 
 
 def documents_of(file: str) -> list[Document]:
     """The documents of a file in k8s/."""
-    return list(yaml.safe_load_all((ROOT / "k8s" / file).read_text()))
+    return load_all((ROOT / "k8s" / file).read_text())
 
 
 def of_kind(documents: Iterable[Document], *kinds: str) -> list[Document]:
