@@ -127,6 +127,10 @@ def augment_edge_cases(
     classes = [names[anchor.label] for anchor in anchors]
     counts = ", ".join(f"{classes.count(name):,} {name}" for name in names)
     typer.echo(f"{out}: {images:,} neighbours of {len(anchors):,} edge cases ({counts})", err=True)
+    if projections is not None:
+        typer.echo(
+            f"{out}: has latents of real images and images like them, so protect it as you protect them", err=True
+        )
 
 
 def _anchors_of_classifier(

@@ -79,7 +79,8 @@ def job_yaml(plan: DatasetPlan, resolution: int, options: JobOptions) -> str:
     parts_pod = _pod("generate", [*arguments, f"--shards=auto/{parts}"], options, shard_gib, signed)
     finish_pod = _pod("finish", [*arguments, "--finalize"], options, finish_gib, signed)
     return f"""# {plan.samples:,} images in {plan.shards:,} shards, made by {parts} pods and finished by one more.
-# In the namespace `dermis` of the service, whose network policies let these pods reach S3, or with the name of another one.
+# The commands use the namespace `dermis` of the service, whose network policies let these pods reach S3; for another one
+# replace `-n dermis`.
 # The secret holds what the S3 library reads from the environment; without a secret the pods' own identity is used:
 #   kubectl -n dermis create secret generic dermis-s3 --from-literal=AWS_ENDPOINT_URL=https://s3.example.com \\
 #       --from-literal=AWS_ACCESS_KEY_ID=... --from-literal=AWS_SECRET_ACCESS_KEY=...{_SIGNER_NOTE if signed else ""}

@@ -250,7 +250,7 @@ def reference(
     if index is None:
         typer.echo("warning: the bundle has no index, so fidelity and variety will not be measured", err=True)
     for name in description.suppressed:
-        typer.echo(f"warning: {name} has too few images, so there are no statistics of it", err=True)
+        typer.echo(f"warning: {name} has images of too few patients, so there are no statistics of it", err=True)
     counts = ", ".join(f"{name} {of_class.images:,}" for name, of_class in description.classes.items())
     typer.echo(f"{bundle}: {amended.name}@{amended.digest} with statistics of {counts}")
 

@@ -28,6 +28,7 @@ from dermis.dataset.request import DatasetRequest
 from dermis.dataset.store import MANIFEST, Store
 from dermis.dataset.terms import dataset_entry, dataset_key, terms_of
 from dermis.errors import DataError, RequestError, quote
+from dermis.privacy.verdict import read_verdict
 from dermis.strict_json import parse_json
 
 if TYPE_CHECKING:
@@ -492,8 +493,8 @@ def _membership(copies: Mapping[str, Any]) -> list[str]:
 
 
 def _privacy_audit(audit: Mapping[str, Any] | None) -> list[str]:
-    status = _mapping(audit or {}, "verdict").get("status")
-    return [f"The verdict of the privacy audit in the bundle is: {_clean(status)}."] if isinstance(status, str) else []
+    stored = None if audit is None else read_verdict(audit)
+    return [] if stored is None else [f"The verdict of the privacy audit in the bundle is: {stored.verdict.status}."]
 
 
 # -- texts

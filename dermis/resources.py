@@ -1,4 +1,4 @@
-"""Recognise errors whose cause is that the machine lacks memory or threads, whichever library raises them."""
+"""Recognise errors whose cause is the machine, whichever library raises them: too little memory, or a GPU that has failed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ _TEXTS = re.compile(
     r"bad allocation|can't start new thread",
     re.IGNORECASE,
 )
+# Texts of torch, ONNX Runtime and FAISS. Errors of cuDNN can be limits of one call; those that last are errors of CUDA next.
+_DEVICE_TEXTS = re.compile(r"\b(CUDA|HIP) (error|failure)\b", re.IGNORECASE)
 
 
 def lacks_resources(error: BaseException) -> bool:
@@ -29,3 +31,14 @@ def lacks_resources(error: BaseException) -> bool:
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
     return not isinstance(error, DermisError) and _TEXTS.search(str(error)) is not None
+
+
+def has_lost_device(error: BaseException) -> bool:
+    """Whether an error of another library says that a GPU has failed.
+
+    After most of these errors every later call of the process fails too, and only a new process can use the GPU again.
+    """
+    if isinstance(error, DermisError) or lacks_resources(error):
+        return False
+    accelerator_error = getattr(sys.modules.get("torch"), "AcceleratorError", ())
+    return isinstance(error, accelerator_error) or _DEVICE_TEXTS.search(str(error)) is not None

@@ -110,7 +110,10 @@ def concepts(
                 bar.update()
         tests = corrected(tests)
         groups = dict(zip((r.id for r in source.records), group_of(source.records), strict=True))
-        changes = _frames(session, tested, groups, side)
+        changes, unusable = _frames(session, tested, groups, side)
+    for text in unusable:
+        typer.echo(f"left out: {text}", err=True)
+    left_out = [*left_out, *unusable]
     document = {
         "classifier": session.description.digest,
         "inputs": len(x),
@@ -161,9 +164,13 @@ def _images(records: Sequence[Record], side: int) -> Images:
 
 def _frames(
     session: Classifier, tested: Sequence[tuple[Record, Any]], groups: dict[str, str], side: int
-) -> dict[str, Change]:
-    """Measure how painting and cropping frames changes the calibrated probability of the tested images."""
-    from dermis.explain.counterfactual import Fill, change, with_corners, zoomed
+) -> tuple[dict[str, Change], list[str]]:
+    """Measure how painting and cropping frames changes the calibrated probability of the tested images.
+
+    Returns:
+        The changes by name, and which images were left out.
+    """
+    from dermis.explain.counterfactual import Fill, change, frameless, with_corners, zoomed
 
     framed = [record for record, artefacts in tested if "frame" in artefacts.present]
     plain = [record for record, artefacts in tested if "frame" not in artefacts.present]
@@ -172,24 +179,33 @@ def _frames(
         return session.classify(images, features=False).calibrated
 
     fills: dict[str, Fill] = {"black corners painted": "black", "skin-coloured corners painted": "skin"}
-    changes = {}
+    changes: dict[str, Change] = {}
+    left_out: list[str] = []
     if plain:
         images, patients = _images(plain, side), [groups[record.id] for record in plain]
         before = probability(images)
         for name, fill in fills.items():
             after = probability(with_corners(images, SHARE, fill))
             changes[name] = change(before, after, patients)
+
+    def crop(name: str, records: list[Record]) -> list[Record]:
+        """Measure the change by cropping of the images that show no frame afterwards, and return these."""
+        images = _images(records, side)
+        cropped = zoomed(images)
+        kept = frameless(cropped)
+        if not kept.all():
+            left_out.append(f"{name}: {(~kept).sum():,} of {len(records):,} images, which show a frame after it")
+        records = [record for record, without in zip(records, kept, strict=True) if without]
+        if records:
+            patients = [groups[record.id] for record in records]
+            changes[name] = change(probability(images[kept]), probability(cropped[kept]), patients)
+        return records
+
     if framed:
-        images, patients = _images(framed, side), [groups[record.id] for record in framed]
-        changes["frame removed by cropping (images with a frame)"] = change(
-            probability(images), probability(zoomed(images)), patients
-        )
-        matched = _matched(framed, plain)
-        if matched:
-            images, patients = _images(matched, side), [groups[record.id] for record in matched]
-            name = "same cropping (images without a frame, of the same sources and classes)"
-            changes[name] = change(probability(images), probability(zoomed(images)), patients)
-    return changes
+        framed = crop("frame removed by cropping (images with a frame)", framed)
+    if matched := _matched(framed, plain):
+        crop("same cropping (images without a frame, of the same sources and classes)", matched)
+    return changes, left_out
 
 
 def _matched(framed: Sequence[Record], plain: Sequence[Record]) -> list[Record]:

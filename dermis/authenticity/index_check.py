@@ -7,6 +7,7 @@ reads and searches the file first, and every number on which a search depends is
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,9 @@ _FIXED_BYTES = 64 << 20
 _MAX_EFFORT = 1 << 16  # lists or nodes that one search visits
 _OTHER_KIND = "is not of the kind {kind} as dermis builds it"
 
+_passed: set[tuple[str, str]] = set()
+"""Indexes in memory that passed in this process, by SHA-256 and what was expected: each opening would check them again."""
+
 
 def max_bytes(description: IndexDescription) -> int:
     """Return an upper bound for the size of index.faiss in bytes."""
@@ -42,6 +46,9 @@ def check_index(data: bytes | Path, description: IndexDescription, where: str) -
     """
     expected = {"kind": description.kind, "vectors": description.vectors}
     expected |= {"dim": description.dim, "feature_dim": description.feature_dim}
+    key = None if isinstance(data, Path) else (hashlib.sha256(data).hexdigest(), json.dumps(expected))
+    if key in _passed:
+        return
     memory = _MEMORY_BYTES + _COPIES * description.files["index.faiss"].bytes
     limits = ProcessLimits(_CPU_SECONDS, _WALL_SECONDS, memory)
     cause = None
@@ -52,6 +59,8 @@ def check_index(data: bytes | Path, description: IndexDescription, where: str) -
         cause = error
     if problem:
         raise BundleError(f"{where}: {problem}; build the index again") from cause
+    if key is not None:
+        _passed.add(key)
 
 
 def problem_of(data: bytes | Path, expected_json: str) -> str:

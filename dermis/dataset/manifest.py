@@ -232,9 +232,9 @@ def finalize(
     done = _finished(plan, store, identity)
     if done is not None:
         return done
-    if plan.request.signed and store.size(PREVIEW) is not None:
-        there = store.read(PREVIEW)
-        if canonical_sha256(there) == canonical_sha256(preview):
+    if plan.request.signed:
+        there = store.read_if_exists(PREVIEW)
+        if there is not None and canonical_sha256(there) == canonical_sha256(preview):
             texts[PREVIEW] = there
     for name in {PRIVACY_AUDIT, AUDIT_TEXT} - texts.keys():
         if store.size(name) is not None:  # of a run with an audit that was killed before the manifest
@@ -277,9 +277,9 @@ def read_hashed_manifest(store: Store) -> tuple[Manifest, str]:
     Raises:
         StorageError: There is none, or it is damaged.
     """
-    if store.size(MANIFEST) is None:
+    data = store.read_if_exists(MANIFEST, limit=MAX_MANIFEST_BYTES)
+    if data is None:
         raise StorageError(f"{store.location}: has no {MANIFEST}; is this the folder of a finished dataset?")
-    data = store.read(MANIFEST, limit=MAX_MANIFEST_BYTES)
     return parse_manifest(data, store.where(MANIFEST)), hashlib.sha256(data).hexdigest()
 
 
@@ -528,7 +528,7 @@ def _write_copy(store: Store, name: str, source: IO[bytes]) -> FileEntry:
 
 def _images(plan: DatasetPlan, store: Store, record: PackedShard) -> Iterator[tuple[str, bytes]]:
     """Yield name and bytes of each image of a shard. Errors of the format's library become StorageErrors."""
-    with store.open(record.file.name) as file:
+    with store.open(record.file.name, size=record.file.bytes) as file:
         images = read_container(plan, file)
         while True:
             try:

@@ -5,6 +5,9 @@
     neighbours.json                bundle, distance, space, anchors: all that is needed to make the images again
     anchors.npz                    the style vectors of anchors that are projections
 
+Projections are named by their number, because their ids can be those of real images. Their style vectors are as sensitive as
+the images.
+
 The folder appears completely or not at all. Images of an interrupted call are kept beside it, and the same call continues.
 """
 
@@ -149,6 +152,11 @@ def _origin(bundle: Bundle, anchor: Anchor) -> ImageOrigin:
     return origin_of(bundle, "trainedAlgorithmicMedia" if anchor.ws is None else "compositeWithTrainedAlgorithmicMedia")
 
 
+def _anchor_id(number: int, anchor: Anchor) -> str:
+    """Name of an anchor in the files: the id of a projection would say whose image it is of."""
+    return anchor.id if anchor.ws is None else f"projection-{number:05d}"
+
+
 def _noise_mode(anchor: Anchor) -> NoiseMode:
     return "random" if anchor.ws is None else "const"
 
@@ -190,14 +198,14 @@ def _description(
         "truncation_psi": truncation_psi,
         "anchors": [
             {
-                "id": anchor.id,
+                "id": _anchor_id(i, anchor),
                 "label": anchor.label,
                 "seed": anchor.seed,
                 "index": anchor.index,
                 "noise_mode": _noise_mode(anchor),  # missing in older files, whose images have the constant noise
                 "ws_sha256": None if anchor.ws is None else hashlib.sha256(anchor.ws.tobytes()).hexdigest(),
             }
-            for anchor in anchors
+            for i, anchor in enumerate(anchors)
         ],
     }
 
@@ -254,7 +262,7 @@ def _table(tasks: Sequence[_Task], anchors: Sequence[Anchor], names: Sequence[st
                 "seed": anchor.seed,
                 "index": anchor.index,
                 "sha256": hashes[task],
-                "anchor": anchor.id,
+                "anchor": _anchor_id(task[0], anchor),
                 "neighbour": task[1],
             }
         )

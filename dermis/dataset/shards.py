@@ -20,6 +20,7 @@ from dermis.dataset.request import DatasetRequest
 from dermis.dataset.scoring import SampleResult, Score, Synthesize, generate_samples
 from dermis.dataset.store import MANIFEST, PARTIAL, Store, hash_file, storage_errors
 from dermis.errors import SignatureError, StorageError
+from dermis.files import NotRegularError
 from dermis.image_metadata import ImageOrigin, metadata_bytes
 from dermis.imaging import ImageFormat, encode
 from dermis.latents import MAX_INDEX
@@ -103,8 +104,22 @@ def write_shard(
         return existing
     name = shard_file(plan, shard)
     done: list[DatasetSample] = []
+    record: ShardRecord
+    checked = 0.0
+
+    def check() -> None:
+        nonlocal checked
+        # Signatures differ, so a signed shard of another process must not be replaced.
+        there = find_shard(plan, shard, store, identity=identity) if plan.request.signed else None
+        if there is not None:
+            raise _MadeElsewhereError(there)
+        _check_unfinished(store, record)
+        checked = time.monotonic()
+
+    # Files of the dataset itself whose bytes depend on the process that makes them.
+    staged = plan.request.signed and container_name(plan, shard) is not None
     try:
-        with storage_errors(store.where(name), only_full=True), store.writing(name) as path:
+        with storage_errors(store.where(name), only_full=True), store.writing(name, check, staged=staged) as path:
             with container_writer(plan, path) as add:
                 for samples in _encoded_batches(plan, shard, synthesize, score, examine, sign, batch_size):
                     with storage_errors(store.where(name)):
@@ -112,14 +127,8 @@ def write_shard(
                     done.extend(replace(sample, data=b"") for sample in samples)
                     if on_batch is not None:
                         on_batch(len(done))
-            with path.open("rb") as file:
+            with storage_errors(store.where(name)), path.open("rb") as file:
                 record = _record(plan, shard, FileEntry(name, path.stat().st_size, hash_file(file)), done)
-            # Signatures differ, so a signed shard of another process must not be replaced.
-            there = find_shard(plan, shard, store, identity=identity) if plan.request.signed else None
-            if there is not None:
-                raise _MadeElsewhereError(there)
-            _check_unfinished(store, record)
-            checked = time.monotonic()
         if time.monotonic() - checked > _LONG_SECONDS:
             _check_unfinished(store, record)
     except _MadeElsewhereError as error:
@@ -164,17 +173,22 @@ def find_shard(
 
     The shard must be of the same plan and identity, and its file must have the recorded SHA-256.
     """
-    sha256 = None
+    size = sha256 = None
     if plan.request.signed:
-        file_there = shard_file(plan, shard)
-        sha256 = None if store.size(file_there) is None else store.sha256(file_there)
-        if sha256 is None:
+        size = store.size(shard_file(plan, shard))
+        if size is None:
             return None
-    name = _sidecar(plan, shard, sha256)
-    if store.size(name) is None:
+        sha256 = store.sha256(shard_file(plan, shard), size=size)
+    try:
+        data = store.read_if_exists(_sidecar(plan, shard, sha256))
+    except StorageError as error:
+        if isinstance(error.__cause__, NotRegularError):  # such as a folder: nothing that this program has written
+            return None
+        raise
+    if data is None:
         return None
     try:
-        fields = json.loads(store.read(name))
+        fields = json.loads(data)
         file, images = FileEntry(**fields["file"]), tuple(fields["images"])
         checks = tuple(_checks(row) for row in fields["checks"])
         record = ShardRecord(shard, file, images, tuple(fields["probabilities"]), tuple(fields["tries"]), checks)
@@ -182,9 +196,9 @@ def find_shard(
     except (ValueError, TypeError, KeyError):
         return None
     whole = file.name == shard_file(plan, shard) and len(images) == len(plan.shard(shard))
-    if not (same and whole and store.size(file.name) == file.bytes):
+    if not (same and whole and (store.size(file.name) if size is None else size) == file.bytes):
         return None
-    return record if (sha256 or store.sha256(file.name)) == file.sha256 else None
+    return record if (sha256 or store.sha256(file.name, size=file.bytes)) == file.sha256 else None
 
 
 def missing_shards(plan: DatasetPlan, store: Store) -> list[int]:
@@ -300,6 +314,11 @@ def check_space(plan: DatasetPlan, store: Store, resolution: int) -> None:
             "free some space, choose another place, or ask for fewer images or for JPEG"
         )
         raise StorageError(message, kind="storage-full")
+
+
+def least_bytes(plan: DatasetPlan, samples: int, resolution: int) -> int:
+    """Return a lower estimate of the size of a file with this many samples of a dataset in bytes."""
+    return samples * _bytes_per_image(plan.request, resolution)
 
 
 def _bytes_per_image(request: DatasetRequest, resolution: int) -> int:

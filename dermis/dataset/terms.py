@@ -121,16 +121,16 @@ def _real_images(bundle: Bundle) -> list[str]:
     if reference is None or not reference.classes:
         return ["Skin tones and artefacts of the training images are not known: the bundle has no statistics of them."]
     whose = "training images" if _of_training_set(reference.provenance) else "real images that the bundle describes"
-    total = sum(each.images for each in reference.classes.values())
-    light, dark = (
-        sum(each.skin_tones.get(name, 0) for each in reference.classes.values() for name in names) / total
-        for names in (_LIGHT, _DARK)
-    )
-    sentences = [
-        f"Skin around the lesion is light or very light in {light:.0%} of the {whose}, and tan, brown or dark in "
-        f"{dark:.1%} (estimated from uncalibrated photographs). Synthetic images can be expected to be alike; "
-        "report.json has what was measured in them."
-    ]
+    sentences = []
+    tones = [each.skin_tones for each in reference.classes.values()]
+    visible = sum(sum(counts.values()) for counts in tones)  # an image without visible skin is in none of these counts
+    if visible:
+        light, dark = (sum(counts.get(name, 0) for counts in tones for name in names) for names in (_LIGHT, _DARK))
+        sentences.append(
+            f"Skin around the lesion is light or very light in {light / visible:.0%} of the {whose} that show it, and "
+            f"tan, brown or dark in {dark / visible:.1%} (estimated from uncalibrated photographs). Synthetic images can "
+            "be expected to be alike; report.json has what was measured in them."
+        )
     unequal = [text for name in _ARTEFACTS if (text := _unequal(name, reference.classes))]
     if unequal:
         sentences.append(

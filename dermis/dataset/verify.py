@@ -119,11 +119,11 @@ def _is_as_listed(store: Store, manifest: Manifest, file: FileEntry) -> bool:
     hashes = {} if manifest.canonical is None else manifest.canonical.files
     try:
         if name not in hashes:
-            return store.sha256(name) == file.sha256
+            return store.sha256(name, size=file.bytes) == file.sha256
         if name in (PREVIEW, CROISSANT):
             data = store.read(name, limit=_MAX_SIGNED_BYTES)
             return hashlib.sha256(data).hexdigest() == file.sha256 and _canonical_of(name, data, hashes) == hashes[name]
-        with store.errors(name), store.open(name) as opened:
+        with store.errors(name), store.open(name, size=file.bytes) as opened:
             reader = HashingReader(opened)
             canonical = _canonical_of_container(manifest, cast(IO[bytes], reader))
             return reader.sha256() == file.sha256 and canonical == hashes[name]

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 
+from dermis.artefacts import THRESHOLDS, frame_share
 from dermis.imaging import Images
 
 Fill = Literal["black", "skin"]
@@ -57,7 +58,10 @@ def with_corners(images: Images, share: float, fill: Fill) -> Images:
 
 
 def zoomed(images: Images, share: float = 0.7) -> Images:
-    """Crop images uint8 [N, S, S, 3] to their middle, `share` of the side, and resize them back: without corners."""
+    """Crop images uint8 [N, S, S, 3] to their middle, `share` of the side, and resize them back.
+
+    A frame remains if its circle has a radius below 0.71 * `share` of the side, or is far from the middle: see `frameless`.
+    """
     from PIL import Image
 
     size = images.shape[1]
@@ -65,6 +69,11 @@ def zoomed(images: Images, share: float = 0.7) -> Images:
     box = (edge, edge, size - edge, size - edge)
     resized = [Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS, box=box) for image in images]
     return np.stack([np.asarray(image) for image in resized])
+
+
+def frameless(images: Images) -> NDArray[np.bool_]:
+    """Return which images uint8 [N, S, S, 3] have no frame, by the detector of `dermis data inspect`."""
+    return np.array([frame_share(image) < THRESHOLDS["frame"] for image in images], np.bool_)
 
 
 def change(before: NDArray[np.float64], after: NDArray[np.float64], groups: Sequence[str], seed: int = 0) -> Change:

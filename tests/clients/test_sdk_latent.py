@@ -77,6 +77,7 @@ def test_client_returns_verdicts_in_order_of_files(client: DermisClient, files: 
     assert len(generated) == 3 and generated[0].name == ""
 
 
+@pytest.mark.full
 def test_client_edits_samples_and_projections(client: DermisClient, tmp_path: Path, files: list[Path]) -> None:
     assert [one.name for one in client.edits.directions()] == ["axis-0", "axis-1", "axis-2"]
     sweep = {"direction": "axis-1", "strengths": [-1, 0, 1]}
@@ -98,6 +99,7 @@ def test_client_edits_samples_and_projections(client: DermisClient, tmp_path: Pa
         client.edits.create(projections=[("pr_" + "0" * 32, 0)])
 
 
+@pytest.mark.full
 def test_client_places_images_on_the_map(client: DermisClient, served: tuple[Parts, str], files: list[Path]) -> None:
     around = client.embeddings.retrieve()
     assert (around.training.counted, around.training.positions, around.uploads) == (60, None, True)
@@ -115,6 +117,7 @@ def test_client_places_images_on_the_map(client: DermisClient, served: tuple[Par
         client.embeddings.place_projections(["../datasets"])
 
 
+@pytest.mark.full
 def test_client_projects_files_and_downloads_results(
     client: DermisClient, served: tuple[Parts, str], files: list[Path], tmp_path: Path
 ) -> None:
@@ -194,6 +197,7 @@ def run(
     return status, captured.out + captured.err
 
 
+@pytest.mark.full
 def test_client_commands_check_edit_and_project(
     served: tuple[Parts, str],
     files: list[Path],

@@ -32,6 +32,7 @@ def state(*arguments: str) -> dict[str, Any]:
     return document
 
 
+@pytest.mark.full
 def test_status_of_a_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = make_bundle(tmp_path / "tiny")
     broken = make_bundle(tmp_path / "broken", name="broken")

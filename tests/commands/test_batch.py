@@ -97,6 +97,7 @@ def test_repeated_or_late_part_changes_nothing(
     assert contents(tmp_path / "out") == finished
 
 
+@pytest.mark.full
 def test_missing_shards_and_other_requests_are_refused_with_status_2(
     run: Run, painter: type[Painter], tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -16,9 +17,12 @@ import pytest
 from benchmarks.components.moto_s3 import MotoServer
 from benchmarks.components.s3 import S3Server
 from dermis.bundle import Bundle
+from dermis.dataset.manifest import finalize
+from dermis.dataset.shards import write_shard
 from dermis.dataset.store import Store
 from dermis.dataset.verify import verify
 from dermis.errors import StorageError
+from painted_dataset import IDENTITY, paint, planned
 from painter import Painter
 from real_servers import running_moto, running_s3
 
@@ -154,28 +158,198 @@ def test_files_of_another_process_are_seen(bucket: S3Server | MotoServer) -> Non
 
 def test_objects_that_a_bucket_keeps_are_an_error(bucket: S3Server | MotoServer) -> None:
     """S3 answers 200 although it has not deleted some objects, for example without the permission, and s3fs ignores which."""
-    from s3fs import S3FileSystem
+    from aiobotocore.client import AioBaseClient
 
-    call = S3FileSystem._call_s3
+    call = AioBaseClient._make_api_call
 
-    async def refuse(self: S3FileSystem, method: str, *arguments: Any, **options: Any) -> Any:
-        if method == "delete_objects":
-            objects = options["Delete"]["Objects"]
-            kept = [each for each in objects if each["Key"].endswith(".png")]
-            options["Delete"] = {"Objects": [each for each in objects if each not in kept], "Quiet": True}
-        return await call(self, method, *arguments, **options)
+    async def refuse(self: AioBaseClient, operation: str, options: dict[str, Any]) -> Any:
+        if operation != "DeleteObjects":
+            return await call(self, operation, options)
+        objects = options["Delete"]["Objects"]
+        kept = [each for each in objects if each["Key"].endswith(".png")]
+        options["Delete"] = {"Objects": [each for each in objects if each not in kept], "Quiet": True}
+        answer = await call(self, operation, options)
+        return answer | {"Errors": [{**each, "Code": "AccessDenied", "Message": "Access Denied"} for each in kept]}
 
     store = Store(bucket.url("kept"))
     for name in ("job/a.png", "job/b.json", "job/part/c.png", "jobs.png"):
         store.write(name, b"1")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(S3FileSystem, "_call_s3", refuse)
-        with pytest.raises(StorageError, match="job: 2 objects are left .* permission to delete") as refused:
+        patch.setattr(AioBaseClient, "_make_api_call", refuse)
+        with pytest.raises(
+            StorageError, match=r"job: 2 objects are left .*Access Denied.* permission to delete"
+        ) as refused:
             store.remove("job")
     assert refused.value.kind == "storage-unavailable"  # it is tried again
     for _ in range(2):
         store.remove("job")
     assert store.entries() == ["jobs.png"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("bucket", ["moto"], indirect=True)
+def test_upload_that_the_storage_has_given_up_is_repeated(bucket: MotoServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a rule of the bucket for incomplete uploads. A job and a part of a dataset repeat what fails in this way."""
+    from aiobotocore.client import AioBaseClient
+
+    call = AioBaseClient._make_api_call
+    requests: list[str] = []
+
+    async def give_up(self: AioBaseClient, operation: str, options: dict[str, Any]) -> Any:
+        requests.append(operation)
+        if operation == "CompleteMultipartUpload" and requests.count(operation) == 1:
+            await call(self, "AbortMultipartUpload", {name: options[name] for name in ("Bucket", "Key", "UploadId")})
+        return await call(self, operation, options)
+
+    monkeypatch.setattr(AioBaseClient, "_make_api_call", give_up)
+    monkeypatch.setattr("s3fs.core.calculate_chunksize", lambda *_, **__: 5 << 20)  # the least that S3 accepts
+    store, data = Store(bucket.url("parts")), bytes(10 << 20) + b"end"
+
+    def write() -> None:
+        with store.writing("file") as path:
+            path.write_bytes(data)
+
+    with pytest.raises(StorageError) as lost:
+        write()
+    assert lost.value.kind == "storage-unavailable"
+    write()
+    assert store.sha256("file") == hashlib.sha256(data).hexdigest() and requests.count("UploadPart") == 6
+
+
+@pytest.mark.parametrize("moment", ["put_file", "cp_file"])
+def test_late_upload_replaces_no_signed_shard_of_a_finished_dataset(
+    bucket: S3Server | MotoServer, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """A process is suspended while it uploads a shard, and another one finishes the dataset with other signatures."""
+    plan_ = planned(tiny_bundle, format="parquet", provenance={"c2pa": True})
+    store = Store(bucket.url(f"late/{moment}"))
+    call, finished = getattr(store._fs, moment), dict[str, bytes]()
+
+    def sign(data: bytes, *_: object) -> bytes:
+        return data + os.urandom(8)
+
+    def write(shard: int) -> None:
+        write_shard(plan_, shard, paint, store, identity=IDENTITY, sign=sign)
+
+    def finish_first(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(store._fs, moment, call)
+        for shard in range(plan_.shards):
+            write(shard)
+        finalize(plan_, store, tiny_bundle, IDENTITY, sign=sign)
+        finished.update(contents(store.location))
+        return call(*arguments, **options)
+
+    monkeypatch.setattr(store._fs, moment, finish_first)
+    if moment == "cp_file":  # it has been checked before that nobody has finished the dataset
+        with pytest.raises(StorageError, match="another process") as late:
+            write(0)
+        assert late.value.kind == "storage-unavailable"
+    write(0)
+    assert finished and contents(store.location) == finished
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_removal_ends_uploads_that_killed_processes_have_left(
+    bucket: S3Server | MotoServer, monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    """Storage that does not know how to list them is no error."""
+    from aiobotocore.client import AioBaseClient
+    from botocore.exceptions import ClientError
+
+    call = AioBaseClient._make_api_call
+
+    async def refuse(self: AioBaseClient, operation: str, options: dict[str, Any]) -> Any:
+        if operation == "ListMultipartUploads":
+            answer = {"Error": {"Code": "NotImplemented"}, "ResponseMetadata": {"HTTPStatusCode": 501}}
+            raise ClientError(answer, operation)
+        return await call(self, operation, options)
+
+    prefix = f"uploads-{refused}"
+    store = Store(bucket.url(prefix))
+    kept = [f"{prefix}/jobs/images.zip"]
+    left = [f"{prefix}/job/.partial/writing-1", f"{prefix}/job/images.zip"]
+    for key in kept + left:
+        store._fs.call_s3("create_multipart_upload", Bucket=bucket.bucket, Key=key)
+    store.write("job/metadata.csv", b"1")
+    with monkeypatch.context() as patch:
+        if refused:
+            patch.setattr(AioBaseClient, "_make_api_call", refuse)
+        store.remove("job")
+    assert store.entries() == []
+    keys = {upload["Key"] for upload in store._fs.list_multipart_uploads(bucket.bucket)}
+    assert {key for key in keys if key.startswith(f"{prefix}/")} == {*kept, *(left if refused else ())}
+
+
+def test_few_requests_are_made(bucket: S3Server | MotoServer) -> None:
+    """Each request takes milliseconds of a processor, and tens of them from a distant bucket."""
+    from aiobotocore.client import AioBaseClient
+
+    call = AioBaseClient._make_api_call
+    requests: list[str] = []
+
+    async def counted(self: AioBaseClient, operation: str, options: dict[str, Any]) -> Any:
+        requests.append(operation)
+        return await call(self, operation, options)
+
+    def requests_of(action: Callable[[], object]) -> list[str]:
+        requests.clear()
+        action()
+        return list(requests)
+
+    store = Store(bucket.url("requests"))
+    store.write("folder/one", b"1")
+    store.write("folder/none", b"")
+
+    def read_with_size() -> None:
+        with store.open("folder/one", size=1) as file:
+            assert (file.read(), file.seek(0), file.read()) == (b"1", 0, b"1")
+
+    def write(staged: bool) -> None:
+        with store.writing("folder/one", staged=staged) as path:
+            path.write_bytes(b"1")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AioBaseClient, "_make_api_call", counted)
+        assert requests_of(lambda: store.size("folder/one")) == ["HeadObject"]
+        assert requests_of(lambda: store.size("folder/missing")) == ["HeadObject"]
+        assert requests_of(lambda: store.read("folder/one")) == ["GetObject"]
+        assert requests_of(lambda: store.read_if_exists("folder/missing")) == ["GetObject"]
+        assert requests_of(lambda: store.sha256("folder/one", size=1)) == ["GetObject"]
+        assert requests_of(read_with_size) == ["GetObject"]
+        assert requests_of(lambda: write(staged=False)) == ["PutObject"]
+        by_copy = ["PutObject", "HeadObject", "CopyObject", "DeleteObject"]
+        assert requests_of(lambda: write(staged=True)) == by_copy
+        assert requests_of(store.entries) == ["ListObjectsV2"]
+        assert requests_of(store.total_bytes) == ["ListObjectsV2"]
+        assert requests_of(store.check) == ["ListObjectsV2"]
+        removal = ["ListObjectsV2", "ListMultipartUploads", "DeleteObjects"]
+        assert requests_of(lambda: store.remove("folder")) == removal
+
+
+@pytest.mark.parametrize("bucket", ["moto"], indirect=True)
+def test_check_tells_a_bucket_without_files_from_one_that_does_not_exist(bucket: MotoServer) -> None:
+    Store(bucket.url("nothing/here")).check()
+    with pytest.raises(StorageError) as missing:
+        Store("s3://no-such-bucket/here").check()
+    assert missing.value.kind == "storage"
+
+
+def test_files_that_are_empty_or_missing(bucket: S3Server | MotoServer) -> None:
+    store = Store(bucket.url("empty"))
+    assert store.entries() == [] and store.total_bytes() == 0
+    store.write("empty", b"")
+    assert store.read("empty") == b"" and store.read("empty", limit=5) == b"" and store.size("empty") == 0
+    assert store.sha256("empty", size=0) == hashlib.sha256(b"").hexdigest()
+    store.write("five", b"12345")
+    assert store.read("five", limit=5) == b"12345"
+    with pytest.raises(StorageError, match="larger than allowed"):
+        store.read("five", limit=4)
+    with pytest.raises(StorageError, match="missing: No such file"):
+        store.read("missing")
+    with pytest.raises(StorageError, match="missing: "), store.open("missing", size=5):
+        pass
+    with store.open("five", size=4) as file:  # another process has replaced it by a longer one: its hash has to differ
+        assert file.read() != b"1234"
 
 
 def test_a_file_that_is_read_keeps_little_memory(bucket: S3Server | MotoServer) -> None:

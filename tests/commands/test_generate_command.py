@@ -57,6 +57,7 @@ def test_dataset_has_same_bytes_from_command_manifest_and_shards(run: Run, tiny_
     assert run("verify", one)[:2] == (1, "changed metadata.csv\n")
 
 
+@pytest.mark.full
 def test_killed_run_resumes_to_same_bytes(run: Run, tiny_bundle: Bundle, tmp_path: Path) -> None:
     """The run is stopped by Ctrl-C, then killed, then not interrupted: shards that were finished are not changed."""
     asked = ["generate", "--bundle", tiny_bundle.location, "--classes", "malignant=750,benign=750", "--shard-size"]
@@ -110,6 +111,7 @@ def test_dataset_of_the_former_format_is_continued_and_repeated_in_it(
     assert status == 1 and "newer version" in err
 
 
+@pytest.mark.full
 def test_finished_dataset_is_kept_and_damaged_dataset_is_repaired(
     run: Run, painter: type[Painter], tiny_bundle: Bundle, tmp_path: Path
 ) -> None:

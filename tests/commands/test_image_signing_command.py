@@ -27,6 +27,7 @@ def signers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SignerFiles]:
     return {name: make_signer(folder / name, name) for name in ("Clinic", "Other")}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("file_format", "image_format"),
     [

@@ -63,6 +63,7 @@ def results(out: Path) -> dict[str, Projection]:
 # -- project
 
 
+@pytest.mark.full
 def test_projection_writes_result_picture_and_row_for_each_image(bundle: Bundle, folder: Path, tmp_path: Path) -> None:
     done = project(bundle, folder, tmp_path / "out", "--video", "gif")
     assert done.exit_code == 0, done.output
@@ -84,6 +85,7 @@ def test_projection_writes_result_picture_and_row_for_each_image(bundle: Bundle,
     assert decode((tmp_path / "out" / "pairs.png").read_bytes()).shape[1] > 4 * 16
 
 
+@pytest.mark.full
 def test_stopped_projection_command_resumes(
     bundle: Bundle, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +165,7 @@ def test_projection_file_round_trips_and_damaged_file_is_refused(layers: int, ma
         from_bytes(data[: cut % len(data)], "somewhere")
 
 
+@pytest.mark.full
 def test_projection_is_edited_along_direction(bundle: Bundle, folder: Path, tmp_path: Path) -> None:
     assert project(bundle, folder, tmp_path / "out").exit_code == 0
     file = tmp_path / "out" / "2.safetensors"

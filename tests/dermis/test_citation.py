@@ -46,7 +46,7 @@ def test_bundle_is_cited_with_its_measurements_and_their_intervals() -> None:
     assert "lite0" not in text, "the discriminator was trained in this feature space"
     assert "AUC of 0.496 (95 % interval 0.478 to 0.513; chance 0.5)" in text
     assert (
-        "4,543 real images (3,969 benign and 574 malignant)" in text and "privacy audit in the bundle is: pass" in text
+        "4,543 real images (3,969 benign and 574 malignant)" in text and "privacy audit in the bundle is: warn" in text
     )
 
 
@@ -57,6 +57,15 @@ def test_numbers_of_other_types_are_left_out(tmp_path: Path) -> None:
     }
     amend_bundle(bundle, metrics=metrics)
     assert "feature space" not in cite(bundle.location).methods()
+
+
+def test_audit_that_contradicts_itself_is_left_out(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    subject = {"scope": "bundle", "members": 1, "non_members": 1, "generated": 1, "bundle_digest": ""}
+    verdict = {"status": "pass", "complete": True, "text": "."}
+    audit = {"format_version": 2, "subject": subject, "verdict": verdict, "outcomes": []}
+    amend_bundle(bundle, privacy_audit=audit)
+    assert "privacy audit" not in cite(bundle.location).methods()
 
 
 def test_card_of_a_bundle_has_its_entry_also_after_renaming(tmp_path: Path) -> None:

@@ -127,6 +127,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.full) for name in ("lite1", "lite2"
 SPACES = ["lite0", *SLOW, "dinov2", "clip", "timm:test_resnet.r160_in1k", "timm:test_vit.r160_in1k"]
 
 
+@pytest.mark.full
 @needs_openvino
 @pytest.mark.parametrize("name", SPACES)
 def test_openvino_features_match_torch(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

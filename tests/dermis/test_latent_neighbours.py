@@ -205,3 +205,18 @@ def test_command_makes_neighbours_of_listed_and_projected_cases(
         assert what in str(run.invoke(app, f"{base} --out x {wrong}".split()).exception)
     assert not Path("x").exists()
     assert open_bundle("b").digest == bundle.digest
+
+
+def test_folder_of_projections_does_not_name_the_real_images(tmp_path: Path) -> None:
+    from commands.main import app
+
+    bundle = make_bundle(tmp_path / "b")
+    np.savez(tmp_path / "p.npz", ws=np.full((1, bundle.generator.w_dim), 0.3), classes=["benign"], ids=["ISIC_0000068"])
+    line = f"augment edge-cases --generator {tmp_path}/b --count 1 --threads 1 --device cpu --out {tmp_path}/out"
+    result = CliRunner().invoke(app, [*line.split(), "--projections", str(tmp_path / "p.npz")])
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "has latents of real images" in result.stderr and "protect it" in result.stderr
+    table, description = ((tmp_path / "out" / name).read_text() for name in ("metadata.csv", "neighbours.json"))
+    assert "ISIC_0000068" not in table + description
+    assert next(csv.DictReader(io.StringIO(table)))["anchor"] == "projection-00000"
+    assert json.loads(description)["anchors"][0]["id"] == "projection-00000"

@@ -236,6 +236,7 @@ def test_grids_and_interpolations_show_samples_with_their_noise(noisy: Bundle) -
 # -- stored data of earlier versions
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("states_noise", [True, False])
 def test_a_manifest_of_constant_noise_gives_the_same_bytes(
     noisy: Bundle, synthesizer: Synthesizer, invoke: Invoke, tmp_path: Path, states_noise: bool

@@ -184,6 +184,7 @@ def test_a_failed_dataset_is_an_error(gateway: FakeGateway, run: Run) -> None:
     assert (status, printed) == (1, "") and "disk is full" in err.splitlines()[-1]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("stage", ["waiting", "downloading"])
 def test_ctrl_c_prints_how_to_continue(gateway: FakeGateway, tmp_path: Path, stage: str) -> None:
     if stage == "waiting":

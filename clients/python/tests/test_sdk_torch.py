@@ -323,6 +323,7 @@ def test_errors_of_workers_have_their_class_in_the_training() -> None:
             list(loader)
 
 
+@pytest.mark.full
 def test_samples_of_two_bundles_are_not_mixed() -> None:
     a, b = "a" * 64, "b" * 64
     with pytest.raises(IntegrityError, match=r"images 0 to 7: .* from the bundle aaaaaaaaaaaa\.\.\. to bbbbbbbbbbbb"):

@@ -58,6 +58,7 @@ def distances(a: Floats, b: Floats) -> Floats:
 # -- the index
 
 
+@pytest.mark.full
 @settings(max_examples=20, deadline=None)
 @given(st.integers(2, 60), st.integers(12, 30), st.sampled_from(["cosine", "l2"]), st.booleans())
 def test_a_flat_index_agrees_with_brute_force(

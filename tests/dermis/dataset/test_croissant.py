@@ -113,8 +113,21 @@ def test_biases_have_the_numbers_of_the_bundle(tiny_bundle: Bundle) -> None:
     plan = planned(tiny_bundle, truncation_psi=0.5)
     text = "\n".join(known_biases(plan, replace(tiny_bundle, reference=reference, provenance=provenance)))
     assert "trained on 400 images: 300 of benign, 100 of malignant" in text
-    assert "very light in 90% of the training images, and tan, brown or dark in 0.5%" in text
+    assert "very light in 90% of the training images that show it, and tan, brown or dark in 0.5%" in text
     assert "a black frame is in 20% of malignant and 1% of benign." in text and "hair" not in text
     assert "Truncation (0.5)" in text
     unknown = "\n".join(known_biases(planned(tiny_bundle), replace(tiny_bundle, reference=None, provenance={})))
     assert "is not known" in unknown and "are not known" in unknown and "Truncation" not in unknown
+
+
+def test_skin_tones_are_shares_of_the_images_that_show_skin(tiny_bundle: Bundle) -> None:
+    shown = ClassReference(1000, None, {}, {"light": 95, "dark": 5}, 50.0)
+    suppressed = ClassReference(60, None, {}, {"light": 0, "dark": 0}, 0.0)
+
+    def biases(**classes: ClassReference) -> str:
+        reference = ReferenceDescription(8, classes, (), {})
+        return "\n".join(known_biases(planned(tiny_bundle), replace(tiny_bundle, reference=reference)))
+
+    text = biases(benign=shown, malignant=suppressed)
+    assert "very light in 95% of the" in text and "tan, brown or dark in 5.0%" in text
+    assert "Skin around the lesion" not in biases(malignant=suppressed)

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -179,8 +180,8 @@ def test_process_that_was_taken_over_writes_nothing_into_a_finished_dataset(
             make(url, tiny_bundle, format="webdataset")
             others[0] = {name: store.read(name) for name in store.entries()}
 
-    def slow_put(to: Store, temporary: Path, name: str) -> None:
-        put(to, temporary, name)
+    def slow_put(to: Store, temporary: Path, name: str, *options: Any) -> None:
+        put(to, temporary, name, *options)
         if name == "data-00000-of-00004.tar":
             finish_elsewhere()
 
@@ -193,6 +194,15 @@ def test_process_that_was_taken_over_writes_nothing_into_a_finished_dataset(
     record = write_shard(p, 0, lambda *a: 255 - paint(*a), store, identity={"device": "b"}, on_batch=on_batch)
     assert len(record.images) == 6
     assert {name: store.read(name) for name in store.entries()} == others[0] and verify(url).ok
+
+
+def test_folder_in_place_of_the_record_of_a_shard_is_a_missing_shard(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    plan_, store = planned(tiny_bundle), Store(tmp_path)
+    write_shard(plan_, 0, paint, store, identity=IDENTITY)
+    record = tmp_path / ".partial" / "shard-00000.json"
+    record.unlink()
+    record.mkdir()
+    assert find_shard(plan_, 0, store, identity=IDENTITY) is None
 
 
 def test_files_of_killed_attempts_are_removed_before_the_archive_is_written(
@@ -221,13 +231,34 @@ def test_files_of_killed_attempts_are_removed_before_the_archive_is_written(
     assert seen and all(killed not in files and other in files for files in seen)
 
 
+def test_upload_removes_temporary_files_that_killed_processes_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    store = Store("memory://abandoned")
+    with store.writing("a") as left:
+        left.write_bytes(b"1")
+    left.write_bytes(b"1")  # nobody has locked it now
+    with store.writing("b") as used:
+        used.write_bytes(b"22")
+        for path in (left, used):
+            os.utime(path, (0, 0))
+        with store.writing("c"):
+            assert used.exists() and not left.exists()
+    assert store.read("b") == b"22"
+
+
+@pytest.mark.parametrize("remote", [False, True])
 @pytest.mark.parametrize("read_again", [False, True])
-def test_writing_is_tried_again_if_the_temporary_file_was_removed(tmp_path: Path, read_again: bool) -> None:
-    with pytest.raises(StorageError, match="another process") as lost, Store(tmp_path).writing("file") as path:
+def test_writing_is_tried_again_if_the_temporary_file_was_removed(
+    tmp_path: Path, read_again: bool, remote: bool
+) -> None:
+    store = Store("memory://removed" if remote else tmp_path)
+    with pytest.raises(StorageError, match="another process") as lost, store.writing("file") as path:
         path.unlink()
         if read_again:  # as for the hash of a shard
             path.read_bytes()
-    assert lost.value.kind == "storage-unavailable" and not (tmp_path / "file").exists()
+    assert lost.value.kind == "storage-unavailable" and store.size("file") is None
 
 
 def test_writing_without_space_for_the_temporary_file_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,6 +283,7 @@ _NUMBERS = {"seed": "int64", "index": "int64", "sha256": "string"}
 CLASSES = ("benign", "malignant", "null", "a b.c")  # names that YAML or a folder name could change
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
 @pytest.mark.parametrize("file_format", ["imagefolder", "webdataset", "parquet"])
 def test_dataset_card_loads_every_column_with_its_type(

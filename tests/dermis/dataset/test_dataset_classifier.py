@@ -284,6 +284,7 @@ def test_classifier_request_unsupported_by_bundle_is_refused(bundle: Bundle, tmp
 # -- in the service and on the command line
 
 
+@pytest.mark.full
 def test_service_makes_same_filtered_dataset_as_library(bundle: Bundle, tmp_path: Path) -> None:
     request = dataset_request(classifier=AGREEING).model_dump(mode="json")
     direct = make_directly(bundle, request, tmp_path / "direct")

@@ -129,6 +129,7 @@ def test_images_near_the_training_set_are_measured_exactly(bundle: Bundle) -> No
     assert np.abs(rounded.distances - exact.distances).max() < 0.1
 
 
+@pytest.mark.full
 def test_http_tells_copies_of_generated_images_only(tmp_path: Path, bundle: Bundle) -> None:
     with service(bundle.location, tmp_path / "data", authenticity_uploads=True) as running:
         generated = running.client.post("/v1/authenticity", json={"classes": {"benign": 2}})

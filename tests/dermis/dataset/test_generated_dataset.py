@@ -81,6 +81,7 @@ class ServiceCode:
         return read_pixels(pixels_response(body, self.bundle, names, images, results))
 
 
+@pytest.mark.full
 def test_samples_are_those_of_the_code_of_the_service_bit_for_bit(bundle: str) -> None:
     local = GeneratedDataset(bundle, SHARES, **OPTIONS)
     client: Any = partial(ServiceCode, bundle)
@@ -113,6 +114,7 @@ def test_process_forked_after_the_generator_was_used_is_refused(bundle: str, mon
         next(iter(data))
 
 
+@pytest.mark.full
 def test_ranks_share_the_samples_and_a_copy_has_the_same(bundle: str) -> None:
     alone = list(GeneratedDataset(bundle, SHARES, **OPTIONS))
     parts = [GeneratedDataset(bundle, SHARES, **OPTIONS, rank=rank, world_size=2) for rank in range(2)]
@@ -122,6 +124,7 @@ def test_ranks_share_the_samples_and_a_copy_has_the_same(bundle: str) -> None:
     assert same(list(pickle.loads(pickle.dumps(parts[1]))), ranks[1])
 
 
+@pytest.mark.full
 def test_interrupted_stream_continues_also_with_a_state_of_the_client(
     bundle: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

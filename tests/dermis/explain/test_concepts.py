@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+from commands.explain.concepts import _frames as measure_frames
 from commands.main import app
-from dermis.artefacts import Artefacts
+from dermis.artefacts import Artefacts, detect_artefacts
 from dermis.bundle.classifier import write_classifier
 from dermis.classifier.torch_network import TorchClassifier
 from dermis.errors import DataError, DermisError
@@ -25,6 +28,7 @@ from training.classifier.config import ClassifierConfig
 from training.classifier.export import to_onnx
 from training.classifier.network import finished_network, new_network
 from training.data.concepts import mine_concepts
+from training.data.files import ImageFile
 from training.data.sources import Record
 
 SIZE = 24
@@ -70,6 +74,7 @@ def _tests(network: TorchClassifier, concept: Concept) -> list[ConceptTest]:
     return corrected(list(tcav(network, [concept], _skin(24, 7), ["stage", "last"])))
 
 
+@pytest.mark.full
 def test_network_that_uses_frame_is_detected() -> None:
     results = _tests(_network((1.0, 0.3)), _frames())
     assert [test.layer for test in results] == ["stage", "last"]
@@ -174,3 +179,24 @@ def test_concepts_command_writes_table_and_example_image(tmp_path: Path) -> None
     assert isinstance(again.exception, DataError) and "is not empty" in str(again.exception)
     wrong = CliRunner().invoke(app, [*map(str, line), "--out", "x", "--artefacts", str(tmp_path / "set/metadata.csv")])
     assert isinstance(wrong.exception, DataError) and "is not an artefacts.csv" in str(wrong.exception)
+
+
+def test_images_whose_frame_remains_after_cropping_are_left_out(tmp_path: Path) -> None:
+    skin = np.random.default_rng(0).integers(140, 200, (64, 64, 3)).astype(np.uint8)
+    y, x = np.mgrid[:64, :64] - 31.5
+    tested = []
+    for name, radius in (("small", 0.42), ("large", 0.6), ("none", 1.0)):  # of the dermatoscope, in sides
+        picture = np.where((np.hypot(y, x) < radius * 64)[..., None], skin, np.uint8(4))
+        file = tmp_path / f"{name}.png"
+        file.write_bytes(encode(picture))
+        record = Record(name, "malignant", "", "", ImageFile(file), {"source": "one"})
+        tested.append((record, detect_artefacts(picture)))
+    assert ["frame" in artefacts.present for _, artefacts in tested] == [True, True, False]
+
+    def classify(images: Images, features: bool) -> Any:
+        return SimpleNamespace(calibrated=images.mean((1, 2, 3), dtype=np.float64))
+
+    session: Any = SimpleNamespace(classify=classify)
+    changes, left_out = measure_frames(session, tested, {"small": "a", "large": "b", "none": "c"}, 64)
+    assert changes["frame removed by cropping (images with a frame)"].images == 1
+    assert left_out == ["frame removed by cropping (images with a frame): 1 of 2 images, which show a frame after it"]

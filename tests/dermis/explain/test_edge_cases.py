@@ -127,6 +127,7 @@ def test_edge_case_list_round_trips_and_sheet_shows_neighbours() -> None:
         from_csv("id,score\n1,2\n", "x")
 
 
+@pytest.mark.full
 def test_edge_cases_command_lists_only_held_out_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from commands.main import app
     from tiny import make_bundle

@@ -197,6 +197,7 @@ def test_tensorboard_files_hold_same_embedding(tmp_path: Path) -> None:
     assert all((tmp_path / name).is_file() for name in (config.embeddings[0].tensor_path, "metadata.tsv"))
 
 
+@pytest.mark.full
 def test_embeddings_command_maps_real_generated_and_added_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

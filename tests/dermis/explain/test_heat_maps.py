@@ -88,6 +88,7 @@ def test_same_image_gives_same_heat_map_bytes(timm_classifier: Path, method: Met
         assert first.logit == pytest.approx(float(session.classify([image]).logits[0]), abs=1e-3)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("shape", [(SIZE, SIZE), (30, 71), (200, 90)])
 def test_explainer_resizes_images_like_classifier(timm_classifier: Path, shape: tuple[int, int]) -> None:
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
@@ -160,6 +161,7 @@ def run(*arguments: str) -> str:
     return done.output
 
 
+@pytest.mark.full
 def test_page_shows_mistakes_first_and_rerun_reuses_attributions(
     timm_classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

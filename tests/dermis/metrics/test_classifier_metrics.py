@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,10 +13,14 @@ from numpy.typing import NDArray
 from dermis.classifier.scores import sigmoid
 from dermis.errors import TrainingError
 from dermis.metrics import classification as metrics
+from tiny_classifier import describe
 from training.classifier.calibration import calibrated, choose_thresholds, fit_temperature
+from training.classifier.card import classifier_card
 from training.classifier.data import RealPart
 from training.classifier.evaluate import breakdown, evaluate
 from training.classifier.network import prior_shift
+from training.data.sources import Record
+from training.data.splits import group_of
 
 EVERY: dict[str, metrics.Metric] = {
     "auc": metrics.auc,
@@ -201,6 +207,21 @@ def test_report_chooses_on_validation_and_measures_on_test() -> None:
     assert at["specificity"]["value"] == pytest.approx(
         (p[test.labels == 0] < report["thresholds"]["specificity_90"]).mean()
     )
+
+
+def test_images_without_an_id_are_counted_and_stated_beside_patients() -> None:
+    (validation, chosen_on), (test, measured_on) = part(200, 1), part(300, 2)
+    records = [Record(str(i), "", f"P{i // 2}" if i < 200 else "", "", None, {}) for i in range(300)]
+    parts = {"validation": validation, "test": replace(test, groups=tuple(group_of(records)))}
+    logits = {"validation": chosen_on, "test": measured_on}
+    report = evaluate(parts, logits, default_threshold="half", replicates=50)
+    assert (report["test"]["patients"], report["test"]["without_ids"]) == (200, 100)
+    dataset = {"name": "skin", "split": "by patient", "parts": {}, "configuration": "real", "synthetic": []}
+    training = {"configuration": {}, "weights": "none", "hardware": "cpu"}
+    origin = {"dataset": dataset, "training": training, "scenario": "real", "hours": 1.0, "code_version": "0"}
+    card = classifier_card("c", describe(metrics=report, provenance=origin | {"licence": "x", "attribution": ""}))
+    stated = "200 patients (or lesions, if patients are not known; 100 of these are images without an id)"
+    assert f"On 300 real images of {stated} that were" in card
 
 
 def test_a_group_that_is_too_small_gets_no_numbers() -> None:

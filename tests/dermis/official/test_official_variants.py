@@ -105,6 +105,7 @@ def test_ineffective_or_supported_network_options_are_accepted(tmp_path: Path, c
     _agrees(_generator_of(tmp_path, stylegan3_repository_generator(theirs, **changes)), theirs)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

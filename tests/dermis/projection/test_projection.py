@@ -68,6 +68,7 @@ def test_projection_recovers_generated_image(projector: ImageProjector, drawn: l
         assert (end.ws == end.ws[0]).all() and end.noise is None and end.distance_name == "lite0"
 
 
+@pytest.mark.full
 def test_projection_in_larger_space_is_nearer_to_image(projector: ImageProjector, drawn: list[Target]) -> None:
     strange = [Target(np.roll(target.image, 5, axis=1)[::-1].copy(), target.label) for target in drawn[:3]]
     means = [
@@ -81,6 +82,7 @@ def test_projection_in_larger_space_is_nearer_to_image(projector: ImageProjector
     assert means[1] < means[0] and means[1] < means[2]
 
 
+@pytest.mark.full
 def test_projection_does_not_depend_on_other_images(projector: ImageProjector, drawn: list[Target]) -> None:
     together = project(projector, drawn, SHORT)  # five images in three slots: the last two start later
     for number, target in enumerate(drawn):
@@ -93,6 +95,7 @@ def test_projection_does_not_depend_on_other_images(projector: ImageProjector, d
     assert all(np.array_equal(a.ws, b.ws) for a, b in zip(together, backwards, strict=True))
 
 
+@pytest.mark.full
 def test_states_show_the_images_and_distances_of_each_step_and_change_nothing(
     projector: ImageProjector, drawn: list[Target]
 ) -> None:

@@ -46,6 +46,7 @@ def difference(a: Image, b: Image) -> npt.NDArray[np.int64]:
     return differences
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_synthesizer_images_equal_those_of_network(name: str, backend: str) -> None:
@@ -81,6 +82,7 @@ def test_truncation_and_cutoff_equal_those_of_network(cutoff: int | None) -> Non
     assert changed == (cutoff != 0)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_image_does_not_depend_on_its_batch_or_on_threads(backend: str) -> None:
     dtype = "bfloat16" if backend == "torch" else "auto"
