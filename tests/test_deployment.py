@@ -7,6 +7,7 @@ import runpy
 import shutil
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import kubernetes_validate
 import pathspec
@@ -15,6 +16,7 @@ import yaml
 from typer.testing import CliRunner
 
 from commands.main import app
+from dermis.synthesizer.choice import BACKENDS
 from services.settings import Settings, SettingsError, read_settings, settings_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,6 +121,15 @@ def test_invalid_setting_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("DERMIS_MAX_IMAGES", "many")
     with pytest.raises(SettingsError, match="DERMIS_MAX_IMAGES"):
         read_settings()
+
+
+def test_settings_take_the_backends_and_devices_of_the_library_and_no_others() -> None:
+    assert get_args(Settings.model_fields["backend"].annotation) == BACKENDS
+    for device in ("auto", "cpu", "mps", "cuda", "cuda:1", "xpu:1"):
+        assert read_settings(device=device).device == device
+    for name, value in (("backend", "onnx"), ("device", "gpu"), ("device", "cuda:"), ("device", "cpu:0")):
+        with pytest.raises(SettingsError, match=f"^DERMIS_{name.upper()}: "):
+            read_settings(**{name: value})
 
 
 def test_settings_split_lists_and_add_postgres_driver(monkeypatch: pytest.MonkeyPatch) -> None:

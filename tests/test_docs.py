@@ -261,6 +261,16 @@ def test_commands_and_options_exist(page: Path) -> None:
     assert not problems, "\n".join(problems)
 
 
+def test_advice_to_hide_the_training_set_removes_all_parts_that_reveal_it() -> None:
+    documented = []
+    for page in PAGES:
+        for parts in re.findall(r"bundle detach\s+\S+((?:\s+[a-z_]+\b)+)", page.read_text()):
+            if "authenticity" in parts.split():
+                documented.append((page.name, parts.split()))
+    assert len(documented) >= 3
+    assert not [each for each in documented if "copies" not in each[1]], "copies/ holds descriptors of training images"
+
+
 @pytest.mark.parametrize(
     ("command", "reason"),
     [
@@ -367,6 +377,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["README.md", *(f"docs/tutorials/{name}.md" for name in TUTORIALS)])
 def test_python_of_tutorials_runs(name: str, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

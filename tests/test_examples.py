@@ -151,6 +151,7 @@ def test_edit_direction_saves_a_strip(run: Run, url: str, tmp_path: Path) -> Non
     assert (strip[:16, :16] != strip[:16, 36:52]).any(), "the strengths -2 and 2 give different images"
 
 
+@pytest.mark.full
 def test_train_generator_reads_what_sdk_sync_downloads(run: Run, url: str, tmp_path: Path) -> None:
     run("sdk_sync", "--url", url, "--count", "6")
     text = run("train_generator", "--resolution", "8", "--kimg", "0.032", "--channels", "8")
@@ -159,6 +160,7 @@ def test_train_generator_reads_what_sdk_sync_downloads(run: Run, url: str, tmp_p
     assert Image.open(tmp_path / "runs" / "example" / "generated.png").width > 8 * 8
 
 
+@pytest.mark.full
 def test_federate_two_sites_reads_what_sdk_async_downloads(run: Run, url: str) -> None:
     pytest.importorskip("flwr", reason="Flower is not installed")
     run("sdk_async", "--url", url, "--count", "8")

@@ -43,6 +43,7 @@ def test_demo_bundle_has_the_recorded_digest() -> None:
     _compare("bundle")
 
 
+@pytest.mark.full
 def test_help_of_every_command_is_as_recorded() -> None:
     _compare("help")
 
