@@ -4,7 +4,8 @@ Two replicas that do everything (gateway, models and jobs) run on a real Postgre
 that sends new connections to those whose /readyz answers 200. With `--separate`, two gateways with models are behind it, and
 two workers make the datasets. Clients with the SDK generate images, and request, await, download and verify datasets, without a
 pause. Each replica gets SIGTERM, ends, and is started again; when it is ready, the next one follows. Required: no call of
-a client fails, as the SDK repeats requests; and the same request always has the same bytes.
+a client fails, as the SDK repeats requests; the same request always has the same bytes; and each replica ends by itself,
+without a process that its supervisor had to kill.
 
 Needs PostgreSQL's server, and the extras `cluster` and `cpu`.
 """
@@ -16,6 +17,7 @@ import hashlib
 import json
 import logging
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -43,6 +45,10 @@ from dermis_client import DermisClient
 _PAUSE_SECONDS = 3.0  # between a replica that is ready and the restart of the next one
 _STOP_PAUSE_SECONDS = "3"  # longer than the time until the load balancer has seen a failed probe
 _PATIENCE_SECONDS = 600.0  # for the last calls of the clients
+_END_SECONDS = 120.0  # for a replica that was stopped
+_KILLED = (
+    b"killed because they did not end in time"  # in the log of a supervisor, which ends with status 0 all the same
+)
 _KINDS = ("image", "dataset")
 _SEEDS = {"image": 3, "dataset": 1}  # few, so that each request is repeated
 
@@ -59,13 +65,24 @@ class Call:
 
 @dataclass
 class Restart:
-    """One restart: seconds from SIGTERM to the end, and from the start until the replica was ready."""
+    """One restart: seconds from SIGTERM to the end, and from the start until the replica was ready.
+
+    `status` is None if the replica did not end. `killed` says whether its supervisor has killed processes.
+    """
 
     replica: str
     began: float
     stopping: float
     starting: float
     status: int | None
+    killed: bool = False
+
+    def failures(self) -> list[str]:
+        """What was not in order."""
+        failures = [f"{self.replica} has killed processes that did not end"] if self.killed else []
+        if self.status is None:
+            return [*failures, f"{self.replica} did not end within {_END_SECONDS:.0f} s"]
+        return [*failures, f"{self.replica} ended with status {self.status}"] if self.status else failures
 
 
 @dataclass
@@ -93,7 +110,7 @@ class Result:
         failures = sorted({f"{call.kind}: {call.error}" for call in self.calls if call.error})
         failures += [f"other bytes than before: {name}" for name in self.different]
         failures += [f"no {kind} was requested twice" for kind, count in self.compared.items() if not count]
-        failures += [f"{each.replica} ended with status {each.status}" for each in self.restarts if each.status]
+        failures += [text for each in self.restarts for text in each.failures()]
         return failures if self.calls and self.restarts else [*failures, "nothing was called or restarted"]
 
     @property
@@ -216,22 +233,38 @@ def answers_clients(replica: Replica) -> bool:
     return replica.settings["ROLE"] != "worker"
 
 
+def stop(replica: Replica) -> tuple[int | None, bool]:
+    """Stop a replica by SIGTERM, and kill it if it does not end.
+
+    Returns:
+        Its status, None if it did not end; and whether its supervisor has killed processes.
+    """
+    assert replica.process is not None
+    log = replica.folder / "log"
+    before = log.stat().st_size
+    replica.process.terminate()
+    status: int | None = None
+    try:
+        status = replica.process.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        replica.kill()
+    return status, _KILLED in log.read_bytes()[before:]
+
+
 def restart(replica: Replica, balancer: LoadBalancer) -> Restart:
     """Stop a replica by SIGTERM, start it again and wait until it is ready and, but for a worker, gets connections.
 
     Raises:
         ServiceNotReadyError: It is not ready within minutes.
     """
-    assert replica.process is not None
     began = time.time()
-    replica.process.terminate()
-    status = replica.process.wait(120)
+    status, killed = stop(replica)
     stopped = time.time()
     replica.start()
     replica.wait_until_ready()
     if answers_clients(replica) and not wait_for(lambda: replica.port in balancer.ready, 60):
         raise ServiceNotReadyError(f"{replica.name} gets no connections")
-    return Restart(replica.name, began, stopped - began, time.time() - stopped, status)
+    return Restart(replica.name, began, stopped - began, time.time() - stopped, status, killed)
 
 
 def run(bundle: Path, folder: Path, rounds: int, clients: int, images: int, separate: bool = False) -> Result:
