@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,17 +26,26 @@ def removals(cluster: Cluster, _undisturbed: Undisturbed, extent: Extent) -> Ite
     for number in range(2 * extent.rounds):
         dataset = cluster.request(result.file_format, number)
         result.datasets += 1
-        if number % 2:
-            end_of(cluster, dataset)
-        else:
-            _wait_for_images(cluster, dataset)
-        _remove(cluster, dataset, result, active=number % 2 == 0)
+        active = number % 2 == 0
+        job = _with_images(cluster, dataset) if active else end_of(cluster, dataset)
+        goes_on = active and job["state"] == "running" and job["progress"]["samples_done"] > 0
+        if not goes_on and job["state"] != "succeeded":
+            result.lost += 1
+            result.unclear.append(f"{dataset['id']} is {job['state']}: {json.dumps(job.get('error'))[:300]}")
+        _remove(cluster, dataset, result, active)
     yield result
 
 
-def _wait_for_images(cluster: Cluster, dataset: Mapping[str, Any]) -> None:
-    wait_for(lambda: cluster.database.progress(dataset).samples_done > 0, PATIENCE_SECONDS)
+def _with_images(cluster: Cluster, dataset: Mapping[str, Any]) -> dict[str, Any]:
+    """Wait until a dataset has images or has ended, and for a moment more, and return it."""
+
+    def has_images() -> bool:
+        progress = cluster.database.progress(dataset)
+        return progress.samples_done > 0 or progress.phase == "ended"
+
+    wait_for(has_images, PATIENCE_SECONDS)
     time.sleep(cluster.random.uniform(0, 0.5))
+    return cluster.caller.job(dataset)
 
 
 def _remove(cluster: Cluster, dataset: Mapping[str, Any], result: Result, active: bool) -> None:
@@ -46,7 +56,8 @@ def _remove(cluster: Cluster, dataset: Mapping[str, Any], result: Result, active
         killed = cluster.random.choice(cluster.workers).kill() if active else cluster.gateway.kill("gateway")
         cluster.restart_ended()
         cancelled = call.result().status_code == 202
-    add_faults(result, {_CANCELLING if cancelled else _DELETING: int(killed)})
+    if cancelled == active:  # otherwise it ended before the call, and the kill hit nothing, or it has not ended
+        add_faults(result, {_CANCELLING if active else _DELETING: int(killed)})
     if cancelled:
         if not wait_for(lambda: cluster.caller.job(dataset)["state"] == "cancelled", PATIENCE_SECONDS):
             result.unclear.append(f"{dataset['id']} was cancelled and is {cluster.caller.job(dataset)['state']}")
