@@ -45,7 +45,7 @@ clock = time.monotonic
 
 
 class Recorder:
-    """Writes one line for each call, and one for each operation that has ended and whether it was completed."""
+    """Writes one line for each call and each other error, and one for each operation and whether it was completed."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("w", encoding="utf-8")
@@ -103,6 +103,7 @@ class Caller(FastHttpUser):
     network_timeout = 300.0
     connection_timeout = 30.0
     period = 0.0
+    route = ""  # that of the last call
 
     def on_start(self) -> None:
         """Choose a tenant, and begin at a moment apart from those of the others, unless the time has ended before."""
@@ -144,14 +145,19 @@ class Caller(FastHttpUser):
         Returns:
             The content; None if it was refused or wrong.
         """
+        self.route = route
         method, _, template = route.partition(" ")
         headers = {"Authorization": f"Bearer {self.key}", **options.pop("headers", {})}
         while True:
-            began = time.perf_counter()
+            began, content, broken = time.perf_counter(), b"", ""
+            # With `stream` locust leaves the body to this method. Otherwise it hides the error of a body that was cut.
             response = self.client.request(
-                method, path or template.partition("#")[0], name=route, headers=headers, **options
+                method, path or template.partition("#")[0], name=route, headers=headers, stream=True, **options
             )
-            content = response.content or b""
+            try:
+                content = response.content or b""
+            except Exception as error:
+                broken = f"the content was cut: {error!r}"
             milliseconds = 1000 * (time.perf_counter() - began)
             status, wrong, kind = response.status_code, "", ""
             refused = status in REFUSALS
@@ -163,8 +169,8 @@ class Caller(FastHttpUser):
                     wrong = f"{kind} without Retry-After"
             elif status != expect:
                 wrong = str(getattr(response, "error", None) or content[:300].decode(errors="replace") or status)
-            elif check is not None and not check(content):
-                wrong = "the content is not what it has to be"
+            else:
+                wrong = broken or _wrong(content, check)
             recorder.add(time.time(), route, status, round(milliseconds, 2), wrong, kind)
             if refused and persist and not wrong:
                 gevent.sleep(min(float(response.headers["Retry-After"]), 10))
@@ -175,10 +181,28 @@ class Caller(FastHttpUser):
             return content
 
     def run_one(self, name: str, operation: Callable[[Caller], None]) -> None:
-        """Do one operation and record it."""
-        began, self.completed = time.time(), True
-        operation(self)
-        recorder.add("operation", name, began, time.time(), self.completed)
+        """Do one operation and record it. An exception is an error, and so is one that does not end and is killed."""
+        began, self.completed, wrong = time.time(), True, ""
+        try:
+            operation(self)
+        except gevent.GreenletExit:
+            wrong = f"the operation {name!r} did not end within {_STOP_SECONDS} s after the load"
+            raise
+        except Exception as error:
+            wrong = f"{type(error).__name__}: {error}"
+        finally:
+            ended_at = time.time()
+            if wrong:
+                recorder.add(ended_at, self.route, 0, round(1000 * (ended_at - began), 2), wrong, "")
+            recorder.add("operation", name, began, ended_at, self.completed and not wrong)
+
+
+def _wrong(content: bytes, check: Callable[[bytes], bool] | None) -> str:
+    """What is wrong with a content; empty if nothing is."""
+    try:
+        return "" if check is None or check(content) else "the content is not what it has to be"
+    except Exception as error:  # such as one without a field that is read
+        return f"the content is not what it has to be: {error!r}"
 
 
 def _problem(content: bytes) -> tuple[str, str]:
@@ -285,8 +309,7 @@ def projection(caller: Caller) -> None:
             return
         job = json.loads(content)
     if job["state"] != "succeeded":
-        recorder.add(time.time(), "GET /v1/projections/ID", 200, 0.0, f"the projection has failed: {job['error']}")
-        return
+        raise RuntimeError(f"the projection has failed: {job['error']}")
     caller.ask("GET /v1/projections/ID/files/NAME", job["data"][0]["files"]["latents"], persist=True)
     caller.ask("DELETE /v1/projections/ID", path, persist=True, expect=204)
 
