@@ -9,10 +9,10 @@ Then follow 80 % of the largest rate that it kept up with, for the given time, a
 Required: no error; no process that was restarted; no growth of memory after the first fifth of the time at 80 %, in any
 process; every call that is refused is answered 429 or 503 with Retry-After because of the load and nothing else, and accepted
 calls take at 200 % at most half as long again as at 80 %. That is not required of the jobs themselves: datasets and projections
-yield to calls, so they wait. The first half minute at 200 % is reported apart: the service needs some seconds to tell an
-overload from a burst, which waits in its queue. The load runs on the same machine, in a process of its own. With
-`--separate-cores` it has the last core for itself and the service has the others; otherwise at 200 % the load takes more of the
-processors from the service.
+yield to calls, so they wait. Those that are open at the end of a load may end; times of their calls then are left out. The
+first half minute at 200 % is reported apart: the service needs some seconds to tell an overload from a burst, which waits in
+its queue. The load runs on the same machine, in its own process. With `--separate-cores` it has the last core for itself and
+the service has the others; otherwise at 200 % the load takes more of the processors from the service.
 
 Needs Linux and locust (the extra `soak`).
 """
@@ -29,13 +29,14 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil  # type: ignore[import-untyped]
 
 from benchmarks import DEMO
 from benchmarks.cluster import Replica, ServiceNotReadyError, stop_everything_on_sigterm
@@ -62,6 +63,8 @@ _JOB_ROUTES = ("GET /v1/datasets/ID/events",)
 _TENANTS = ("radiology", "derma", "research")
 _SAMPLES = 360  # of memory, at most one a second
 _DATASETS_AT_ONCE, _PROJECTIONS_AT_ONCE = "8", "4"
+_REPLACED = "upload decoder"
+"""Processes that the service ends itself, such as at a file that takes too long."""
 
 
 @dataclass
@@ -154,13 +157,17 @@ def kept_up(operations: Sequence[Sequence[Any]], middle: float, end: float) -> f
 def phase_of(name: str, rate: float, path: Path, begin: float = 0.0, end: float = math.inf) -> Phase:
     """Read what `benchmarks.load` has written of the calls and operations that began in a part of the time.
 
+    After the end of the load, operations go on that were begun before. Of their calls then, on a service without load, only
+    errors are counted, in the part that lasts until this end.
+
     Args:
         name: Name of the phase.
         rate: The rate in operations/s that was asked for.
         path: The file.
         begin: Seconds from the begin of the load to that of the part.
-        end: Seconds to the end of the part.
+        end: Seconds to the end of the part; default: to the end of the load.
     """
+    calls: list[list[Any]] = []
     rows: dict[str, list[list[Any]]] = defaultdict(list)
     marks: dict[str, float] = {}
     operations: list[list[Any]] = []
@@ -172,10 +179,14 @@ def phase_of(name: str, rate: float, path: Path, begin: float = 0.0, end: float 
                 marks[row[0]] = row[1]
             elif row[0] == "operation":
                 operations.append(row)
-            elif "began" in marks and begin <= row[0] - row[3] / 1000 - marks["began"] < end:
-                rows[row[1]].append(row)
-                statuses[str(row[2])] += 1
+            else:
+                calls.append(row)
     first, last = marks["began"] + begin, min(marks["ended"], marks["began"] + end)
+    for row in calls:
+        start = row[0] - row[3] / 1000
+        if first <= start < last or (row[4] and last == marks["ended"] <= start):
+            rows[row[1]].append(row)
+            statuses[str(row[2])] += 1
     seconds = last - first
     completed = [row for row in operations if first <= row[3] <= last and row[4]]
     begun = [row for row in operations if first <= row[2] <= last]
@@ -366,6 +377,15 @@ class Result:
         }
 
 
+def lasting_processes(replica: Replica) -> dict[int, str]:
+    """The names of the processes that have to run until the service ends, by their numbers."""
+    names: dict[int, str] = {}
+    for process in replica.processes():
+        with suppress(psutil.Error):  # it has just ended
+            names[process.pid] = name_of(process)
+    return {number: name for number, name in names.items() if name != _REPLACED}
+
+
 def run(
     bundle: Path,
     *,
@@ -407,10 +427,11 @@ def run(
         bundle, settings or {}, postgresql=postgresql, s3=s3, separate_cores=separate_cores
     ) as service:
         replica = service.replica
-        before = {process.pid: name_of(process) for process in replica.processes()}
+        before = lasting_processes(replica)
         sampler = MemorySampler(replica, max(1.0, 60 * minutes / _SAMPLES))
         sampler.start()
         warm_up = make_load(service, "warm-up", step_seconds, first_rate)
+        before |= lasting_processes(replica)  # those that start at the first report
         steps = [] if capacity else measure_capacity(service, first_rate, rate_step, step_seconds)
         capacity = capacity or max(step.rate for step in steps if step.is_kept_up)
         began = time.time()
@@ -422,7 +443,7 @@ def run(
         onset = phase_of(f"The first {begin:.0f} s of {name}", rate, path, end=begin)
         overload = phase_of(name, rate, path, begin)
         processes = sampler.stop()
-        present = {process.pid for process in replica.processes()}
+        present = lasting_processes(replica)
         log = [line for line in (replica.folder / "log").read_text(errors="replace").splitlines() if line.strip()]
     warm = began + 0.2 * 60 * minutes
     growth = [each for process in processes if (each := process.growth(warm, ended)) is not None]

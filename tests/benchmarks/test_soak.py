@@ -6,11 +6,16 @@ import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 
+from benchmarks import soak
 from benchmarks.soak import Phase, Result, Route
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,6 +152,74 @@ def test_calls_that_are_slower_in_an_overload_are_reported_and_those_that_are_no
         "GET /v1/models: p95",
     ]
     assert result(149.0).not_compared() == ["GET /v1/usage", "GET /v1/datasets/ID/events"]
+
+
+def write_rows(path: Path, rows: Sequence[Sequence[object]]) -> Path:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
+
+
+def test_times_and_counts_are_those_of_calls_that_began_before_the_end_of_the_load(tmp_path: Path) -> None:
+    route = "GET /v1/datasets/ID/files/NAME"
+    # Time of the end, route, status, milliseconds, error, kind: those after 200 belong to operations that go on.
+    rows = [
+        [99.0, route, 200, 500.0, "before", ""],
+        ["began", 100.0],
+        [110.0, route, 200, 1000.0, "", ""],
+        [139.5, route, 200, 500.0, "", ""],
+        [150.0, route, 503, 100.0, "", "overloaded"],
+        [210.0, route, 200, 20_000.0, "", ""],
+        ["ended", 200.0],
+        *([[230.0, route, 200, 1.0, "", ""]] * 100),
+        [231.0, route, 503, 1.0, "", "overloaded"],
+        [240.0, route, 500, 1.0, "why", ""],
+        [300.0, route, 0, 180_000.0, "no end", ""],
+        ["operation", "dataset", 120.0, 190.0, True],
+        ["operation", "dataset", 120.0, 300.0, False],
+    ]
+    path = write_rows(tmp_path / "rows", rows)
+    overload, onset = soak.phase_of("200 %", 1.0, path, 30.0), soak.phase_of("onset", 1.0, path, end=30.0)
+    after, before = overload.routes[route], onset.routes[route]
+    assert (after.calls, after.refused, after.wrong) == (4, 1, ["500: why"])
+    assert after.p50 == pytest.approx(10_250.0) and after.p99 == pytest.approx(20_000.0, rel=0.02)
+    assert overload.statuses == {"200": 2, "503": 1, "500": 1} and overload.seconds == 70.0
+    assert (before.calls, before.wrong, before.p50) == (2, ["0: no end"], 1000.0)
+    whole = soak.phase_of("whole", 1.0, path)
+    assert whole.routes[route].calls == 6 and whole.wrong == [f"{route}: 500: why", f"{route}: 0: no end"]
+
+
+def test_a_process_that_starts_in_the_warm_up_and_is_replaced_later_was_restarted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = {
+        1: ["services.serve"],
+        2: ["--service-name", "gateway"],
+        3: ["--multiprocessing-fork"],
+        4: ["services.gateway.decoding"],
+        6: ["--service-name", "Generator"],
+    }
+    present = [1, 2, 5, 6]  # 5 has just ended
+
+    def process(number: int) -> SimpleNamespace:
+        def cmdline() -> list[str]:
+            if number not in lines:
+                raise psutil.NoSuchProcess(number)
+            return lines[number]
+
+        return SimpleNamespace(pid=number, cmdline=cmdline)
+
+    def run_load(_service: soak.Service, name: str, *_: float) -> Path:
+        present[:] = [1, 2, 3, 4] if name == "warm-up" else [1, 2]
+        return write_rows(tmp_path / "rows", [["began", 100.0], ["ended", 110.0]])
+
+    replica = SimpleNamespace(processes=lambda: [process(number) for number in present], folder=tmp_path)
+    service = nullcontext(SimpleNamespace(replica=replica))
+    (tmp_path / "log").touch()
+    monkeypatch.setattr(soak, "running_service", lambda *_, **__: service)
+    monkeypatch.setattr(soak, "run_load", run_load)
+    result = soak.run(tmp_path, minutes=1.0, step_seconds=1.0, overload_seconds=8.0, capacity=1.0)
+    assert sorted(result.restarted) == ["Generator", "image measuring"]
+    assert "image measuring was restarted" in result.failures()
 
 
 @pytest.mark.full
