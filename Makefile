@@ -31,6 +31,9 @@ lint: setup
 	$(BIN)/mypy --strict clients/studio/src/dermis_studio
 	$(BIN)/lint-imports --no-logo --no-cache
 
+# With it, each program that tests start would compile all modules again.
+unexport PYTHONDONTWRITEBYTECODE
+
 # One torch thread a process: several processes are faster than several threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist worksteal
 
