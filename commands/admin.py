@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,7 +26,19 @@ def _group() -> None:
 
 
 @admin_app.command()
-def status(data_dir: DataDir = None, as_json: Json = False) -> None:
+def status(
+    data_dir: DataDir = None,
+    jobs: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="List also N jobs of all tenants that have not ended, oldest first, and N that have failed, latest first: id, "
+            "tenant and error. The ids of projections are cut, because whoever knows one can read the projection.",
+        ),
+    ] = 0,
+    as_json: Json = False,
+) -> None:
     """Show the workers with versions and leases, the queue, the storage, the schema, and the versions of software and bundles.
 
     It reads the jobs database and the storage with the settings of the service (`DERMIS_*` and a file `.env`), and changes
@@ -38,9 +50,10 @@ def status(data_dir: DataDir = None, as_json: Json = False) -> None:
 
     settings = read_settings(**({} if data_dir is None else {"data_dir": data_dir}))
     restrict_new_files()
-    state = read_status(settings)
+    state = read_status(settings, jobs)
     if as_json:
-        typer.echo(json.dumps(_document(state), indent=2))
+        listed = {"listed_jobs": [_fields(job) for job in state.jobs]} if jobs else {}
+        typer.echo(json.dumps({**_document(state), **listed}, indent=2))
     else:
         _print(state)
 
@@ -55,7 +68,7 @@ def _document(state: Status) -> dict[str, Any]:
     statistics = state.statistics
     now = statistics.time
     return {
-        "time": datetime.datetime.fromtimestamp(now, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "time": _time(now),
         "workers": [
             {
                 "name": worker.name,
@@ -88,6 +101,15 @@ def _document(state: Status) -> dict[str, Any]:
     }
 
 
+def _fields(job: dict[str, Any]) -> dict[str, str | None]:
+    from services.logs import without_whole_ids
+
+    identifier = job["id"] if job["kind"] == "dataset" else without_whole_ids(job["id"])
+    times = {name: None if job[name] is None else _time(job[name]) for name in ("created_at", "finished_at")}
+    error = job["error"] and f"{job['error']['type'].rpartition(':')[2]}: {job['error']['detail']}"
+    return {**job, **times, "id": identifier, "error": error}
+
+
 def _print(state: Status) -> None:
     console = table_console()
     statistics = state.statistics
@@ -112,6 +134,9 @@ def _print(state: Status) -> None:
             lines.append(
                 f"bundle          {bundle.name} ({bundle.resolution} px, digest {str(bundle.digest)[:12]}) {bundle.location}"
             )
+    for job in map(_fields, state.jobs):
+        when = job["finished_at"] or job["created_at"]
+        lines.append(f"{job['state']:<14}  {when} {job['kind']} {job['id']} of {job['tenant']}: {job['error'] or '-'}")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -138,6 +163,10 @@ def _jobs(statistics: Statistics) -> Table:
         oldest = f"{statistics.oldest_age(kind):.0f} s" if kind in statistics.oldest else "-"
         table.add_row(kind, *(str(counts[each]) for each in states), oldest, str(statistics.shards_left[kind]))
     return table
+
+
+def _time(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _size(number: int) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -17,7 +18,7 @@ from dermis.dataset.store import Store
 from dermis.errors import DermisError, StorageError
 from services.jobs import schema
 from services.jobs.database import make_engine
-from services.jobs.statistics import Statistics, read_statistics
+from services.jobs.statistics import Statistics, read_jobs, read_statistics
 from services.models import locate, without_place
 from services.settings import Settings
 
@@ -65,6 +66,7 @@ class Status:
         schema: The schema of its tables; None if there are none.
         known_schema: The newest schema that this version of dermis knows.
         statistics: The queue and the workers.
+        jobs: Columns of jobs of all tenants, if they were asked for.
         storage: Folder or URL of the datasets and projections.
         free_bytes: Free space of the storage; None if it is not known.
         storage_problem: Why the storage cannot be reached.
@@ -76,6 +78,7 @@ class Status:
     schema: str | None
     known_schema: str
     statistics: Statistics
+    jobs: list[dict[str, Any]]
     storage: str
     free_bytes: int | None
     storage_problem: str | None
@@ -83,8 +86,12 @@ class Status:
     bundles: list[BundleStatus]
 
 
-def read_status(settings: Settings) -> Status:
+def read_status(settings: Settings, jobs: int = 0) -> Status:
     """Read the state. Nothing is written, and no table is created or upgraded.
+
+    Args:
+        settings: The settings of the service.
+        jobs: How many unfinished and how many failed jobs to list.
 
     Raises:
         DermisError: The jobs database does not exist, cannot be reached, or has tables that this version cannot read.
@@ -93,7 +100,7 @@ def read_status(settings: Settings) -> Status:
     shown = url.render_as_string(hide_password=True)
     if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
         raise DermisError(f"there is no jobs database at {url.database}; name the data folder of the service")
-    current, statistics = _read_database(settings.jobs_url, shown)
+    current, statistics, listed = _read_database(settings.jobs_url, shown, jobs)
     free, problem = None, None
     try:
         store = Store(settings.storage)
@@ -106,6 +113,7 @@ def read_status(settings: Settings) -> Status:
         schema=current,
         known_schema=schema.newest_revision(),
         statistics=statistics,
+        jobs=listed,
         storage=_PASSWORD.sub("//***@", settings.storage),
         free_bytes=free,
         storage_problem=problem,
@@ -114,12 +122,13 @@ def read_status(settings: Settings) -> Status:
     )
 
 
-def _read_database(url: str, shown: str) -> tuple[str | None, Statistics]:
+def _read_database(url: str, shown: str, jobs: int) -> tuple[str | None, Statistics, list[dict[str, Any]]]:
     engine = make_engine(url)
     try:
         with engine.connect() as connection:
             revision = schema.current_revision(connection)
-            return revision, read_statistics(connection, revision or "")
+            listed = read_jobs(connection, jobs) if jobs else []
+            return revision, read_statistics(connection, revision or ""), listed
     except sa.exc.SQLAlchemyError as error:
         cause = str(error).splitlines()[0]
         # PostgreSQL has a class for missing tables and columns, SQLite only a text.

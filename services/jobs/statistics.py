@@ -1,4 +1,4 @@
-"""Numbers of the jobs database that describe the whole deployment: the queue, the workers and the stored bytes.
+"""What the jobs database says of the whole deployment: the queue, the workers, the stored bytes, and jobs of all tenants.
 
 The queries name only the columns that they need, so that `dermis admin status` can also read the tables of an earlier version.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import sqlalchemy as sa
 
@@ -20,7 +20,9 @@ STATES = (*ACTIVE, "succeeded", "failed", "cancelled")
 
 _jobs = sa.table(
     "dermis_jobs",
-    *map(sa.column, ("kind", "state", "created_at", "owner", "shards_total", "shards_done", "stored_bytes")),
+    *map(sa.column, ("id", "tenant", "kind", "state", "created_at", "finished_at", "owner")),
+    *map(sa.column, ("shards_total", "shards_done", "stored_bytes")),
+    sa.column("error", sa.JSON),
 )
 _shards = sa.table("dermis_shards", sa.column("finished"))
 _workers = sa.table("dermis_workers", *map(sa.column, ("executor_id", "lease_until", "works", "version")))
@@ -134,3 +136,12 @@ def read_statistics(connection: sa.Connection, revision: str | None = None) -> S
         workers=workers,
         stored_bytes=sum(int(row[6] or 0) for row in rows),
     )
+
+
+def read_jobs(connection: sa.Connection, limit: int) -> list[dict[str, Any]]:
+    """Read the jobs that have not ended, oldest first, and those that have failed, latest first; at most `limit` of each."""
+    columns = (_jobs.c[name] for name in ("id", "tenant", "kind", "state", "created_at", "finished_at", "error"))
+    query = sa.select(*columns).limit(limit)
+    active = query.where(_jobs.c.state.in_(ACTIVE)).order_by(_jobs.c.created_at, _jobs.c.id)
+    failed = query.where(_jobs.c.state == "failed").order_by(_jobs.c.finished_at.desc(), _jobs.c.id)
+    return [dict(row._mapping) for each in (active, failed) for row in connection.execute(each)]

@@ -15,6 +15,7 @@ import dermis
 from commands.main import app
 from dermis.errors import DermisError
 from service_kit import service
+from services.jobs.statistics import Kind
 from services.jobs.table import JobTable
 from services.settings import Settings
 from services.status import read_status
@@ -75,6 +76,33 @@ def test_status_of_a_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert ["dead", "worker", "-"] in rows and ["here", "worker", dermis.__version__] in rows
     for part in ("lease expired", "tiny (16 px", "cannot be opened", "dataset", "schema 0"):
         assert part in text
+
+
+def test_jobs_of_all_tenants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DERMIS_BUNDLES", str(tmp_path))
+    ids = {name: f"{'pr' if name == 'c' else 'ds'}_{number:032x}" for number, name in enumerate("abcd")}
+    kinds: dict[str, Kind] = {"a": "dataset", "b": "dataset", "c": "projection", "d": "dataset"}
+    table = JobTable(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
+    table.open()
+    for name, tenant in zip("abcd", "xyyx", strict=True):
+        model = ("tiny", "0")
+        table.create(ids[name], {}, tenant=tenant, kind=kinds[name], model=model, samples=1, shards=1, body_hash=name)
+    for name in "bc":
+        table.record_error(ids[name], {"type": "urn:dermis:problem:storage-full", "detail": "no space"})
+        table.finish(ids[name], "failed")
+    table.close()
+    assert "listed_jobs" not in state(f"--data-dir={tmp_path}")
+    listed = state(f"--data-dir={tmp_path}", "--jobs=5")["listed_jobs"]
+    assert [(job["id"], job["tenant"], job["state"]) for job in listed] == [
+        (ids["a"], "x", "queued"),
+        (ids["d"], "x", "queued"),
+        ("pr_000000...", "y", "failed"),
+        (ids["b"], "y", "failed"),
+    ]
+    assert listed[3]["error"] == "storage-full: no space" and listed[3]["finished_at"] and listed[0]["error"] is None
+    text = admin_status(f"--data-dir={tmp_path}", "--jobs=1")
+    assert f"dataset {ids['a']} of x: -" in text and "projection pr_000000... of y: storage-full: no space" in text
+    assert ids["d"] not in text and ids["b"] not in text
 
 
 def test_what_prevents_the_reading(tmp_path: Path) -> None:
