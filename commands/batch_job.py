@@ -1,11 +1,12 @@
-"""`dermis generate --print-job`: Kubernetes Jobs that make a dataset in parts and finish it."""
+"""`dermis generate --print-job`: Kubernetes Jobs that make a dataset in parts, finish it and verify it."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,7 +27,9 @@ _IMAGE = f"registry.example.com/dermis:{__version__}"
 _GPU_IMAGE = f"registry.example.com/dermis-gpu:{__version__}"
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
 _GIB = 1 << 30
+_LABEL_PREFIX = r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/"
 _SIGNER_FOLDER = "/etc/dermis-c2pa"
+_AUTHORITY_FOLDER = "/etc/dermis-ca"
 
 PrintJobOption = Annotated[
     bool,
@@ -43,6 +46,13 @@ JobImageOption = Annotated[
     ),
 ]
 JobGpusOption = Annotated[int | None, typer.Option(help="With --print-job: GPUs of each pod. Default 0.", min=0)]
+NodeSelectorOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="LABEL=VALUE",
+        help="With --print-job: label of the nodes on which the dataset is made, which must be of one kind; may be repeated.",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -55,10 +65,11 @@ class JobOptions:
     queue: str | None
     image: str | None
     gpus: int | None
+    node_selector: Sequence[str] = ()
 
 
 def job_yaml(plan: DatasetPlan, resolution: int, options: JobOptions) -> str:
-    """Write the Jobs of a dataset: an Indexed Job for its parts, and a suspended Job that finishes it.
+    """Write the Jobs of a dataset: an Indexed Job for its parts, and suspended Jobs that finish and verify it.
 
     Args:
         plan: The plan of the dataset.
@@ -78,17 +89,30 @@ def job_yaml(plan: DatasetPlan, resolution: int, options: JobOptions) -> str:
     signed = plan.request.signed
     parts_pod = _pod("generate", [*arguments, f"--shards=auto/{parts}"], options, shard_gib, signed)
     finish_pod = _pod("finish", [*arguments, "--finalize"], options, finish_gib, signed)
-    return f"""# {plan.samples:,} images in {plan.shards:,} shards, made by {parts} pods and finished by one more.
+    anywhere = replace(options, image=_image(options), gpus=None, node_selector=())
+    verify_pod = _pod("verify", ["verify", options.out], anywhere, _CACHES_GIB, signed=False)
+    example = "" if options.image is not None else _EXAMPLE_NOTE
+    return f"""# {plan.samples:,} images in {plan.shards:,} shards, made by {parts} pods, finished and verified by one each.
+# Free disk that nodes need: {shard_gib} GiB for each pod that makes a part, {finish_gib} GiB for the one that finishes.
 # The commands use the namespace `dermis` of the service, whose network policies let these pods reach S3; for another one
-# replace `-n dermis`.
-# The secret holds what the S3 library reads from the environment; without a secret the pods' own identity is used:
-#   kubectl -n dermis create secret generic dermis-s3 --from-literal=AWS_ENDPOINT_URL=https://s3.example.com \\
-#       --from-literal=AWS_ACCESS_KEY_ID=... --from-literal=AWS_SECRET_ACCESS_KEY=...{_SIGNER_NOTE if signed else ""}
+# replace `-n dermis`. FILE is this file.{example}
+# s3.env has the variables that the S3 library reads, as lines NAME=VALUE (docs/batch.md); without the secret the pods' own
+# identity is used.
+#   kubectl -n dermis create secret generic dermis-s3 --from-env-file=s3.env{_SIGNER_NOTE if signed else ""}
 #   kubectl -n dermis apply -f FILE
-#   kubectl -n dermis wait --for=condition=complete --timeout=24h job/{name}
+#   {_await(name)}
+# This prints Complete or Failed when the parts have ended. After Complete, finish the dataset in the same way, and verify it:
 #   kubectl -n dermis patch job/{name}-finish -p '{{"spec": {{"suspend": false}}}}'
-#   kubectl -n dermis wait --for=condition=complete --timeout=24h job/{name}-finish
-# After a failure, delete both Jobs and apply the file again: shards that are complete are kept.
+#   {_await(f"{name}-finish")}
+#   kubectl -n dermis patch job/{name}-verify -p '{{"spec": {{"suspend": false}}}}'
+#   {_await(f"{name}-verify")}
+#   kubectl -n dermis logs job/{name}-verify
+# After Failed, these say why. Meanwhile they show the progress, and pods that cannot start:
+#   kubectl -n dermis describe job/{name}
+#   kubectl -n dermis get pods -l app.kubernetes.io/name=dermis-batch
+#   kubectl -n dermis logs --prefix --tail=5 -l batch.kubernetes.io/job-name={name}
+# Then delete all Jobs and apply the file again: shards that are complete are kept.
+#   kubectl -n dermis delete -f FILE
 apiVersion: batch/v1
 kind: Job
 metadata:
@@ -101,7 +125,7 @@ spec:
   parallelism: {parts}
   backoffLimitPerIndex: 6 # a part that is repeated keeps its complete shards
   maxFailedIndexes: {max(1, parts // 10)}
-{_JOB_RULES.format(container="generate", status=BAD_INPUT)}
+{_JOB_RULES.format(container="generate", status=BAD_INPUT, reason=_FAILS_AGAIN)}
 {parts_pod}
 ---
 # Suspended until all parts are complete. It has no queue: Kueue would start it at once.
@@ -114,16 +138,46 @@ metadata:
 spec:
   suspend: true
   backoffLimit: 6
-{_JOB_RULES.format(container="finish", status=BAD_INPUT)}
+{_JOB_RULES.format(container="finish", status=BAD_INPUT, reason=_FAILS_AGAIN)}
 {finish_pod}
+---
+# Suspended until the dataset is finished. It reads every byte of the dataset, and fails if a file differs.
+apiVersion: batch/v1
+kind: Job
+metadata:
+  name: {name}-verify
+  labels:
+    app.kubernetes.io/name: dermis-batch
+spec:
+  suspend: true
+  backoffLimit: 6
+{_JOB_RULES.format(container="verify", status=f"1, {BAD_INPUT}", reason=_READS_ALL_AGAIN)}
+{verify_pod}
 """
 
+
+def _await(name: str) -> str:
+    """Write a command that ends when a Job has ended. `kubectl wait` waits for one condition, and so misses the other."""
+    conditions = f"kubectl -n dermis get job/{name} -o jsonpath='{{.status.conditions[*].type}}'"
+    return f"until {conditions} | grep -owE 'Complete|Failed'; do sleep 10; done"
+
+
+def _image(options: JobOptions) -> str:
+    return options.image or (_GPU_IMAGE if options.gpus else _IMAGE)
+
+
+_FAILS_AGAIN = "options that do not fit, another dataset in the folder, missing shards: a repetition fails again"
+_READS_ALL_AGAIN = "also if the storage failed: a repetition reads the whole dataset again"
+_CACHES_GIB = 2
+
+_EXAMPLE_NOTE = """
+# No cluster can pull the image `registry.example.com/...`, which is an example: name yours with --job-image."""
 
 _JOB_RULES = """\
   ttlSecondsAfterFinished: 604800
   podFailurePolicy:
     rules:
-      - action: FailJob # options that do not fit, another dataset in the folder, missing shards: a repetition fails again
+      - action: FailJob # {reason}
         onExitCodes: {{containerName: {container}, operator: In, values: [{status}]}}
       - action: Ignore # preemption, eviction, a drained node: not counted
         onPodConditions:
@@ -155,7 +209,8 @@ def _pod(container: str, arguments: list[str], options: JobOptions, temporary_gi
     """Write the pod template of a Job. `$(` in an argument is escaped, as Kubernetes would replace variables."""
     args = "\n".join(f"            - {json.dumps(each.replace('$(', '$$('))}" for each in arguments)
     gpus = f", nvidia.com/gpu: {options.gpus}" if options.gpus else ""
-    image = options.image or (_GPU_IMAGE if options.gpus else _IMAGE)
+    nodes = [f"        {json.dumps(name)}: {json.dumps(value)}" for name, value in _labels(options)]
+    selector = "\n".join(["", "      nodeSelector:", *nodes]) if nodes else ""
     return f"""  template:
     metadata:
       labels:
@@ -163,7 +218,7 @@ def _pod(container: str, arguments: list[str], options: JobOptions, temporary_gi
     spec:
       restartPolicy: Never
       automountServiceAccountToken: false
-      enableServiceLinks: false{_GPU_NODES if options.gpus else ""}
+      enableServiceLinks: false{_GPU_NODES if options.gpus else ""}{selector}
       securityContext:
         runAsNonRoot: true
         runAsUser: 1034
@@ -172,7 +227,7 @@ def _pod(container: str, arguments: list[str], options: JobOptions, temporary_gi
         seccompProfile: {{type: RuntimeDefault}}
       containers:
         - name: {container}
-          image: {json.dumps(image)}
+          image: {json.dumps(_image(options))}
           command: [dermis]
           args:
 {args}
@@ -184,17 +239,21 @@ def _pod(container: str, arguments: list[str], options: JobOptions, temporary_gi
           envFrom:
             - secretRef: {{name: dermis-s3, optional: true}}
           resources:
-            requests: {{cpu: "2", memory: 3Gi{gpus}}}
-            limits: {{cpu: "4", memory: 8Gi{gpus}}} # it uses as many threads as its CPU limit allows
+            requests: {{cpu: "2", memory: 3Gi, ephemeral-storage: {temporary_gib}Gi{gpus}}}
+            # It uses as many threads as its CPU limit allows. The disk: `tmp` below, and the log.
+            limits: {{cpu: "4", memory: 8Gi, ephemeral-storage: {temporary_gib + 1}Gi{gpus}}}
           securityContext:
             allowPrivilegeEscalation: false
             readOnlyRootFilesystem: true
             capabilities: {{drop: [ALL]}}
           volumeMounts:
-            - {{name: tmp, mountPath: /tmp}}{_SIGNER_MOUNT if signed else ""}
+            - {{name: tmp, mountPath: /tmp}}
+            - {{name: ca, mountPath: {_AUTHORITY_FOLDER}, readOnly: true}}{_SIGNER_MOUNT if signed else ""}
       volumes:
         - name: tmp
-          emptyDir: {{sizeLimit: {temporary_gib}Gi}}{_SIGNER_VOLUME if signed else ""}"""
+          emptyDir: {{sizeLimit: {temporary_gib}Gi}}
+        - name: ca # ca.crt, if the storage has a certificate of a private authority
+          configMap: {{name: dermis-ca, optional: true}}{_SIGNER_VOLUME if signed else ""}"""
 
 
 def _check(plan: DatasetPlan, options: JobOptions) -> int:
@@ -209,12 +268,21 @@ def _check(plan: DatasetPlan, options: JobOptions) -> int:
         raise RequestError("--bundle", message)
     if options.queue is not None and not re.fullmatch(_LABEL, options.queue):
         raise RequestError("--queue", f"{escape(options.queue)!r} cannot be the name of a queue")
+    for name, value in _labels(options):
+        if not (re.fullmatch(f"({_LABEL_PREFIX})?{_LABEL}", name) and re.fullmatch(f"({_LABEL})?", value)):
+            raise RequestError("--node-selector", f"{escape(f'{name}={value}')!r} is not of the form LABEL=VALUE")
     if options.shards is None:
         return min(plan.shards, MAX_PARTS)
     match = re.fullmatch(r"auto/([1-9][0-9]{0,5})", options.shards)
     if match is None:
         raise RequestError("--shards", "must be auto/N with --print-job, such as auto/16")
     return int(match[1])
+
+
+def _labels(options: JobOptions) -> list[tuple[str, str]]:
+    """Return the labels that nodes must have. A text without `=` has the label "", which is refused."""
+    split = (each.partition("=") for each in options.node_selector)
+    return [(name, value) if equals else ("", name) for name, equals, value in split]
 
 
 def _temporary_gib(plan: DatasetPlan, resolution: int) -> tuple[int, int]:
@@ -233,7 +301,7 @@ def _temporary_gib(plan: DatasetPlan, resolution: int) -> tuple[int, int]:
     finish = plan.samples * (1000 + 2 * dim)
     if request.format == "imagefolder":
         finish += max_dataset_bytes(plan, resolution)
-    return 2 + math.ceil(shard / _GIB), 2 + math.ceil(finish / _GIB)  # 2 for caches
+    return _CACHES_GIB + math.ceil(shard / _GIB), _CACHES_GIB + math.ceil(finish / _GIB)
 
 
 def request_arguments(request: DatasetRequest) -> list[str]:

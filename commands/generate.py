@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from commands.batch import ShardsOption, part_of, shards_of, with_status_of_bad_input
-from commands.batch_job import JobGpusOption, JobImageOption, JobOptions, PrintJobOption, QueueOption, job_yaml
+from commands.batch_job import (
+    JobGpusOption,
+    JobImageOption,
+    JobOptions,
+    NodeSelectorOption,
+    PrintJobOption,
+    QueueOption,
+    job_yaml,
+)
 from commands.console import option_of
 from commands.dataset_audit import (
     AuditClassColumnOption,
@@ -125,6 +133,7 @@ def generate(
     queue: QueueOption = None,
     job_image: JobImageOption = None,
     job_gpus: JobGpusOption = None,
+    node_selector: NodeSelectorOption = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Make a dataset from a bundle.
@@ -180,9 +189,9 @@ def generate(
     part = None if shards is None or print_job else part_of(shards)
     if part is not None and (only_shard is not None or finalize_only):
         raise RequestError("--shards", f"omit {'--finalize' if finalize_only else '--only-shard'}")
-    job_options = {"--queue": queue, "--job-image": job_image, "--job-gpus": job_gpus}
+    job_options = {"--queue": queue, "--job-image": job_image, "--job-gpus": job_gpus, "--node-selector": node_selector}
     for option, value in {} if print_job else job_options.items():
-        if value is not None:
+        if value not in (None, []):
             raise RequestError(option, "is an option of --print-job")
     sources = audit_sources(
         audit_members,
@@ -228,7 +237,7 @@ def generate(
     if print_job:
         if sources is not None or only_shard is not None or finalize_only:
             raise RequestError("--print-job", "omit --finalize, --only-shard and the options of the audit")
-        job = JobOptions(bundle, out, shards, queue, job_image, job_gpus)
+        job = JobOptions(bundle, out, shards, queue, job_image, job_gpus, node_selector or ())
         typer.echo(job_yaml(planned, opened.generator.img_resolution, job), nl=False)
         return
     store = Store(out)

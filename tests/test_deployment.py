@@ -68,7 +68,7 @@ def test_image_finds_the_bundle_of_the_batch_job_by_its_name(tmp_path: Path, mon
 
 def test_deployment_files_name_settings_that_exist() -> None:
     known = {f"DERMIS_{name.upper()}" for name in Settings.model_fields}
-    known.add("DERMIS_API_KEY")  # of the client
+    known |= {"DERMIS_API_KEY", "DERMIS_BASE_URL"}  # of the client
     files = [
         "bentofile.yaml",
         "bentofile.cpu.yaml",

@@ -363,6 +363,52 @@ def test_component_for_metrics_gives_one_replica_the_service_monitor_of_the_scal
     assert [each["port"] for each in monitor["spec"]["endpoints"]] == ports
 
 
+def test_component_for_an_ingress_gives_one_replica_that_of_the_scaled_overlays(tmp_path: Path) -> None:
+    documents, before = rendered_with("ingress", tmp_path / "site", "cpu"), rendered("cpu")
+    (ingress,) = [each for each in documents if each not in before]
+    assert [ingress] == of_kind(rendered("scaled"), "Ingress")
+    backend = ingress["spec"]["rules"][0]["http"]["paths"][0]["backend"]["service"]
+    (service,) = of_kind(documents, "Service")
+    assert backend["name"] == service["metadata"]["name"]
+    assert backend["port"]["name"] in [port["name"] for port in service["spec"]["ports"]]
+
+
+@pytest.mark.parametrize("overlay", ["cpu", "scaled-gpu"])
+def test_component_for_a_private_authority_mounts_its_certificates(overlay: str, tmp_path: Path) -> None:
+    documents, before = rendered_with("private-authority", tmp_path / "site", overlay), rendered(overlay)
+    changed = [each for each in documents if each not in before]
+    assert {each["kind"] for each in changed} == {"Deployment"} and len(changed) == len(of_kind(before, "Deployment"))
+    for document in changed:
+        validate(document)
+        template = document["spec"]["template"]
+        assert_restricted(template)
+        (container,) = containers(template)
+        (volume,) = [each for each in template["spec"]["volumes"] if "configMap" in each]
+        (mount,) = [each for each in container["volumeMounts"] if each["name"] == volume["name"]]
+        variables = environment(container)
+        assert variables["AWS_CA_BUNDLE"] == variables["PGSSLROOTCERT"] == f"{mount['mountPath']}/ca.crt"
+        assert volume["configMap"]["name"] == "dermis-ca" and mount["readOnly"]
+    for job in documents_of("batch/lesions.yaml"):  # the pods of batch Jobs have the same path
+        pod = job["spec"]["template"]["spec"]
+        assert {"name": "ca", "configMap": {"name": "dermis-ca", "optional": True}} in pod["volumes"]
+        assert {"name": "ca", "mountPath": mount["mountPath"], "readOnly": True} in pod["containers"][0]["volumeMounts"]
+
+
+@pytest.mark.parametrize("overlay", SCALED)
+def test_pods_start_without_s3_keys(overlay: str) -> None:
+    """Then the S3 library uses the identity of the pod."""
+    for _, template in pods(rendered(overlay)):
+        (container,) = containers(template)
+        secrets = {
+            each["name"]: each["valueFrom"]["secretKeyRef"].get("optional", False)
+            for each in container["env"]
+            if "valueFrom" in each
+        }
+        required = {name for name, optional in secrets.items() if not optional}
+        assert required == {"DERMIS_DATABASE_URL", "DERMIS_STORAGE_URL"}
+        assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= set(secrets)
+
+
 @pytest.mark.parametrize("overlay", ["cpu", "scaled-gpu"])
 def test_component_for_traces_adds_the_variable_and_the_connection_and_nothing_else(
     overlay: str, tmp_path: Path
@@ -536,53 +582,81 @@ def test_component_for_prometheus_scales_by_the_metric_and_reads_no_database(ove
 @pytest.mark.full
 def test_examples_of_the_documentation_render(tmp_path: Path) -> None:
     text = (ROOT / "docs/kubernetes.md").read_text()
-    one, without, site, dns, balancer, studio, single = re.findall(
-        r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL
-    )
-    without, dns, balancer = (site.partition("images:")[0] + each for each in (without, dns, balancer))
-    results = []
-    contents = {
-        "site": site,
-        "single": single,
-        "without": without,
-        "studio": studio,
-        "one": one,
-        "balancer": balancer,
-        "dns": dns,
+    parts = re.findall(r"^#+ (.*)\n((?:(?!^#+ )(?:^```(?:.*\n)+?```\n|.*\n))*)", text, re.MULTILINE)
+    examples = {
+        heading: each for heading, part in parts for each in re.findall(r"^```yaml\n(.*?)^```", part, re.M | re.S)
     }
-    contents["dns"] += "components: [dermis/k8s/components/studio]\n"
-    for name, content in contents.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "kustomization.yaml").write_text(content)
-        (tmp_path / name / "dermis").symlink_to(ROOT)
-        results.append(render(tmp_path / name))
-    assert "203.0.113." not in results[0] and "example.org" not in results[0]
-    assert {template["spec"]["containers"][0]["image"] for _, template in pods(load_all(results[0]))} == {
+    assert len(examples) == text.count("\n```yaml\n")
+    single, scaled = examples["One replica"], examples["4. Your overlay"].partition("images:")[0]
+    one_replica = {"One replica", "A public name", "From the manifest of earlier versions"}
+    documents, texts = {}, {}
+    for number, (heading, example) in enumerate(examples.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "dermis").symlink_to(ROOT)
+        base = "" if "kind: Kustomization" in example else single if heading in one_replica else scaled
+        studio = heading in ("DNS elsewhere", "Another ingress controller", "A registry with a login")
+        more = "components: [dermis/k8s/components/studio]\n" if studio else ""
+        (folder / "kustomization.yaml").write_text(base + example + more)
+        texts[heading] = render(folder)
+        documents[heading] = load_all(texts[heading])
+        for document in documents[heading]:
+            validate(document)
+    site = documents["4. Your overlay"]
+    assert "203.0.113." not in texts["4. Your overlay"] and "example.org" not in texts["4. Your overlay"]
+    assert {template["spec"]["containers"][0]["image"] for _, template in pods(site)} == {
         "registry.example.com/hospital/dermis@sha256:" + "0" * 64
     }
-    documents = load_all(results[1])
-    assert not of_kind(documents, "Namespace")
-    assert {each["metadata"]["namespace"] for each in documents} == {"default"}
-    assert "dermis.dermis" not in results[1]
-    documents = load_all(results[2])
-    assert not of_kind(documents, "ScaledObject", "TriggerAuthentication")
-    assert {each["metadata"]["name"]: each["spec"].get("replicas") for each in of_kind(documents, "Deployment")} == {
+    ((_, template),) = pods(documents["One replica"])
+    assert containers(template)[0]["image"] == "registry.example.com/hospital/dermis:0.2.0"
+
+    earlier = documents["From the manifest of earlier versions"]
+    assert not of_kind(earlier, "Namespace")
+    assert {each["metadata"]["namespace"] for each in earlier} == {"default"}
+    assert "dermis.dermis" not in texts["From the manifest of earlier versions"]
+
+    public = documents["A public name"]
+    (ingress,) = of_kind(public, "Ingress")
+    ((name, template),) = pods(public)
+    assert ingress["spec"]["rules"][0]["host"] in environment(containers(template)[0])["DERMIS_TRUSTED_HOSTS"].split(
+        ","
+    )
+    assert allows(public, INGRESS, ("dermis", template["metadata"]["labels"]), 3000) and name == "dermis"
+
+    less = documents["1. What the cluster needs"]
+    assert not of_kind(less, "ScaledObject", "TriggerAuthentication")
+    assert {each["metadata"]["name"]: each["spec"].get("replicas") for each in of_kind(less, "Deployment")} == {
         "dermis-gateway": None,
         "dermis-worker": 4,
     }
-    (container,) = containers(dict(pods(load_all(results[3])))["dermis-studio"])
+
+    (container,) = containers(dict(pods(documents["Studio"]))["dermis-studio"])
     assert "--trusted-host=dermis.hospital.example" in container["args"]
     assert "--public-url=https://dermis.hospital.example" in container["args"]
     assert environment(container)["FORWARDED_ALLOW_IPS"] == "10.42.7.0/28"
-    ((_, template),) = pods(load_all(results[4]))
-    assert containers(template)[0]["image"] == "registry.example.com/hospital/dermis:0.2.0"
-    documents = load_all(results[5])
-    for document in documents:
-        validate(document)
-    assert not of_kind(documents, "Ingress")
-    (balancer_service,) = [each for each in of_kind(documents, "Service") if each["metadata"]["name"] == "dermis"]
-    assert (balancer_service["spec"]["type"], balancer_service["spec"]["ports"][0]["port"]) == ("LoadBalancer", 443)
-    for name, template in pods(documents):
+
+    accounts = of_kind(documents["A registry with a login"], "ServiceAccount")
+    assert {each["metadata"]["name"] for each in accounts} == {"dermis-gateway", "dermis-worker", "dermis-studio"}
+    assert all(each["imagePullSecrets"] == [{"name": "registry"}] for each in accounts)
+    accounts = of_kind(documents["Identity of pods in place of S3 keys"], "ServiceAccount")
+    assert len(accounts) == 2 and all(each["metadata"]["annotations"] for each in accounts)
+    bound = {name: template["spec"].get("nodeSelector") for name, template in pods(documents["Nodes of one kind"])}
+    assert bound["dermis-worker"] and not bound["dermis-gateway"]
+
+    other = documents["Another ingress controller"]
+    nginx = ("ingress-nginx", {"app.kubernetes.io/name": "ingress-nginx"})
+    for name, port in (("dermis-gateway", 3000), ("dermis-studio", 3080)):
+        pod: Peer = ("dermis", dict(pods(other))[name]["metadata"]["labels"])
+        assert allows(other, nginx, pod, port) and not allows(other, INGRESS, pod, port)
+    (ingress,) = of_kind(other, "Ingress")
+    assert ingress["spec"]["ingressClassName"] == "nginx"
+    assert not any("traefik" in name for name in ingress["metadata"]["annotations"])
+
+    balancer = documents["Without an ingress controller"]
+    assert not of_kind(balancer, "Ingress")
+    (service,) = [each for each in of_kind(balancer, "Service") if each["metadata"]["name"] == "dermis"]
+    assert (service["spec"]["type"], service["spec"]["ports"][0]["port"]) == ("LoadBalancer", 443)
+    for name, template in pods(balancer):
         (container,) = containers(template)
         assert "DERMIS_TRUSTED_PROXIES" not in environment(container)
         files = {environment(container)[f"DERMIS_TLS_{each}"] for each in ("CERTIFICATE", "KEY")}
@@ -593,14 +667,13 @@ def test_examples_of_the_documentation_render(tmp_path: Path) -> None:
         probes = [container[f"{kind}Probe"]["httpGet"] for kind in ("startup", "readiness", "liveness")]
         assert [(probe["scheme"], probe["port"]) for probe in probes] == [("HTTPS", "http")] * 3
         pod = ("dermis", template["metadata"]["labels"])
-        assert allows(documents, "10.1.2.3", pod, 3000) == (name == "dermis-gateway")
-        assert not allows(documents, INGRESS, pod, 3000)
-    documents = load_all(results[6])
-    for document in documents:
-        validate(document)
+        assert allows(balancer, "10.1.2.3", pod, 3000) == (name == "dermis-gateway")
+        assert not allows(balancer, INGRESS, pod, 3000)
+
+    dns = documents["DNS elsewhere"]
     for name in ("dermis-gateway", "dermis-worker", "dermis-studio"):
-        pod = ("dermis", dict(pods(documents))[name]["metadata"]["labels"])
-        assert allows(documents, pod, "169.254.20.10", 53, "UDP")
+        pod = ("dermis", dict(pods(dns))[name]["metadata"]["labels"])
+        assert allows(dns, pod, "169.254.20.10", 53, "UDP")
         assert not allows(rendered("scaled"), pod, "169.254.20.10", 53, "UDP")
 
 
@@ -631,7 +704,7 @@ def test_checkov_finds_nothing_but_what_is_accepted(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
     for overlay in OVERLAYS:
         (tmp_path / "overlays" / f"{overlay}.yaml").write_text(render(f"k8s/overlays/{overlay}"))
-    for component in ("traces", "studio", "prometheus-scaler", "gateway-without-inference"):
+    for component in ("traces", "studio", "prometheus-scaler", "gateway-without-inference", "private-authority"):
         text = render_with(component, tmp_path / f"site-{component}", "scaled")
         (tmp_path / "overlays" / f"{component}.yaml").write_text(text)
     shutil.copy(ROOT / "k8s/batch/lesions.yaml", tmp_path / "batch")

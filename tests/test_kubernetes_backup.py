@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -90,13 +91,24 @@ def test_backup_is_restored_and_what_it_replaces_is_kept(backed_up: Place) -> No
     assert backed_up.run(backed_up.restore_script) == 0
     assert backed_up.jobs() == ["ds_1"]
     files = backed_up.files()
-    assert {"datasets/ds_1/manifest.json", "before/datasets/ds_2/manifest.json", "before/jobs.sqlite"} <= set(files)
+    (before,) = (path.name for path in backed_up.volume.glob("before-*"))
+    kept = {f"{before}/datasets/ds_2/manifest.json", f"{before}/jobs.sqlite"}
+    assert {"datasets/ds_1/manifest.json", *kept} <= set(files)
     assert not {"datasets/ds_2/manifest.json", "datasets/pr_1/image.png"} & set(files)
     assert not (backed_up.volume / "restored").exists()
     calls = backed_up.calls.read_text().splitlines()
     assert calls.index("-n dermis delete networkpolicy dermis-requests") < calls.index(
         "-n dermis scale deployment/dermis --replicas=1"
     )
+
+
+def test_second_restore_is_not_stopped_by_what_the_first_one_kept(backed_up: Place) -> None:
+    assert backed_up.run(backed_up.restore_script) == 0
+    backed_up.add_job("ds_3")
+    time.sleep(1)  # the name of the folder has the second
+    assert backed_up.run(backed_up.restore_script) == 0
+    assert backed_up.jobs() == ["ds_1"]
+    assert len(list(backed_up.volume.glob("before-*/jobs.sqlite"))) == 2
 
 
 @pytest.mark.parametrize("name", ["jobs.sqlite", "datasets.tar"])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from commands.batch import part_of, shards_of
 from dermis.bundle import Bundle
 from dermis.errors import RequestError, StorageError
 from painter import Painter
+from pod_admission import quantity
 from tiny_index import make_complete_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,6 +147,8 @@ EXAMPLE_OPTIONS += (
     "s3://datasets/lesions",
     "--shards",
     "auto/16",
+    "--job-image",
+    "registry.example.com/hospital/dermis:0.2.0",
     "--queue",
     "research",
 )
@@ -159,15 +165,62 @@ def test_printed_jobs_are_valid_restricted_and_equal_to_the_example(run: Run) ->
         (container,) = pod["containers"]
         assert container["securityContext"]["readOnlyRootFilesystem"]
         assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
-        assert container["resources"]["limits"]["memory"]
+        requests, limits = container["resources"]["requests"], container["resources"]["limits"]
+        assert limits["memory"]
+        # A pod that needs more disk than is free on its node is evicted, and made again without an end.
+        (disk,) = (volume["emptyDir"]["sizeLimit"] for volume in pod["volumes"] if "emptyDir" in volume)
+        assert requests["ephemeral-storage"] == disk
+        assert quantity(limits["ephemeral-storage"]) > quantity(disk)
         failure, disruption = document["spec"]["podFailurePolicy"]["rules"]
-        assert failure["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2]}
+        statuses = [1, 2] if container["name"] == "verify" else [2]
+        assert failure["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": statuses}
         assert (failure["action"], disruption["action"]) == ("FailJob", "Ignore")
-    parts, finish = (document["spec"] for document in documents)
-    assert (parts["completionMode"], parts["completions"], finish["suspend"]) == ("Indexed", 16, True)
+    parts, finish, verify = (document["spec"] for document in documents)
+    assert (parts["completionMode"], parts["completions"]) == ("Indexed", 16)
+    assert finish["suspend"] and verify["suspend"]
     assert parts["backoffLimitPerIndex"] and parts["maxFailedIndexes"] == 1
+    assert verify["template"]["spec"]["containers"][0]["args"] == ["verify", "s3://datasets/lesions"]
     queues = [document["metadata"]["labels"].get("kueue.x-k8s.io/queue-name") for document in documents]
-    assert queues == ["research", None]
+    assert queues == ["research", None, None]
+
+
+@pytest.mark.parametrize(
+    ("conditions", "printed"),
+    [("SuccessCriteriaMet Complete", "Complete\n"), ("FailureTarget Failed", "Failed\n"), ("Suspended", ""), ("", "")],
+)
+def test_printed_commands_notice_the_end_of_a_job(conditions: str, printed: str, tmp_path: Path) -> None:
+    """Also that of a Job that failed, which `kubectl wait --for=condition=complete` does not."""
+    commands = [line[4:] for line in EXAMPLE.read_text().splitlines() if line.startswith("#   until ")]
+    assert len(commands) == 3
+    (tmp_path / "kubectl").write_text(f'#!/bin/sh\necho -n "{conditions}"\n')
+    (tmp_path / "sleep").write_text("#!/bin/sh\nkill $PPID\n")  # the Job has not ended
+    for name in ("kubectl", "sleep"):
+        (tmp_path / name).chmod(0o755)
+    path = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for command in commands:
+        done = subprocess.run(["bash", "-c", command], env=path, capture_output=True, text=True, timeout=60)
+        assert (done.stdout, done.returncode) == (printed, 0 if printed else -signal.SIGTERM)
+
+
+def test_jobs_can_be_bound_to_nodes_of_one_kind(run: Run) -> None:
+    place = ("generate", "--bundle", "demo", "--classes", "benign=9", "--out", "s3://datasets/lesions", "--print-job")
+    labels = ("--node-selector", "hospital.example/cpu=epyc-9654", "--node-selector", "disk=")
+    status, text, err = run(*place, *labels, "--job-gpus", 1)
+    assert status == 0, err
+    parts, finish, verify = yaml.safe_load_all(text)
+    for document in (parts, finish):
+        kubernetes_validate.validate(document, "1.37", strict=True)
+        chosen = document["spec"]["template"]["spec"]["nodeSelector"]
+        assert chosen == {"hospital.example/cpu": "epyc-9654", "disk": ""}
+    pod = verify["spec"]["template"]["spec"]  # it computes nothing
+    assert "nodeSelector" not in pod and "nvidia.com/gpu" not in pod["containers"][0]["resources"]["limits"]
+    assert "nodeSelector" not in run(*place)[1]
+
+
+def test_image_that_no_cluster_can_pull_is_named(run: Run) -> None:
+    place = ("generate", "--bundle", "demo", "--classes", "benign=9", "--out", "s3://datasets/lesions", "--print-job")
+    assert "name yours with --job-image" in run(*place)[1]
+    assert "--job-image" not in EXAMPLE.read_text()
 
 
 @pytest.mark.parametrize(
@@ -184,7 +237,7 @@ def test_arguments_of_the_pods_make_the_same_request(run: Run, options: str) -> 
     assert status == 0, err
     documents = list(yaml.safe_load_all(text))
     assert documents[0]["spec"]["completions"] == 4
-    for document in documents:
+    for document in documents[:2]:
         arguments = document["spec"]["template"]["spec"]["containers"][0]["args"]
         kept = [argument for argument in arguments if argument != "--finalize"]
         again = run(*kept, *(() if "--shards=auto/4" in kept else ("--shards", "auto/4")), "--print-job")
@@ -195,8 +248,7 @@ def test_pods_that_sign_have_the_certificate_of_a_secret(run: Run, monkeypatch: 
     """--print-job needs no certificate here, and one that is here decides as for a dataset that is made here."""
     place = ("generate", "--bundle", "demo", "--classes", "benign=9", "--out", "s3://datasets/lesions", "--print-job")
     unsigned, signed = run(*place)[1], run(*place, "--c2pa")[1]
-    documents = list(yaml.safe_load_all(signed))
-    for document in documents:
+    for document in list(yaml.safe_load_all(signed))[:2]:
         kubernetes_validate.validate(document, "1.37", strict=True)
         pod = document["spec"]["template"]["spec"]
         (container,) = pod["containers"]
@@ -223,8 +275,13 @@ def test_jobs_that_could_not_run_are_refused(run: Run, tiny_bundle: Bundle, tmp_
         (("--bundle", "bundles/demo", "--out", "s3://datasets/lesions"), "--bundle"),
         ((*there, "--shards", "1/4"), "--shards"),
         ((*there, "--queue", "a b"), "--queue"),
+        ((*there, "--node-selector", "kind"), "--node-selector"),
+        ((*there, "--node-selector", "-a=b"), "--node-selector"),
+        ((*there, "--node-selector", "a=b/c"), "--node-selector"),
         ((*there, "--finalize"), "--print-job"),
     ):
         status, out, err = run(*asked, *options)
         assert status in (1, 2) and out == "" and err.startswith(f"error: {name}: "), options
-    assert run(*asked[:-1], *there, "--queue", "research")[0] == 1
+    for option in (("--queue", "research"), ("--node-selector", "kind=a")):
+        status, _, err = run(*asked[:-1], *there, *option)
+        assert status == 1 and "is an option of --print-job" in err
