@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fsspec.registry import _registry as loaded_storages
 
 from benchmarks.components import free_port
 from dermis.bundle import Bundle
@@ -65,6 +66,7 @@ def test_shared_data_folder_is_refused_and_left_unchanged(tmp_path: Path) -> Non
 
 def test_missing_storage_package_prevents_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(loaded_storages, "s3", raising=False)  # a class that another test has loaded
     with pytest.raises(SettingsError, match=r"DERMIS_STORAGE_URL: s3://bucket/x: .*pip install s3fs"):
         prepare_data_folder(settings_of(tmp_path, storage_url="s3://bucket/x"))
     with pytest.raises(SettingsError, match="DERMIS_STORAGE_URL: nowhere://x"):

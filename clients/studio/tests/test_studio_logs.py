@@ -15,8 +15,10 @@ from fastapi import FastAPI
 
 
 @pytest.fixture
-def logging_of_process() -> Iterator[None]:
+def logging_of_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before, level, hook = logging.root.handlers, logging.getLogger("dermis").level, sys.excepthook
+    monkeypatch.setattr(logging.getLogger("dermis"), "handlers", [])  # of services that other tests ran in this process
+    monkeypatch.setattr(logging.getLogger("dermis"), "propagate", True)
     yield
     logging.root.handlers, sys.excepthook = before, hook
     logging.getLogger("dermis").setLevel(level)
