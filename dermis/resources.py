@@ -34,10 +34,12 @@ def lacks_resources(error: BaseException) -> bool:
 
 
 def has_lost_device(error: BaseException) -> bool:
-    """Whether an error of another library says that a GPU has failed.
+    """Whether an error of another library, or such a cause of an error of dermis, says that a GPU has failed.
 
     After most of these errors every later call of the process fails too, and only a new process can use the GPU again.
     """
+    while isinstance(error, DermisError) and error.__cause__ is not None:
+        error = error.__cause__
     if isinstance(error, DermisError) or lacks_resources(error):
         return False
     accelerator_error = getattr(sys.modules.get("torch"), "AcceleratorError", ())

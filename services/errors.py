@@ -14,6 +14,10 @@ class InferenceUnreachableError(InferenceUnavailableError):
     """A called service did not respond: it is starting, restarting or overloaded."""
 
 
+class InferenceMemoryError(InferenceUnavailableError):
+    """A called service has too little memory for the call, at the moment or for every call of this size."""
+
+
 class InferenceFailedError(DermisError):
     """A called service failed."""
 

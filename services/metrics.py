@@ -75,7 +75,7 @@ batch_size = Histogram(
 )
 storage_seconds = Histogram(
     "dermis_storage_operation_duration_seconds",
-    "Time of an access to the storage of jobs; a read contains the opening of the file, which is counted as well.",
+    "Time of an access to the storage of jobs.",
     ["operation", "outcome"],
     buckets=_CALL_BUCKETS,
 )

@@ -37,7 +37,26 @@ class ObservedStore(Store):
         return _observed("read", partial(super().read_if_exists, name, limit=limit))
 
     def _put(self, temporary: Path, name: str, check: Callable[[], None] | None, staged: bool) -> None:
-        _observed("write", partial(super()._put, temporary, name, check, staged))
+        put, refusals = super()._put, list[Exception]()
+
+        def checked() -> None:
+            try:
+                if check is not None:
+                    check()
+            except Exception as refusal:
+                refusals.append(refusal)
+                raise
+
+        def written() -> None:
+            try:
+                put(temporary, name, checked, staged)
+            except Exception as error:
+                if error not in refusals:
+                    raise
+
+        _observed("write", written)
+        if refusals:  # no error of the storage: accesses of `check` are measured by themselves
+            raise refusals[0]
 
     def write(self, name: str, data: bytes) -> None:
         # A local file gets its name in `_put`, which is observed there.

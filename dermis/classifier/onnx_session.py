@@ -28,7 +28,7 @@ from dermis.classifier.scores import Scores, scores_of
 from dermis.cpus import available_cpus, without_torch
 from dermis.errors import BundleError, DermisError
 from dermis.imaging import Images
-from dermis.resources import lacks_resources
+from dermis.resources import has_lost_device, lacks_resources
 
 if TYPE_CHECKING:
     from dermis.bundle import Bundle
@@ -172,7 +172,7 @@ def _session(model: bytes, device: str, where: str) -> Any:
             warnings.simplefilter("ignore")
             session = new_session(model, providers)
     except Exception as error:  # ONNX Runtime's exceptions have no common class
-        cause = error if lacks_resources(error) else None
+        cause = error if lacks_resources(error) or has_lost_device(error) else None
         raise BundleError(f"{where}: ONNX Runtime cannot load it: {first_line(error)}") from cause
     # Without CUDA's libraries ONNX Runtime falls back to the CPU, although it was built with CUDA.
     if device.startswith("cuda") and session.get_providers()[0] != _CUDA:

@@ -205,7 +205,7 @@ class Store:
                 if self._is_s3:
                     data = self._content(self._path(name), limit)
                 else:
-                    with self.open(name) as file:
+                    with Store.open(self, name) as file:  # subclasses count each `open` that fails as an error
                         data = file.read() if limit is None else file.read(limit + 1)
         except StorageError as error:
             if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):

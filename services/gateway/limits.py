@@ -26,6 +26,11 @@ _PERIOD_SECONDS = 3.0
 # In an overload a call may wait for so many times the time of a fast call: with twice as many images as are made in this time,
 # the device is hardly idle, also if it makes several at once (the bandwidth-delay product of Cardwell et al., "BBR", 2016).
 _OVERLOADED_CALLS = 2.0
+# In a long overload every call waits, so that a fast call takes longer and longer and with it the limit grows, far beyond what
+# keeps the device busy. So the limit is at most so many times the time of a fast call before the overload. If the device
+# becomes slower meanwhile, and even a fast call takes longer than this, the limit is the time of a fast call: with less the
+# batches would be small, and the slow device would make much less than it can.
+_CALM_CALLS = 4.0
 _FAST_IMAGES = 4  # a call for more is as fast as its part with so many
 _FAST_SECONDS = 30.0  # the fastest call of this time or twice of it counts
 _KEPT_SHARE = 0.4  # of the limit: the queue of requested images in an overload, which has to become empty for its end
@@ -134,6 +139,26 @@ class _Rate:
         return self.completed / self.seconds
 
 
+class _Fastest:
+    """The time of the fastest call of the last half minute, or minute, in which there were calls."""
+
+    def __init__(self, now: float) -> None:
+        self._since = now
+        self._present = self._last = math.inf
+
+    def add(self, seconds: float, now: float) -> None:
+        """Count a call that has ended now."""
+        if now - self._since > _FAST_SECONDS:
+            self._last, self._present = self._present, math.inf
+            self._since = now
+        self._present = min(self._present, seconds)
+
+    @property
+    def seconds(self) -> float:
+        """Infinite if there was no call."""
+        return min(self._present, self._last)
+
+
 class WaitLimiter:
     """Refuses calls for images of a model that would wait too long for those requested before. Use it on one event loop.
 
@@ -151,9 +176,9 @@ class WaitLimiter:
     one is counted, as if no call was refused (the virtual queue of Kunniyur and Srikant, "An adaptive virtual queue (AVQ)
     algorithm for active queue management", 2004). Once it is longer than half of the limit, and has not been empty
     for as long as the limit, there is an overload, until it is empty. Then calls may wait only for twice the time of a fast
-    call, so that accepted ones are as fast as without overload. One call of each tenant would already be a longer queue, so in
-    an overload a tenant without images waiting may be refused too, unless it has received less than half as many images as the
-    mean tenant in the last seconds.
+    call, and only for a few times that of a fast call before the overload, so that accepted ones are nearly as fast as without
+    overload. One call of each tenant would already be a longer queue, so in an overload a tenant without images waiting may be
+    refused too, unless it has received less than half as many images as the mean tenant in the last seconds.
 
     Args:
         limit: Seconds that a call may wait. Normally a call of a tenant that has no other is accepted, whatever its size.
@@ -164,8 +189,8 @@ class WaitLimiter:
         self._limit, self._clock = limit, clock
         self._images: Counter[str] = Counter()  # of all calls, by tenant; only those that have some
         self._served: dict[str, float] = {}  # images of accepted calls, by tenant; earlier ones count less
-        self._served_until = self._fast_since = clock()
-        self._fastest = [math.inf, math.inf]  # seconds of a fast call: in the present and in the last time
+        self._served_until = clock()
+        self._fast, self._calm = _Fastest(clock()), _Fastest(clock())  # of all, and of those requested without overload
         self._starved = 0  # calls that were accepted because their tenant had received little
         self._waiting = 0  # requested from the model
         self._full, self._any = _Rate(), _Rate()  # with a queue half as long as it may be, and with any queue
@@ -184,7 +209,10 @@ class WaitLimiter:
     @property
     def limit(self) -> float:
         """Seconds that a call may wait at this moment."""
-        return min(self._limit, _OVERLOADED_CALLS * min(self._fastest)) if self._overloaded else self._limit
+        if not self._overloaded:
+            return self._limit
+        fast = self._fast.seconds
+        return min(self._limit, max(fast, min(_OVERLOADED_CALLS * fast, _CALM_CALLS * self._calm.seconds)))
 
     @property
     def is_overloaded(self) -> bool:
@@ -220,11 +248,12 @@ class WaitLimiter:
         self._images[tenant] += images
         self._starved += starved
         begun: float | None = None
-        completed = False
+        completed = calm = False
 
         def begin() -> None:
-            nonlocal begun
+            nonlocal begun, calm
             self._advance()
+            calm = not self._overloaded
             self._request(images)
             self._waiting += images
             self._forget()
@@ -240,7 +269,7 @@ class WaitLimiter:
             if begun is not None:
                 self._waiting -= images
                 if completed:
-                    self._measure_call(self._changed - begun, images)
+                    self._measure_call(self._changed - begun, images, calm)
                 else:  # its caller has gone, or the generator has failed: the images are no load
                     self._requested = max(0.0, self._requested - images)
                     self._served[tenant] = max(0.0, self._served.get(tenant, 0.0) - images)
@@ -284,12 +313,12 @@ class WaitLimiter:
         self._served = {name: n * weight for name, n in self._served.items() if n * weight > _FORGOTTEN_IMAGES}
         self._served_until = self._changed
 
-    def _measure_call(self, seconds: float, images: int) -> None:
+    def _measure_call(self, seconds: float, images: int, calm: bool) -> None:
         """Remember the time of the fastest calls."""
-        if self._changed - self._fast_since > _FAST_SECONDS:
-            self._fastest = [math.inf, self._fastest[0]]
-            self._fast_since = self._changed
-        self._fastest[0] = min(self._fastest[0], seconds * min(1.0, _FAST_IMAGES / images))
+        fast = seconds * min(1.0, _FAST_IMAGES / images)
+        self._fast.add(fast, self._changed)
+        if calm:
+            self._calm.add(fast, self._changed)
 
     def _request(self, images: int) -> None:
         """Count a call in the virtual queue, which is limited so that an overload is over soon after its end."""

@@ -12,11 +12,12 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping
+from http import HTTPStatus
 from typing import Any, ClassVar, Generic, TypeVar
 
 import bentoml
 from _bentoml_sdk.method import APIMethod  # type: ignore[import-untyped]
-from bentoml.exceptions import ServiceUnavailable
+from bentoml.exceptions import BentoMLException, ServiceUnavailable
 
 from dermis.bundle import Bundle, open_bundle
 from dermis.errors import DermisError
@@ -33,6 +34,8 @@ CALL_SECONDS = 300.0
 # Errors in the files of one bundle.
 LOAD_ERRORS = (DermisError, OSError, RuntimeError, MemoryError)
 _NICE = 10
+LACKS_MEMORY = HTTPStatus.INSUFFICIENT_STORAGE
+"""The status of a call for which there is too little memory. Unlike 503 it may be the answer to each call of this size."""
 _END_SECONDS = 0.2  # for the answer to a call; callers wait for longer before they try again
 _settings = settings_of_process()
 
@@ -85,7 +88,7 @@ def _handling_machine_errors(function: Callable[..., Any]) -> Callable[..., Any]
         except Exception as error:
             if lacks_resources(error):
                 service.logger.error("too little memory for a call", extra={"error": str(error)})
-                raise ServiceUnavailable("too little memory for this call at the moment") from error
+                raise BentoMLException("too little memory for this call", error_code=LACKS_MEMORY) from error
             if has_lost_device(error):
                 service.logger.error("the device has failed; this process ends", extra={"error": str(error)})
                 # The call itself fails, so that one which always breaks the device is not repeated forever.
@@ -104,9 +107,12 @@ def raise_passing(error: Exception, location: str) -> None:
 
     Raises:
         ServiceUnavailable: The reason can pass.
+        BentoMLException: There is too little memory.
         Exception: The error itself, if the device has failed.
     """
     passing = passing_error(error, location)
+    if isinstance(passing, LoadPostponedError):
+        raise BentoMLException("too little memory for the model", error_code=LACKS_MEMORY) from error
     if passing is not None:
         raise ServiceUnavailable("the model cannot be loaded at the moment") from error
     if has_lost_device(error):

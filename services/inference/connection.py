@@ -7,13 +7,19 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
+from http import HTTPStatus
 from typing import Any
 
 from aiohttp import ClientError
 from bentoml.exceptions import BentoMLException, ServiceUnavailable
 
 from services import metrics, tracing
-from services.errors import InferenceFailedError, InferenceUnavailableError, InferenceUnreachableError
+from services.errors import (
+    InferenceFailedError,
+    InferenceMemoryError,
+    InferenceUnavailableError,
+    InferenceUnreachableError,
+)
 
 _DESCRIBE_SECONDS = 4.0  # less than the probes in k8s/base wait
 _FRESH_SECONDS = 2.0
@@ -60,6 +66,7 @@ class Connection:
         Raises:
             InferenceUnavailableError: If this replica does not run the service.
             InferenceUnreachableError: If the service does not answer or is overloaded.
+            InferenceMemoryError: If the service has too little memory for the call.
             InferenceFailedError: If the service failed.
         """
         if not self.exists:
@@ -74,6 +81,8 @@ class Connection:
         except ServiceUnavailable:
             raise InferenceUnreachableError(f"{self.name} is overloaded; try again") from None
         except BentoMLException as error:
+            if error.error_code == HTTPStatus.INSUFFICIENT_STORAGE:  # `services.inference.base.LACKS_MEMORY`
+                raise InferenceMemoryError(f"{self.name} has too little memory for the call; try again") from None
             raise InferenceFailedError(f"{self.name} failed: {error}") from error
         # A service that ends in the middle of a response causes a ClientError, which is no OSError.
         except (ClientError, OSError, EOFError, TimeoutError) as error:

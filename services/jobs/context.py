@@ -40,8 +40,9 @@ logger = logging.getLogger("dermis.jobs")
 
 T = TypeVar("T")
 
-# Limit for a service that answers that it is unavailable, as it did not load a model. For a service that does not answer at all
-# there is no limit, because its supervisor restarts it.
+# Limit for a service that answers that it is unavailable, as it did not load a model or has too little memory for the call.
+# It begins with the first such answer. For a service that does not answer at all there is no limit, because its supervisor
+# restarts it.
 _UNAVAILABLE_SECONDS = 300.0
 _MAX_FAILURES = 3
 _FIRST_PAUSE_SECONDS = 0.5
@@ -241,15 +242,18 @@ def call_with_retry(
         ShutdownError: If the process is to stop.
         StoppedError: If the job is to stop.
     """
-    deadline = time.monotonic() + _UNAVAILABLE_SECONDS
+    deadline: float | None = None
     failures, pause = 0, _FIRST_PAUSE_SECONDS
     while True:
         try:
             return run_on_loop(ctx, call(), while_waiting)
         except InferenceUnreachableError:
-            deadline = time.monotonic() + _UNAVAILABLE_SECONDS
+            deadline = None
         except InferenceUnavailableError:
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if deadline is None:  # a call that has taken minutes is repeated as well
+                deadline = now + _UNAVAILABLE_SECONDS
+            elif now > deadline:
                 raise
         except InferenceFailedError:
             failures += 1

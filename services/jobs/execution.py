@@ -14,7 +14,7 @@ from typing import Protocol
 
 from dermis.errors import StorageError
 from services import metrics, tracing
-from services.errors import InferenceUnavailableError, TakenOverError, is_transient
+from services.errors import InferenceMemoryError, InferenceUnavailableError, TakenOverError, is_transient
 from services.jobs import dataset, projection
 from services.jobs.context import JobContext, ShutdownError, StoppedError, retry_transient
 from services.jobs.statistics import Kind
@@ -236,7 +236,12 @@ def _problem_of_job(job: Job, error: Exception) -> Problem:
     """Return why a job failed, for callers: without any path of the service and without the text of a driver or a library."""
     cause = problem_of(error)
     detail = cause.detail
-    if isinstance(error, InferenceUnavailableError):
+    if isinstance(error, InferenceMemoryError):
+        detail = (
+            "the machine or the GPU had too little memory for the job for some minutes; ask the operator of this service for "
+            "more, or create the job again when less is in use"
+        )
+    elif isinstance(error, InferenceUnavailableError):
         detail = "a service that the job needs was unavailable for some minutes; see the log; create the job again"
     elif cause.kind == "internal":
         detail = "the service failed; its log has the details under the id of this job"

@@ -16,10 +16,12 @@ import yaml
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
+from dermis.errors import StorageError
 from service_kit import Service, service, wait_for
 from services import metrics
 from services.errors import DatabaseUnavailableError, InferenceUnreachableError
 from services.jobs import dataset
+from services.observed_store import ObservedStore
 from tiny import make_bundle
 
 ROOT = Path(__file__).parents[2]
@@ -118,6 +120,29 @@ def test_shard_that_is_begun_again_is_counted(served: Service, monkeypatch: pyte
     monkeypatch.setattr(dataset, "write_shard", interrupt_once)
     assert served.wait(served.ask(BODY))["state"] == "succeeded"
     assert value("dermis_shard_retries_total", kind="dataset") == before + 1
+
+
+@pytest.mark.parametrize("place", ["{folder}", "memory://observed"])
+def test_file_that_does_not_exist_and_a_refused_write_are_no_errors_of_the_storage(place: str, tmp_path: Path) -> None:
+    """An alert reports each error. Every new dataset looks for shards that do not exist yet."""
+
+    def errors() -> float:
+        name = "dermis_storage_operation_duration_seconds_count"
+        return sum(value(name, operation=operation, outcome="error") for operation in ("open", "read", "write"))
+
+    def refuse() -> None:
+        raise KeyError("made elsewhere")
+
+    before, store = errors(), ObservedStore(place.format(folder=tmp_path))
+    assert store.read_if_exists("shard.json") is None
+    with pytest.raises(KeyError, match="made elsewhere"), store.writing("shard.json", refuse) as path:
+        path.write_bytes(b"1")
+    assert (store.size("shard.json"), errors()) == (None, before)
+    with pytest.raises(StorageError), store.open("shard.json"):
+        pass
+    with pytest.raises(StorageError), store.writing("shard.json") as path:
+        path.unlink()
+    assert errors() == before + 2
 
 
 def test_metrics_do_not_need_database_or_storage(served: Service, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -403,31 +403,76 @@ def test_calls_that_the_number_of_calls_refuses_are_load_too() -> None:
         assert generator.limiter.is_overloaded == overloaded
 
 
-@pytest.mark.parametrize(("seconds", "more_seconds", "most"), [(0.15, 0.0, 8), (0.05, 0.005, 64), (0.02, 0.04, 8)])
-def test_overload_uses_a_device_that_makes_several_images_at_once(
-    seconds: float, more_seconds: float, most: int
+class BatchDevice:
+    """A device that makes several images at once, and calls for one image each at a constant rate.
+
+    Args:
+        seconds: Time of a batch.
+        more_seconds: Further time of a batch for each of its images.
+        most: Images in the largest batch.
+
+    Attributes:
+        rate: Images per second in the largest batches.
+        slowness: Factor of these times.
+        waits: Seconds that each accepted call took.
+    """
+
+    def __init__(self, seconds: float, more_seconds: float, most: int) -> None:
+        self._seconds, self._more_seconds, self._most = seconds, more_seconds, most
+        self.rate, self.slowness = most / (seconds + most * more_seconds), 1.0
+        self.now, self._due, self._random = 0.0, 0.0, random.Random(0)
+        self.limiter = WaitLimiter(5.0, clock=lambda: self.now)
+        self._calls: deque[tuple[float, AbstractContextManager[None]]] = deque()
+        self.waits: list[float] = []
+
+    def run(self, until: float, load: float) -> list[float]:
+        """Let time pass, with this multiple of `rate` in calls per second. Return the sorted seconds of the accepted calls."""
+        waits: list[float] = []
+        while self.now < until:
+            batch = [self._calls.popleft() for _ in range(min(self._most, len(self._calls)))]
+            end = self.now + 0.01
+            if batch:
+                end = self.now + self.slowness * (self._seconds + len(batch) * self._more_seconds)
+            while self._due <= end:
+                self.now = max(self.now, self._due)
+                call = requested(self.limiter, self._random.choice("abc"), 1)
+                with suppress(ProblemError):
+                    call.__enter__()
+                    self._calls.append((self.now, call))
+                self._due += 1 / (load * self.rate)
+            self.now = end
+            for began, call in batch:
+                call.__exit__(None, None, None)
+                waits.append(end - began)
+        return sorted(waits)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "more_seconds", "most", "load"), [(0.3, 0.0, 8, 2.0), (0.1, 0.01, 64, 2.0), (0.02, 0.04, 8, 4.0)]
+)
+def test_long_overload_uses_a_device_that_makes_several_images_at_once_and_calls_stay_fast(
+    seconds: float, more_seconds: float, most: int, load: float
 ) -> None:
-    """Batches of n images take `seconds` + n * `more_seconds`."""
-    rate = most / (seconds + most * more_seconds)
-    now, due, made, random_numbers = 0.0, 0.0, 0, random.Random(0)
-    limiter = WaitLimiter(5.0, clock=lambda: now)
-    waiting: deque[AbstractContextManager[None]] = deque()
-    while now < 150:
-        batch = [waiting.popleft() for _ in range(min(most, len(waiting)))]
-        end = now + (seconds + len(batch) * more_seconds if batch else 0.01)
-        while due <= end:
-            now = max(now, due)
-            call = requested(limiter, random_numbers.choice("abc"), 1)
-            with suppress(ProblemError):
-                call.__enter__()
-                waiting.append(call)
-            due += 1 / (2 * rate if now > 5 else 1.2 * rate)
-        now = end
-        made += len(batch) if now > 50 else 0
-        for call in batch:
-            call.__exit__(None, None, None)
-    assert limiter.is_overloaded
-    assert made > 0.65 * rate * 100
+    device = BatchDevice(seconds, more_seconds, most)
+    device.run(5, 1.2)
+    device.run(150, load)
+    for until in range(300, 901, 150):
+        begun = device.now
+        waits = device.run(until, load)
+        assert device.limiter.is_overloaded
+        assert len(waits) > 0.65 * device.rate * (device.now - begun)
+        assert waits[len(waits) * 19 // 20] < 6 * (seconds + more_seconds), "much slower than a call without overload"
+
+
+def test_device_that_becomes_slower_in_an_overload_is_used_further() -> None:
+    device = BatchDevice(0.2, 0.02, 64)
+    device.run(5, 1.2)
+    device.run(200, 2.0)
+    device.slowness = 4.0
+    device.run(260, 2.0)
+    waits = device.run(500, 2.0)
+    assert len(waits) > 0.6 * device.rate / 4 * 240
+    assert waits[len(waits) * 19 // 20] < 4.5
 
 
 def test_jobs_yield_while_calls_wait() -> None:

@@ -10,7 +10,8 @@ import pytest
 from bentoml.exceptions import BentoMLException, ServiceUnavailable
 
 from services import metrics
-from services.errors import InferenceFailedError, InferenceUnavailableError
+from services.errors import InferenceFailedError, InferenceMemoryError, InferenceUnavailableError
+from services.inference.base import LACKS_MEMORY
 from services.inference.connection import Connection, time_limit
 
 
@@ -31,6 +32,7 @@ class _Client:
         (TimeoutError(), InferenceUnavailableError),
         (ServiceUnavailable("full"), InferenceUnavailableError),
         (BentoMLException("wrong"), InferenceFailedError),
+        (BentoMLException("memory", error_code=LACKS_MEMORY), InferenceMemoryError),
     ],
 )
 def test_lost_inference_service_is_reported_as_unavailable(error: Exception, expected: type[Exception]) -> None:

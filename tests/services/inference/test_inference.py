@@ -18,10 +18,11 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from bentoml.exceptions import ServiceUnavailable
+from bentoml.exceptions import BentoMLException
 
 from dermis.bundle import Bundle, open_bundle
 from dermis.bundle.folder import exists
+from dermis.classifier import onnx_session
 from dermis.classifier.graph_trial import try_graph
 from dermis.errors import BundleError, DermisError, StorageError
 from dermis.projection.schedule import Schedule
@@ -305,7 +306,7 @@ DEVICE_LOST = [
 
 @pytest.mark.parametrize(
     ("error", "answered", "ends"),
-    [(OUT_OF_MEMORY, ServiceUnavailable, False), (RuntimeError("CUDA error: out of memory"), ServiceUnavailable, False)]
+    [(OUT_OF_MEMORY, BentoMLException, False), (RuntimeError("CUDA error: out of memory"), BentoMLException, False)]
     + [(error, type(error), True) for error in DEVICE_LOST]
     + [(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), RuntimeError, False)],
     ids=str,
@@ -327,7 +328,7 @@ def test_call_that_lacks_memory_can_be_repeated_and_lost_device_ends_the_process
     service: Any = SimpleNamespace(
         logger=logging.getLogger("test"), _models={BUNDLE.digest: SimpleNamespace(images=fail, bundle=BUNDLE)}
     )
-    with pytest.raises(answered):
+    with pytest.raises(answered) as caught:
         GeneratorService.inner.generate.func(service, to_bytes(rows_of(2)))  # type: ignore[attr-defined]
     bundle = SimpleNamespace(name="tiny", location="/models/tiny")
     service = SimpleNamespace(
@@ -338,10 +339,54 @@ def test_call_that_lacks_memory_can_be_repeated_and_lost_device_ends_the_process
     if answered is RuntimeError and not ends:
         assert "mat1" in project(service, "d", np.zeros((1, 8, 8, 3), np.uint8), [0], task, "t")["problem"]
     else:
-        with pytest.raises(answered):
+        with pytest.raises(answered) as caught:
             project(service, "d", np.zeros((1, 8, 8, 3), np.uint8), [0], task, "t")
+        assert getattr(caught.value, "error_code", 507) == 507, "503 would be repeated forever"
     assert timers == [(base._END_SECONDS, os._exit, (1,))] * (2 if ends else 0)
     assert base._END_SECONDS < context._FIRST_PAUSE_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(MemoryError(), 507), (_read_error(OSError(errno.ESTALE, "Stale file handle")), 503)], ids=str
+)
+def test_only_lack_of_memory_at_the_first_call_of_a_model_can_last(error: Exception, status: int) -> None:
+    from services.inference import base
+
+    with pytest.raises(BentoMLException) as caught:
+        base.raise_passing(error, "/models/tiny")
+    assert caught.value.error_code == status
+
+
+class OnnxRuntimeError(Exception):
+    """The class of ONNX Runtime, which is no RuntimeError."""
+
+
+@pytest.mark.parametrize("device_failed", [True, False])
+def test_process_does_not_start_if_the_device_fails_while_a_classifier_is_loaded(
+    device_failed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new process is started after a pause. Without a classifier only a person could start one."""
+    from services.inference import base
+
+    def fail(*_: Any) -> Any:
+        text = "CUDA failure 700: an illegal memory access was encountered" if device_failed else "wrong graph"
+        raise OnnxRuntimeError(f"[ONNXRuntimeError] : 1 : FAIL : {text}")
+
+    run_here(monkeypatch, "/models/tiny")
+    monkeypatch.setattr(onnx_session, "new_session", fail)
+
+    class Service(base.InferenceService[str]):
+        logger = logging.getLogger("test")
+        failure = "classifier not loaded"
+
+        def load(self, source: Bundle | str) -> tuple[str, str]:
+            return "digest", onnx_session._session(b"", "cpu", "/models/tiny/classifier")
+
+    if device_failed:
+        with pytest.raises(BundleError, match="CUDA failure 700"):
+            Service()
+    else:
+        assert asyncio.run(Service.describe.func(Service()))["problems"]  # type: ignore[attr-defined]
 
 
 def test_every_method_that_computes_handles_errors_of_the_machine() -> None:

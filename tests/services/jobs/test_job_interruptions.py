@@ -33,6 +33,7 @@ from services import models
 from services.errors import (
     BundleAwayError,
     DatabaseUnavailableError,
+    InferenceMemoryError,
     InferenceUnavailableError,
     InferenceUnreachableError,
 )
@@ -694,6 +695,52 @@ def test_unreachable_service_is_retried_longer_than_unavailable(
         assert dataset["state"] == "failed"
         assert dataset["error"]["type"] == "urn:dermis:problem:not-ready"
         assert "/srv" not in dataset["error"]["detail"]
+
+
+LACKS, AWAY = InferenceMemoryError("the projector has too little memory"), InferenceUnreachableError("away")
+
+
+@pytest.mark.parametrize(
+    ("answers", "call_seconds", "ends_after"),
+    [
+        ([LACKS] * 20, 1, None),  # less than five minutes
+        ([LACKS] * 1000, 1, (300, 330)),
+        ([LACKS] * 1000, 900, (1800, 1830)),  # repeated once, however long a call takes
+        ([LACKS] * 20 + [AWAY] * 100 + [LACKS] * 20, 1, None),
+        ([AWAY] * 1000, 1, None),
+    ],
+)
+def test_call_that_lacks_memory_is_repeated_for_some_minutes(
+    answers: list[Exception],
+    call_seconds: float,
+    ends_after: tuple[float, float] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, left = 0.0, list(answers)
+
+    def pause(seconds: float) -> bool:
+        nonlocal now
+        now += seconds
+        return False
+
+    def answer(*_: Any) -> str:
+        pause(call_seconds)
+        if left:
+            raise left.pop()
+        return "done"
+
+    monkeypatch.setattr(context, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(context, "run_on_loop", answer)
+    monkeypatch.setattr(context, "must_stop", lambda *_: False)
+    ctx: Any = SimpleNamespace(stopping=SimpleNamespace(wait=pause))
+    if ends_after is None:
+        assert context.call_with_retry(ctx, "ds_1", lambda: None) == "done"  # type: ignore[arg-type, return-value]
+        return
+    with pytest.raises(InferenceMemoryError) as caught:
+        context.call_with_retry(ctx, "ds_1", lambda: None)  # type: ignore[arg-type, return-value]
+    assert ends_after[0] < now < ends_after[1]
+    problem = execution._problem_of_job(SimpleNamespace(id="ds_1", kind="dataset"), caught.value)  # type: ignore[arg-type]
+    assert problem.type == "urn:dermis:problem:not-ready" and "too little memory" in str(problem.detail)
 
 
 def test_leases_are_invalid_until_database_is_available_again() -> None:
