@@ -183,7 +183,7 @@ def finalize(
         raise ValueError("this plan has a gate, so it needs an index")
     done = _finished(plan, store, identity)
     if done is not None:
-        store.remove(PARTIAL)
+        _remove_unfinished(store)
         return done
     store.remove_abandoned()  # otherwise every killed attempt leaves a file as large as all images until the dataset ends
     with ExitStack() as stack:
@@ -258,8 +258,13 @@ def finalize(
     if plan.request.signed:
         manifest = manifest.with_canonical(_canonical_hashes(plan, records, files, texts))
     store.write(MANIFEST, manifest.to_json())
-    store.remove(PARTIAL)
+    _remove_unfinished(store)
     return manifest
+
+
+def _remove_unfinished(store: Store) -> None:
+    store.remove(PARTIAL)
+    store.abort_uploads()  # killed processes have left them also of files that are not in that folder
 
 
 def read_manifest(store: Store) -> Manifest:

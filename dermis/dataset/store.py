@@ -348,7 +348,7 @@ class Store:
             if self._is_s3:
                 # Some storages have an object for a folder. It is no error if there is none of this name.
                 paths = [*(self._files_below(self._path(name)).keys() - {self._path(name)}), self._path(name)]
-                self._abort_uploads(self._path(name))
+                self.abort_uploads(name)
                 for first in range(0, len(paths), _DELETED_AT_ONCE):
                     left += self._delete_objects(paths[first : first + _DELETED_AT_ONCE])
             else:
@@ -361,16 +361,24 @@ class Store:
                     kind="storage-unavailable",
                 )
 
-    def _abort_uploads(self, path: str) -> None:
+    def abort_uploads(self, name: str = "") -> None:
         """Abort the uploads in parts of a file in S3, or below a folder, that killed processes have left.
 
         S3 keeps their parts, which no listing of files shows. A process whose upload still runs repeats it. Nothing fails if
         this does: some storages and permissions do not allow it, and a lifecycle rule of the bucket does the same.
         """
-        bucket, key, _ = self._fs.split_path(path)
+        if not self._is_s3:
+            return
+        bucket, key, _ = self._fs.split_path(self._path(name).rstrip("/"))
         uploads: list[dict[str, str]] = []
         with suppress(Exception):
-            uploads = self._fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=key).get("Uploads", [])
+            after: dict[str, str] = {}
+            while True:
+                page = self._fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=key, **after)
+                uploads += page.get("Uploads", [])
+                last, after = after, {each: page.get(f"Next{each}", "") for each in ("KeyMarker", "UploadIdMarker")}
+                if not page.get("IsTruncated") or after == last:
+                    break
         for upload in uploads:
             if f"{upload['Key']}/".startswith(f"{key}/"):
                 with suppress(Exception):

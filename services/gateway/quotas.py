@@ -7,17 +7,21 @@ count against a quota with a window, if the tenant has a limit.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 
 from starlette.requests import Request
 
+from services.errors import DatabaseUnavailableError
 from services.gateway.auth.principal import Principal
 from services.jobs import counters
 from services.jobs.table import JobTable
 from services.quotas import QuotaUse
 from services.settings import Settings
+
+logger = logging.getLogger("dermis.http")
 
 SCOPE_KEY = "dermis.quota_uses"
 """Key of the ASGI scope with the uses that the response headers show."""
@@ -68,7 +72,10 @@ class TenantQuotas:
             limited = {name: amount for name, amount in amounts.items() if quota.limit_of(name) is not None}
             if limited:
                 undo = asyncio.to_thread(self._table.undo_use, principal.tenant, limited, counted_at)
-                await asyncio.shield(undo)
+                try:
+                    await asyncio.shield(undo)
+                except DatabaseUnavailableError as error:  # which must not replace the other one, as of a time limit
+                    logger.warning("use of quotas not undone", extra={"tenant": principal.tenant, "error": str(error)})
             raise
 
     async def show(self, request: Request, principal: Principal, *names: str) -> None:

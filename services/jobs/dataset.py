@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -57,18 +57,21 @@ def has_inputs(ctx: JobContext, job: Job) -> bool:
     return True
 
 
-def run_shard(ctx: JobContext, job: Job, shard: int) -> None:
+def run_shard(ctx: JobContext, job: Job, shard: int, on_begin: Callable[[], None] = lambda: None) -> None:
     """Generate, classify, compare and encode the images of a shard, and write its file.
+
+    A shard that waits for a place or for temporary space has not begun.
 
     Raises:
         StoppedError: If the job is to stop.
     """
     bundle, plan = _plan_of(ctx, job)
     progress = _Progress(ctx, job.id, shard)
-    progress(0)
     needed = least_bytes(plan, len(plan.shard(shard)), bundle.generator.img_resolution)
     turn = ctx.turns.of(job.tenant, partial(stop_if_asked, ctx, job.id))
     with turn as offer_place, ctx.temporary_space(needed):
+        on_begin()
+        progress(0)
 
         def end_batch(done: int) -> None:
             progress(done)

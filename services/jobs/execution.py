@@ -7,7 +7,7 @@ files are put into place atomically.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
@@ -35,8 +35,14 @@ class JobKind(Protocol):
     def has_inputs(self, ctx: JobContext, job: Job) -> bool:
         """Whether everything that the job works on is stored."""
 
-    def run_shard(self, ctx: JobContext, job: Job, shard: int) -> None:
+    def run_shard(self, ctx: JobContext, job: Job, shard: int, on_begin: Callable[[], None]) -> None:
         """Do one shard and record its progress in the table.
+
+        Args:
+            ctx: The context of the jobs.
+            job: The job.
+            shard: The number of the shard.
+            on_begin: Called when the work begins, before the table says so.
 
         Raises:
             StoppedError: If the job is to stop.
@@ -66,11 +72,15 @@ def run_shard(ctx: JobContext, job_id: str, shard: int) -> str:
     job = ctx.table.get(job_id)
     if job is None or ctx.table.must_stop(job_id):
         return "stopped"
-    if ctx.table.is_begun(job_id, shard):
-        metrics.shard_retries.labels(job.kind).inc()
+    retries = metrics.shard_retries.labels(job.kind)
+
+    def count() -> None:
+        if ctx.table.is_begun(job_id, shard):
+            retries.inc()
+
     try:
         with tracing.job_span(f"{job.kind} shard", job.trace_parent, job__id=job_id, shard__number=shard):
-            KINDS[job.kind].run_shard(ctx, job, shard)
+            KINDS[job.kind].run_shard(ctx, job, shard, count)
         outcome = "finished"
     except StoppedError:
         outcome = "stopped"

@@ -11,7 +11,7 @@ import base64
 import json
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -133,7 +133,7 @@ def has_inputs(ctx: JobContext, job: Job) -> bool:
     return all(store.size(_input_name(number)) is not None for number in range(options.images))
 
 
-def run_shard(ctx: JobContext, job: Job, shard: int) -> None:
+def run_shard(ctx: JobContext, job: Job, shard: int, on_begin: Callable[[], None] = lambda: None) -> None:
     """Project the images of a shard, unless their results are stored.
 
     Raises:
@@ -144,6 +144,7 @@ def run_shard(ctx: JobContext, job: Job, shard: int) -> None:
     store = ctx.retrying_store(job)
     numbers = range(shard * IMAGES_PER_SHARD, min((shard + 1) * IMAGES_PER_SHARD, options.images))
     if not all(_is_done(store, number) for number in numbers):
+        on_begin()
         ctx.table.progress(job.id, shard, 0)
         with ctx.projection_turns.of(job.tenant, partial(stop_if_asked, ctx, job.id)):
             projected = _project(ctx, job, shard, bundle, options, store, numbers)

@@ -285,9 +285,10 @@ def _continue(ctx: JobContext, job: Job) -> None:
             execution.record_failure(ctx, job, "its shards failed repeatedly; create the job again")
         elif failed:
             logger.warning("shards started again", extra={"job": job.id, "shards": len(failed)})
-            for workflow_id in failed:  # one after another: a job fails when none of its shards can run
-                DBOS.delete_workflows([workflow_id])
-                _enqueue_shard(job.id, job.tenant, job.kind, int(workflow_id.rpartition("-")[2]))
+            for workflow_id in failed:
+                # In one transaction: no one would enqueue a shard again that had no workflow. It keeps its priority.
+                queue = _SHARD_QUEUES[job.kind]
+                DBOS.rewind_workflow(workflow_id, queue_name=queue, queue_partition_key=job.tenant)
         return
     if status.status in ("ERROR", "SUCCESS") and _may_restart(job.id):
         # No outcome of a job makes its workflow fail, so the cause is the database or the tables of DBOS.
@@ -421,6 +422,7 @@ def _finish(job_id: str) -> str:
     ctx = _context()
 
     def finish() -> str:
+        _own(ctx, job_id)
         state = execution.finish(ctx, job_id, _executor_id)
         job = ctx.table.get(job_id)
         if job is not None and not job.active:
@@ -429,6 +431,20 @@ def _finish(job_id: str) -> str:
         return state
 
     return retry_transient(ctx, finish)
+
+
+def _own(ctx: JobContext, job_id: str) -> None:
+    """Make this worker the owner of a job whose workflow it runs by the record of DBOS.
+
+    A run that has lost the workflow can write its own name late, and would then never end the job itself.
+    """
+    job = ctx.table.get(job_id)
+    if job is None or not job.active or job.owner == _executor_id:
+        return
+    with _database():
+        status = DBOS.get_workflow_status(job_id)
+    if status is not None and (status.status, status.executor_id) == ("PENDING", _executor_id):
+        ctx.table.set_owner(job_id, _executor_id)
 
 
 def _delete_ended_shards(job: Job) -> None:

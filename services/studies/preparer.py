@@ -37,6 +37,7 @@ _BATCH = 16
 _POLL_SECONDS = 1.0
 _CLEAN_SECONDS = 60.0
 _MOST_FAILURES = 20
+_LATE_SECONDS = 3600.0  # after the files of a study were removed, in which a process may still write some
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"}
 
 
@@ -117,7 +118,9 @@ class StudyPreparer:
             try:
                 await self._prepare_claimed(study)
             except asyncio.CancelledError:
-                self._table.release(study.id)
+                # An error must not replace this one, which ends the task: the claim ends by itself.
+                with suppress(Exception):
+                    await asyncio.to_thread(self._table.release, study.id)
                 raise
             except Exception as error:
                 await self._fail(study, error)
@@ -224,7 +227,11 @@ class StudyPreparer:
 
 
 def remove_study(table: StudyTable, storage: str, study: Study) -> None:
-    """Remove a study with its files. If that is interrupted, a later call completes it."""
+    """Remove a study with its files. If that is interrupted, a later call completes it.
+
+    A call an hour later does it once more. Until then `StudyTable.to_delete` has the study no more, and its row only shows that
+    it existed: a process that was killed while it wrote images, of a preparation or an upload, can have written them late.
+    """
     table.mark_deleting(study.id)
     ObservedStore(storage).remove(folder_of(study.tenant, study.id))
-    table.delete(study.id)
+    table.delete(study.id, _LATE_SECONDS)

@@ -30,6 +30,7 @@ from services.studies.tables import DELETING, Answer, AnswerArrays, Invitation, 
 PREFIX = "dermis_rd_"
 UPLOAD_PREFIX = "upload-"  # of the names of files of uploaded images
 _TOKEN = re.compile(r"dermis_rd_([a-z0-9]{12})_[A-Za-z0-9_-]{43}")
+_PREPARING = tables.studies.c.state == "preparing"
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 _LAST_USE_SECONDS = 60.0
 CLAIM_SECONDS = 60.0
@@ -259,11 +260,9 @@ class StudyTable:
     def claim(self) -> Study | None:
         """A study of any tenant whose images this process is to prepare, for a limited time; None if there is none."""
         now = time.time()
-        waits = (tables.studies.c.state == "preparing") & (tables.studies.c.claimed_until < now)
-        query = sa.select(tables.studies).where(waits).order_by(tables.studies.c.claimed_until).limit(1)
-        with reading(
-            self._engine
-        ) as connection:  # every process asks often, and a transaction that writes would lock others
+        until = tables.studies.c.claimed_until
+        query = sa.select(tables.studies).where(_PREPARING, until < now).order_by(until).limit(1)
+        with reading(self._engine) as connection:  # every process asks often, and one that writes would lock others
             if connection.execute(query).one_or_none() is None:
                 return None
         with writing(self._engine) as connection:
@@ -274,16 +273,15 @@ class StudyTable:
             return study_of(row)
 
     def renew(self, study_id: str) -> None:
-        """Prolong the claim on a study whose preparation goes on, unless it was released."""
-        until = time.time() + CLAIM_SECONDS
-        claimed = (tables.studies.c.id == study_id) & (tables.studies.c.claimed_until > 0)
+        """Prolong the claim on a study whose preparation goes on, unless it was released or deleted."""
+        claimed = tables.studies.c.claimed_until > 0
         with writing(self._engine) as connection:
-            connection.execute(sa.update(tables.studies).where(claimed).values(claimed_until=until))
+            _change(connection, study_id, _PREPARING, claimed, claimed_until=time.time() + CLAIM_SECONDS)
 
     def release(self, study_id: str, seconds: float = 0.0) -> None:
         """Let another process prepare the study, after some seconds."""
         with writing(self._engine) as connection:
-            _change(connection, study_id, claimed_until=time.time() + seconds if seconds else 0.0)
+            _change(connection, study_id, _PREPARING, claimed_until=time.time() + seconds if seconds else 0.0)
 
     def unprepared(self, study_id: str, limit: int) -> list[StudyImage]:
         """Images of a study that are not stored yet."""
@@ -338,23 +336,29 @@ class StudyTable:
     def mark_deleting(self, study_id: str) -> None:
         """Hide a study, whose files are about to be removed."""
         with writing(self._engine) as connection:
-            _change(connection, study_id, state=DELETING)
+            _change(connection, study_id, tables.studies.c.state != DELETING, state=DELETING, claimed_until=0.0)
 
     def to_delete(self) -> list[Study]:
-        """Studies of all tenants that have expired, and those whose removal was interrupted."""
-        studies = tables.studies
+        """Studies of all tenants that have expired, and those whose files are to be removed, for the first or second time."""
+        columns = tables.studies.c
         with reading(self._engine) as connection:
-            ended = (studies.c.expires_at < time_of(connection)) | (studies.c.state == DELETING)
-            return [study_of(row) for row in connection.execute(sa.select(studies).where(ended))]
+            until = sa.case((columns.state == DELETING, columns.claimed_until), else_=columns.expires_at)
+            rows = connection.execute(sa.select(tables.studies).where(until < time_of(connection)))
+            return [study_of(row) for row in rows]
 
-    def delete(self, study_id: str) -> None:
-        """Delete all rows of a study."""
+    def delete(self, study_id: str, keep_seconds: float = 0.0) -> None:
+        """Delete all rows of a study. For `keep_seconds` after the first call its own row is kept, for `to_delete`."""
         with writing(self._engine) as connection:
             # Before the other rows, so that nobody adds some to a study that is gone then.
-            connection.execute(_select(study_id).with_for_update())
+            row = connection.execute(_select(study_id).with_for_update()).one_or_none()
             for table in (tables.answers, tables.invitations, tables.images, tables.uploads):
                 connection.execute(sa.delete(table).where(table.c.study == study_id))
-            connection.execute(sa.delete(tables.studies).where(tables.studies.c.id == study_id))
+            now = time_of(connection)
+            until = 0.0 if row is None or not keep_seconds else row.claimed_until or now + keep_seconds
+            if until > now:
+                _change(connection, study_id, name="", stored_bytes=0, claimed_until=until)
+            else:
+                connection.execute(sa.delete(tables.studies).where(tables.studies.c.id == study_id))
 
     # Invitations
 
@@ -585,8 +589,9 @@ def _answered(connection: sa.Connection, invitation_id: str) -> int:
     return connection.scalar(query) or 0
 
 
-def _change(connection: sa.Connection, study_id: str, **values: Any) -> None:
-    connection.execute(sa.update(tables.studies).where(tables.studies.c.id == study_id).values(values))
+def _change(connection: sa.Connection, study_id: str, *conditions: sa.ColumnElement[bool], **values: Any) -> None:
+    change = sa.update(tables.studies).where(tables.studies.c.id == study_id, *conditions)
+    connection.execute(change.values(values))
 
 
 def _check_state(study: Study, state: str, otherwise: str) -> None:

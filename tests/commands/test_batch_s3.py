@@ -280,6 +280,41 @@ def test_removal_ends_uploads_that_killed_processes_have_left(
     assert {key for key in keys if key.startswith(f"{prefix}/")} == {*kept, *(left if refused else ())}
 
 
+@pytest.mark.parametrize("bucket", ["moto"], indirect=True)
+def test_end_of_a_dataset_ends_uploads_of_its_files_on_every_page_of_their_list(
+    bucket: MotoServer, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from aiobotocore.client import AioBaseClient
+
+    call = AioBaseClient._make_api_call
+
+    async def in_pages(self: AioBaseClient, operation: str, options: dict[str, Any]) -> Any:
+        if operation != "ListMultipartUploads" or "Prefix" not in options:
+            return await call(self, operation, options)
+        listed = (await call(self, operation, {"Bucket": options["Bucket"]})).get("Uploads", [])
+        listed = sorted(
+            (each for each in listed if each["Key"].startswith(options["Prefix"])), key=lambda each: each["Key"]
+        )
+        rest = [each for each in listed if each["Key"] > options.get("KeyMarker", "")]
+        last = {"NextKeyMarker": rest[0]["Key"], "NextUploadIdMarker": rest[0]["UploadId"]} if rest else {}
+        return {"Uploads": rest[:1], "IsTruncated": len(rest) > 1, **last}
+
+    monkeypatch.setattr(AioBaseClient, "_make_api_call", in_pages)
+    plan_, store = planned(tiny_bundle), Store(bucket.url("ended/job"))
+    names = [".partial/shard-00000.zip", "data-00001-of-00002.tar", "images.zip"]
+    for key in [f"ended/job/{name}" for name in names] + ["ended/jobs/images.zip"]:
+        store._fs.call_s3("create_multipart_upload", Bucket=bucket.bucket, Key=key)
+    for shard in range(plan_.shards):
+        write_shard(plan_, shard, paint, store, identity=IDENTITY)
+    for left in ([], ["ended/job/images.zip"]):  # of a process that was killed after the manifest was written
+        for key in left:
+            store._fs.call_s3("create_multipart_upload", Bucket=bucket.bucket, Key=key)
+        finalize(plan_, store, tiny_bundle, IDENTITY)
+        keys = {upload["Key"] for upload in store._fs.list_multipart_uploads(bucket.bucket)}
+        assert {key for key in keys if key.startswith("ended/")} == {"ended/jobs/images.zip"}
+    assert verify(store.location).ok
+
+
 def test_few_requests_are_made(bucket: S3Server | MotoServer) -> None:
     """Each request takes milliseconds of a processor, and tens of them from a distant bucket."""
     from aiobotocore.client import AioBaseClient

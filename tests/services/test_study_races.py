@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import sqlalchemy as sa
 
 from dermis.reader_study import Slot
 from real_servers import running_postgres
+from services.errors import DatabaseUnavailableError
 from services.jobs.database import writing
 from services.jobs.table import JobTable
 from services.quotas import Quota
@@ -137,3 +139,67 @@ def test_claim_lasts_as_long_as_the_preparation(tmp_path: Path, monkeypatch: pyt
     table.renew(study.id)  # by a process that is stopping
     assert table.claim() is not None
     table.close()
+
+
+def test_images_that_a_killed_process_has_written_after_the_removal_of_a_study_are_removed(tmp_path: Path) -> None:
+    """They are photographs of patients, and no row leads to them."""
+    table, storage = opened(f"sqlite:///{tmp_path}/jobs.sqlite"), str(tmp_path / "storage")
+    study, kept = create(table), create(table)
+    prepare(table, study)
+    invite(table, study)
+    assert table.claim() is not None
+    folder = preparer.study_store(storage, study)
+    for _ in range(2):  # two processes at the same moment
+        preparer.remove_study(table, storage, study)
+    # What the process does that had claimed the study, until it is killed.
+    table.renew(study.id)
+    table.release(study.id)
+    assert not table.record_prepared(study.id, {0: 1})
+    folder.write("00000.png", b"real image")
+    working = StudyPreparer(table, SimpleNamespace(storage=storage), None, None)  # type: ignore[arg-type]
+    working._remove_ended()
+    assert folder.size("00000.png") is not None  # it is not removed again each minute
+    assert (table.get("a", study.id), table.invitations(study.id), table.to_delete()) == (None, [], [])
+    with writing(table._engine) as later:
+        hour = {"claimed_until": studies.c.claimed_until - 3601}
+        later.execute(sa.update(studies).where(studies.c.id == study.id).values(hour))
+    working._remove_ended()
+    assert folder.entries() == []
+    with table._engine.connect() as connection:
+        assert [row.id for row in connection.execute(sa.select(studies))] == [kept.id]
+    table.close()
+
+
+def test_preparation_can_be_stopped_while_the_database_is_away(tmp_path: Path) -> None:
+    released: list[str] = []
+
+    class Table:
+        closed = False
+
+        def to_delete(self) -> list[Study]:
+            return []
+
+        def claim(self) -> Any:
+            return SimpleNamespace(id="st_1", tenant="a")
+
+        def record_prepared(self, study_id: str, sizes: object) -> bool:
+            time.sleep(0.5)
+            return False
+
+        def release(self, study_id: str) -> None:
+            released.append(study_id)
+            raise DatabaseUnavailableError("away")
+
+        def close(self) -> None:
+            self.closed = True
+
+    table = Table()
+
+    async def stop_early() -> None:
+        working = StudyPreparer(table, SimpleNamespace(storage=str(tmp_path), max_studies=1), None, None)  # type: ignore[arg-type]
+        working.start()
+        await asyncio.sleep(0.2)
+        await asyncio.wait_for(working.stop(), 10)
+
+    asyncio.run(stop_early())
+    assert released == ["st_1"] and table.closed

@@ -30,6 +30,7 @@ from dermis.imaging import ImageFormat, encode
 from real_servers import running_postgres
 from service_kit import Service, service, wait_for
 from services.audit.trail import Event
+from services.errors import DatabaseUnavailableError
 from services.gateway.audit import RepeatedDenials
 from services.gateway.auth.principal import SCOPES, Principal
 from services.gateway.quotas import TenantQuotas
@@ -447,10 +448,17 @@ def test_failure_after_the_end_of_a_window_frees_nothing_of_the_next_one(clock: 
     table.close()
 
 
-def test_cancelled_call_gives_back_what_it_used(tmp_path: Path) -> None:
+@pytest.mark.parametrize("away", [False, True])
+def test_cancelled_call_gives_back_what_it_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, away: bool) -> None:
     table, quota = JobTable(f"sqlite:///{tmp_path}/jobs.sqlite"), Quota(images_per_day=5)
     table.open()
     settings: Any = SimpleNamespace(quota_of=lambda _tenant: quota)
+    if away:  # this must not hide that the call was cancelled
+
+        def fail(*_: object) -> None:
+            raise DatabaseUnavailableError("away")
+
+        monkeypatch.setattr(table, "undo_use", fail)
 
     async def run() -> None:
         begun = asyncio.Event()
@@ -470,7 +478,7 @@ def test_cancelled_call_gives_back_what_it_used(tmp_path: Path) -> None:
             await task
 
     asyncio.run(run())
-    assert table.use("a", quota, ["images_per_day"])[0].used == 0
+    assert table.use("a", quota, ["images_per_day"])[0].used == (5 if away else 0)
     table.close()
 
 

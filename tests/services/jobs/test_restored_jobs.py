@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 
 from dermis.bundle import Bundle
 from dermis.errors import MissingShardsError, StorageError
@@ -16,6 +17,7 @@ from dermis.imaging import encode
 from service_kit import Service, make_directly, service, wait_for
 from services.jobs import dataset, execution, projection
 from services.jobs.context import StoppedError
+from services.jobs.database import writing
 
 REQUEST: dict[str, Any] = {"classes": {"benign": 7, "malignant": 3}, "seed": 3, "shard_size": 2}
 
@@ -88,6 +90,9 @@ def test_worker_that_was_taken_over_neither_finishes_the_dataset_nor_removes_its
     def assemble(ctx: Any, job: Any) -> None:
         calls.append(1)
         if len(calls) == 1:
+            taken = "UPDATE workflow_status SET executor_id = 'other' WHERE workflow_uuid = :id"
+            with writing(ctx.table._engine) as connection:
+                connection.execute(sa.text(taken), {"id": job.id})
             ctx.table.set_owner(job.id, "other")
             ctx.store(job).write("manifest.json", b"of the other worker")
             raise StorageError("a part was removed")
@@ -95,7 +100,7 @@ def test_worker_that_was_taken_over_neither_finishes_the_dataset_nor_removes_its
             raise MissingShardsError("here", 5, [0], "is of another version")
 
     monkeypatch.setattr(dataset, "_assemble", assemble)
-    with service(tiny_bundle.location, tmp_path / "data") as running:
+    with service(tiny_bundle.location, tmp_path / "data", lease_seconds=3600) as running:
         asked = running.ask(REQUEST)
         wait_for(lambda: len(calls) >= 3)  # the third call would finish the dataset
         wait_for(lambda: caplog.text.count("work waits") >= 2)

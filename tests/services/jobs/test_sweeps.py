@@ -124,3 +124,49 @@ def test_job_that_another_worker_has_removed_costs_no_further_requests(
         assert job is not None and workflow.cancel_or_delete(running.ctx, job) is None
         monkeypatch.setattr(execution, "remove_files", lambda *_: pytest.fail("the files were removed again"))
         assert workflow.cancel_or_delete(running.ctx, job) is None
+
+
+def test_job_whose_owner_is_another_worker_is_ended_by_the_one_that_runs_its_workflow(
+    tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    """A run that had lost the workflow has written its name late, and waits for the outcome of the other one."""
+    with service(tiny_bundle.location, tmp_path / "data", lease_seconds=3600) as running:
+        running.generator.gate.clear()
+        asked = running.ask(REQUEST)
+        wait_for(lambda: set(workflows("PENDING", asked["id"])) - {asked["id"]})
+        running.ctx.table.set_owner(asked["id"], "other")
+        running.generator.gate.set()
+        assert running.wait(asked, seconds=30)["state"] == "succeeded"
+
+
+def test_shard_that_is_started_again_is_never_without_a_workflow(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process may end at any moment, and nothing would enqueue a shard again that has no workflow."""
+    failures, lost = [1], list[int]()
+
+    def fail_once(ctx: Any, job: str, shard: int) -> str:
+        if shard == 7 and failures:
+            failures.pop()
+            raise RuntimeError("as DBOS passes it on")
+        return run_shard(ctx, job, shard)
+
+    def end(*_arguments: Any, **_options: Any) -> Any:
+        lost.append(1)
+        raise RuntimeError("the process ends before another transaction")
+
+    run_shard = execution.run_shard
+    monkeypatch.setattr(execution, "run_shard", fail_once)
+    with service(tiny_bundle.location, tmp_path / "data", lease_seconds=3600) as running:
+        asked = running.ask(REQUEST)
+        failed = f"{asked['id']}-00007"
+        wait_for(lambda: failed in workflows("ERROR", asked["id"]))
+        before = workflow.DBOS.get_workflow_status(failed)
+        with monkeypatch.context() as patch:
+            patch.setattr(workflow, "_enqueue_shard", end)
+            workflow.sweep()
+        now = workflow.DBOS.get_workflow_status(failed)
+        assert before is not None and now is not None and lost == []
+        assert (now.priority, now.queue_name) == (before.priority, before.queue_name) == (8, "dermis-tenant-shards")
+        ended = running.wait(asked)
+        assert ended["state"] == "succeeded", ended["error"]
