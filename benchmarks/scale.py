@@ -234,9 +234,10 @@ class SleepingShards:
         """True: there are none."""
         return True
 
-    def run_shard(self, ctx: JobContext, job: Job, shard: int) -> None:
+    def run_shard(self, ctx: JobContext, job: Job, shard: int, on_begin: Callable[[], None]) -> None:
         """Sleep in a place of this worker, and record the progress as a real shard does."""
         with ctx.turns.of(job.tenant, lambda: None):
+            on_begin()
             time.sleep(self._seconds * min(1.0, job.samples_total / _SHARD_IMAGES))
         images = min(_SHARD_IMAGES, job.samples_total)
         retry_transient(ctx, lambda: ctx.table.progress(job.id, shard, images, finished=True))

@@ -221,8 +221,8 @@ class Settings(AccessSettings, StudySettings):
         le=3600,
         description="Maximum time that a call for images may wait for those requested before, estimated from the measured "
         "rate of the model. A call that would wait longer is answered 503 at once, if its tenant has another call for images "
-        "in progress. In an overload the maximum is at most twice the time of a fast call, and applies to most calls of tenants "
-        "that have no other call.",
+        "in progress. In an overload the maximum is at most twice the time of a fast call, and applies to most calls of "
+        "tenants that have no other call.",
     )
     max_body_bytes: int = Field(1 << 20, ge=1024, description="Maximum size of a request body in bytes.")
     max_upload_bytes: int = Field(

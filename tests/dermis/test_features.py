@@ -26,7 +26,7 @@ from optional_packages import needs_openvino
 LITE = ["lite0", "lite1", "lite2"]
 
 
-@pytest.mark.parametrize("name", LITE)
+@pytest.mark.parametrize("name", ["lite2", *(pytest.param(name, marks=pytest.mark.full) for name in LITE[:2])])
 def test_lite_features_match_timm_with_packaged_weights(name: str) -> None:
     theirs = import_vision("timm").create_model(PRESETS[name].network).eval()
     assert theirs.default_cfg["input_size"] == (3, PRESETS[name].size, PRESETS[name].size)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pytest
+from filelock import FileLock
 from scipy import ndimage
 
 from dermis.imaging import Images
@@ -54,3 +57,16 @@ def make_detector(
     )
     assert trained is not None
     return trained
+
+
+def shared_detector(factory: pytest.TempPathFactory) -> Path:
+    """The folder of a detector of the known images, which all test processes share. Tests must not change it."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # the folders of the other processes are here too
+    place = root / "copy-detector"
+    with FileLock(root / "copy-detector.lock"):
+        if not place.is_dir():
+            made = make_detector(root / "copy-detector-run", colour_fields(0, KNOWN)).folder
+            made.rename(place)
+    return place

@@ -32,14 +32,14 @@ from dermis.errors import BundleError
 from dermis.imaging import Images
 from optional_packages import needs_openvino
 from tiny import make_bundle
-from tiny_copies import KNOWN, colour_fields, make_detector
+from tiny_copies import KNOWN, colour_fields, shared_detector
 
 pytest.importorskip("faiss", reason="FAISS is not installed")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_detector(tmp_path_factory.mktemp("detector"), colour_fields(0, KNOWN)).folder
+    return shared_detector(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

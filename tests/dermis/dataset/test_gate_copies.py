@@ -24,7 +24,7 @@ from dermis.dataset.store import Store
 from dermis.imaging import Images, encode
 from service_kit import service
 from services.inference import pixels
-from tiny_copies import KNOWN, SIDE, colour_fields, make_detector
+from tiny_copies import KNOWN, SIDE, colour_fields, shared_detector
 from tiny_index import make_complete_bundle
 
 pytest.importorskip("faiss", reason="FAISS is not installed")
@@ -48,7 +48,7 @@ def paint(indices: Sequence[int], labels: Sequence[int]) -> Images:
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     root = tmp_path_factory.mktemp("bundles")
     plain = make_complete_bundle(root, colour_fields(0, KNOWN), held_out=colour_fields(30_000, 24))
-    return amend_bundle(plain, parts={"copies": make_detector(root / "run", colour_fields(0, KNOWN)).folder})
+    return amend_bundle(plain, parts={"copies": shared_detector(tmp_path_factory)})
 
 
 def make(folder: Path, bundle: Bundle, **privacy: Any) -> Manifest:

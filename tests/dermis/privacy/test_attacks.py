@@ -129,6 +129,7 @@ def test_generator_that_memorises_on_purpose_fails() -> None:
     assert all(attack.auc.low > 0.95 and attack.excess_auc.low > 0.4 for attack in audit.attacks)
 
 
+@pytest.mark.full
 def test_two_percent_near_copies_are_caught_with_500_held_out_images() -> None:
     members, held_out, generated = _population(11, 2000), _population(12, HELD_OUT), _population(13, 1960)
     audit = _audit(members, held_out, np.concatenate([generated, _noisy(members[100:140])]))

@@ -177,6 +177,7 @@ def test_bf16_training_statistics_nearly_equal_those_of_fp32(tmp_path: Path) -> 
     assert stats["bf16"] == pytest.approx(stats["fp32"], rel=0.05)
 
 
+@pytest.mark.full
 def test_generator_learns_the_colour_of_each_class(tmp_path: Path) -> None:
     """Two plain colours, one for each class: after a few hundred steps the label must select the colour."""
     images = np.zeros((32, 8, 8, 3), dtype=np.uint8)

@@ -76,7 +76,7 @@ def _one_rank(rank: int, count: int, port: int, out: Path, changes: dict[str, ob
     "changes",
     [
         {},
-        {"relativistic": True, "class_balance": 0.5},
+        pytest.param({"relativistic": True, "class_balance": 0.5}, marks=pytest.mark.full),
         pytest.param(
             {
                 "projected": True,
