@@ -102,12 +102,9 @@ def _document(state: Status) -> dict[str, Any]:
 
 
 def _fields(job: dict[str, Any]) -> dict[str, str | None]:
-    from services.logs import without_whole_ids
-
-    identifier = job["id"] if job["kind"] == "dataset" else without_whole_ids(job["id"])
     times = {name: None if job[name] is None else _time(job[name]) for name in ("created_at", "finished_at")}
     error = job["error"] and f"{job['error']['type'].rpartition(':')[2]}: {job['error']['detail']}"
-    return {**job, **times, "id": identifier, "error": error}
+    return {**job, **times, "error": error}
 
 
 def _print(state: Status) -> None:

@@ -89,25 +89,27 @@ def job_yaml(plan: DatasetPlan, resolution: int, options: JobOptions) -> str:
     signed = plan.request.signed
     parts_pod = _pod("generate", [*arguments, f"--shards=auto/{parts}"], options, shard_gib, signed)
     finish_pod = _pod("finish", [*arguments, "--finalize"], options, finish_gib, signed)
-    anywhere = replace(options, image=_image(options), gpus=None, node_selector=())
-    verify_pod = _pod("verify", ["verify", options.out], anywhere, _CACHES_GIB, signed=False)
+    without_gpu = replace(options, image=_image(options), gpus=None)
+    verify_pod = _pod("verify", ["verify", options.out], without_gpu, _CACHES_GIB, signed=False)
     example = "" if options.image is not None else _EXAMPLE_NOTE
     return f"""# {plan.samples:,} images in {plan.shards:,} shards, made by {parts} pods, finished and verified by one each.
 # Free disk that nodes need: {shard_gib} GiB for each pod that makes a part, {finish_gib} GiB for the one that finishes.
 # The commands use the namespace `dermis` of the service, whose network policies let these pods reach S3; for another one
-# replace `-n dermis`. FILE is this file.{example}
+# replace `-n dermis`. FILE is this file.{example}{"" if options.queue is None else _queue_note(options)}
 # s3.env has the variables that the S3 library reads, as lines NAME=VALUE (docs/batch.md); without the secret the pods' own
 # identity is used.
 #   kubectl -n dermis create secret generic dermis-s3 --from-env-file=s3.env{_SIGNER_NOTE if signed else ""}
 #   kubectl -n dermis apply -f FILE
 #   {_await(name)}
-# This prints Complete or Failed when the parts have ended. After Complete, finish the dataset in the same way, and verify it:
+# This prints Complete or Failed when the parts have ended, and ends with status 0 only after Complete. Then finish the dataset
+# in the same way, and verify it:
 #   kubectl -n dermis patch job/{name}-finish -p '{{"spec": {{"suspend": false}}}}'
 #   {_await(f"{name}-finish")}
 #   kubectl -n dermis patch job/{name}-verify -p '{{"spec": {{"suspend": false}}}}'
 #   {_await(f"{name}-verify")}
 #   kubectl -n dermis logs job/{name}-verify
-# After Failed, these say why. Meanwhile they show the progress, and pods that cannot start:
+# After Failed, these say why; for the other Jobs add `-finish` or `-verify` to the name. Meanwhile they show the progress, and
+# pods that cannot start:
 #   kubectl -n dermis describe job/{name}
 #   kubectl -n dermis get pods -l app.kubernetes.io/name=dermis-batch
 #   kubectl -n dermis logs --prefix --tail=5 -l batch.kubernetes.io/job-name={name}
@@ -159,7 +161,15 @@ spec:
 def _await(name: str) -> str:
     """Write a command that ends when a Job has ended. `kubectl wait` waits for one condition, and so misses the other."""
     conditions = f"kubectl -n dermis get job/{name} -o jsonpath='{{.status.conditions[*].type}}'"
-    return f"until {conditions} | grep -owE 'Complete|Failed'; do sleep 10; done"
+    return f"until end=$({conditions} | grep -owE 'Complete|Failed'); do sleep 10; done; echo $end; [ $end = Complete ]"
+
+
+def _queue_note(options: JobOptions) -> str:
+    """Write what a ClusterQueue of Kueue must have, which refuses pods that request a resource that it does not cover."""
+    gpus = " and nvidia.com/gpu" if options.gpus else ""
+    return f"""
+# The ClusterQueue must cover cpu, memory, ephemeral-storage{gpus}; otherwise no pod starts, and this shows the resource:
+#   kubectl -n dermis get workloads -o yaml"""
 
 
 def _image(options: JobOptions) -> str:
@@ -268,7 +278,10 @@ def _check(plan: DatasetPlan, options: JobOptions) -> int:
         raise RequestError("--bundle", message)
     if options.queue is not None and not re.fullmatch(_LABEL, options.queue):
         raise RequestError("--queue", f"{escape(options.queue)!r} cannot be the name of a queue")
-    for name, value in _labels(options):
+    labels = _labels(options)
+    for name, value in labels:
+        if sum(name == other for other, _ in labels) > 1:
+            raise RequestError("--node-selector", f"the label {escape(name)!r} is given more than once")
         if not (re.fullmatch(f"({_LABEL_PREFIX})?{_LABEL}", name) and re.fullmatch(f"({_LABEL})?", value)):
             raise RequestError("--node-selector", f"{escape(f'{name}={value}')!r} is not of the form LABEL=VALUE")
     if options.shards is None:

@@ -19,6 +19,7 @@ from dermis.errors import DermisError, StorageError
 from services.jobs import schema
 from services.jobs.database import make_engine
 from services.jobs.statistics import Statistics, read_jobs, read_statistics
+from services.logs import without_whole_ids
 from services.models import locate, without_place
 from services.settings import Settings
 
@@ -66,7 +67,7 @@ class Status:
         schema: The schema of its tables; None if there are none.
         known_schema: The newest schema that this version of dermis knows.
         statistics: The queue and the workers.
-        jobs: Columns of jobs of all tenants, if they were asked for.
+        jobs: Columns of jobs of all tenants, if they were asked for; ids of projections are cut, as in the log.
         storage: Folder or URL of the datasets and projections.
         free_bytes: Free space of the storage; None if it is not known.
         storage_problem: Why the storage cannot be reached.
@@ -128,6 +129,9 @@ def _read_database(url: str, shown: str, jobs: int) -> tuple[str | None, Statist
         with engine.connect() as connection:
             revision = schema.current_revision(connection)
             listed = read_jobs(connection, jobs) if jobs else []
+            for job in listed:
+                if job["kind"] == "projection":  # whoever of its tenant knows the whole id can read and delete it
+                    job["id"] = without_whole_ids(job["id"])
             return revision, read_statistics(connection, revision or ""), listed
     except sa.exc.SQLAlchemyError as error:
         cause = str(error).splitlines()[0]

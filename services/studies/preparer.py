@@ -20,7 +20,7 @@ from dermis.errors import BundleError, DermisError, RequestError, StorageError
 from dermis.files import names_below
 from dermis.image_reading import ImageError, read_training_image
 from dermis.imaging import Images, as_rgb, encode
-from services.errors import DatabaseUnavailableError, is_transient
+from services.errors import DatabaseUnavailableError, InferenceMemoryError, is_transient
 from services.inference.client import InferenceClients
 from services.inference.samples import Options, pack_rows
 from services.models import ServedModels
@@ -148,6 +148,8 @@ class StudyPreparer:
             # Its own message names folders.
             full = error.kind == "storage-full"
             message = "the storage is full" if full else "the storage could not be read or written"
+        if isinstance(error, InferenceMemoryError):
+            message = "the model had too little memory"
         most = 1 if final else _MOST_FAILURES
         if is_transient(error):
             await asyncio.to_thread(self._table.release, study.id, 5.0)
