@@ -7,9 +7,11 @@ are used.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,28 @@ from tiny import make_bundle
 _TESTS = Path(__file__).parent
 
 
+def _trace_of(run: str, worker: str) -> Path:
+    return Path(tempfile.gettempdir()) / f"dermis-tests-{run}-{worker}.txt"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _trace_of_a_crash(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let a test process that dies leave the stacks of its threads in a file. What it writes to stderr is lost."""
+    given = getattr(request.config, "workerinput", None)
+    if given is None:
+        yield
+        return
+    path = _trace_of(given["testrunuid"], given["workerid"])
+    with path.open("w") as file:
+        faulthandler.enable(file)
+        yield
+        faulthandler.disable()
+    path.unlink()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
-    """Report the exit status of a test process that has died, which is the negative number of a signal."""
+    """Report how a test process has died: its exit status, which is the negative number of a signal, and its stacks."""
     process = getattr(getattr(node.gateway, "_io", None), "popen", None)
     if error is None or process is None:
         return
@@ -32,6 +53,10 @@ def pytest_testnodedown(node: Any, error: object) -> None:
         process.wait(10)
     reporter = node.config.pluginmanager.get_plugin("terminalreporter")
     reporter.write_line(f"exit status of {node.gateway.id}: {process.poll()}")
+    trace = _trace_of(node.workerinput["testrunuid"], node.gateway.id)
+    with contextlib.suppress(FileNotFoundError):
+        reporter.write_line(trace.read_text())
+        trace.unlink()
 
 
 @pytest.fixture(scope="session")
