@@ -5,24 +5,29 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+import sqlalchemy as sa
 from dermis_client import DermisClient
 from typer.testing import CliRunner
 
 from benchmarks.components import free_port
 from commands.main import app
-from dermis.bundle import open_bundle
+from dermis.bundle import Bundle, open_bundle
+from dermis.cpus import available_cpus
 from dermis.dataset.store import Store
-from dermis.imaging import encode
+from dermis.imaging import Images, encode
 from gated_dataset import REQUEST, make_directly
 from launched_service import Launched, launching
 from real_servers import running_moto, running_postgres, running_s3
+from services.inference.projections import ProjectionTask, project_images
+from services.jobs.projection import IMAGES_PER_SHARD
 from services.settings import SettingsError, read_settings
 from tiny_index import make_complete_bundle
 
@@ -68,13 +73,20 @@ def replica(tmp_path: Path, shared: dict[str, str]) -> Iterator[Callable[..., La
     replicas = launching(tmp_path)
     launch = next(replicas)
 
-    def start(name: str, **settings: str) -> Launched:
+    def start(name: str, command: Sequence[str] = ("-m", "services.serve"), **settings: str) -> Launched:
         own = {"data_dir": str(tmp_path / name), "executor_id": name}
-        return launch(str(tmp_path / "bundles"), free_port(), **shared, **own, **settings)
+        return launch(str(tmp_path / "bundles"), free_port(), command, **shared, **own, **settings)
 
     yield start
     for _ in replicas:  # stops them
         pass
+
+
+def bundle_of_replicas(tmp_path: Path, training: Images) -> Path:
+    """The folder of a bundle with all parts, in the folder that replicas serve."""
+    made = Path(make_complete_bundle(tmp_path / "made", training).location)
+    (tmp_path / "bundles").mkdir()
+    return made.rename(tmp_path / "bundles" / "tiny")
 
 
 @pytest.mark.full
@@ -82,11 +94,10 @@ def test_gateways_and_workers_make_the_files_of_one_machine(
     replica: Callable[..., Launched], shared: dict[str, str], storage: str, tmp_path: Path
 ) -> None:
     training = np.random.default_rng(0).integers(0, 256, (50, 16, 16, 3), dtype=np.uint8)
-    made = Path(make_complete_bundle(tmp_path / "made", training).location)
-    (tmp_path / "bundles").mkdir()
-    bundle = made.rename(tmp_path / "bundles" / "tiny")
-    first = replica("gateway-1", role="gateway", inference="false")
-    second = replica("gateway-2", role="gateway", inference="false", download_url_seconds="60")
+    bundle = bundle_of_replicas(tmp_path, training)
+    gateway = {"role": "gateway", "inference": "false", "max_projection_steps": "10000"}
+    first = replica("gateway-1", **gateway)
+    second = replica("gateway-2", **gateway, download_url_seconds="60")
     direct = make_directly(open_bundle(bundle), tmp_path / "direct")
     for each in (first, second):
         each.wait_until(each.ready)
@@ -105,7 +116,7 @@ def test_gateways_and_workers_make_the_files_of_one_machine(
     killed = replica("worker-1", role="worker")
     second.wait_until(lambda: second.progress(dataset)["progress"]["shards_done"] >= 3)
     os.kill(killed.process.pid, signal.SIGKILL)
-    worker = replica("worker-2", role="worker")
+    worker = replica("worker-2", ("-m", "commands.main", "worker"))
     worker.wait_until(worker.ready)
     assert worker.client.get("/v1/datasets").status_code == 404
     assert "dermis_" in worker.client.get("/metrics").text
@@ -151,13 +162,110 @@ def test_gateways_and_workers_make_the_files_of_one_machine(
     first.wait_until(lambda: first.progress(stopped)["state"] == "cancelled")
     assert Store(f"{storage}/{stopped['id']}").total_bytes() == 0
 
-    # A projection of an image that a gateway without models has received.
-    asked = first.client.post("/v1/projections?steps=3", files=[("files", encode(training[0]))])
+    # Projections of images that a gateway without models has received: the files of one machine, from both gateways.
+    images = training[:9]  # two parts
+    files_of_form = [("files", encode(image)) for image in images]
+    asked = first.client.post("/v1/projections?steps=3", files=files_of_form, headers=key)
     assert asked.status_code == 202, asked.text
     path = asked.headers["Location"]
+    assert second.client.post("/v1/projections?steps=3", files=files_of_form, headers=key).json()["id"] in path
+    assert second.client.post("/v1/projections?steps=4", files=files_of_form, headers=key).status_code == 409
     second.wait_until(lambda: second.client.get(path).json()["state"] == "succeeded")
-    latents = second.client.get(path).json()["data"][0]["files"]
-    assert all(second.client.get(url).status_code == 200 for url in latents.values() if isinstance(url, str))
+    projected = project_directly(open_bundle(bundle), images)
+    for each in (first, second):
+        rows = each.client.get(path).json()["data"]
+        links = {url.rpartition("/")[2]: url for row in rows for url in row["files"].values() if url is not None}
+        assert {name: each.client.get(url).content for name, url in links.items()} == projected
+    assert set(Store(f"{storage}/{asked.json()['id']}").entries()) == {*projected, "projections.json"}
+
+    # Deleted at another gateway while it runs: nothing is left.
+    asked = first.client.post("/v1/projections?steps=10000", files=files_of_form)
+    path, stopped_id = asked.headers["Location"], asked.json()["id"]
+    second.wait_until(lambda: second.client.get(path).json().get("previews"))
+    running = second.client.get(path).json()
+    assert running["state"] == "running" and running["progress"]["images_done"] == 0
+    assert rows_of(shared["database_url"], stopped_id) and Store(f"{storage}/{stopped_id}").entries()
+    assert second.client.delete(path).status_code == 204
+    assert [each.client.get(path).status_code for each in (first, second)] == [404, 404]
+    second.wait_until(lambda: not rows_of(shared["database_url"], stopped_id))
+    assert Store(f"{storage}/{stopped_id}").total_bytes() == 0
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("storage", [running_s3], indirect=True, ids=["seaweedfs"])
+def test_replicas_that_do_everything_share_their_datasets(
+    replica: Callable[..., Launched], storage: str, tmp_path: Path
+) -> None:
+    training = np.random.default_rng(0).integers(0, 256, (50, 16, 16, 3), dtype=np.uint8)
+    bundle = bundle_of_replicas(tmp_path, training)
+    first, second = replica("replica-1"), replica("replica-2")
+    direct = make_directly(open_bundle(bundle), tmp_path / "direct")
+    for each in (first, second):
+        each.wait_until(each.ready)
+
+    # One dataset for one key, and its event stream at the replica that has not accepted it.
+    key = {"Idempotency-Key": "a"}
+    dataset = first.client.post("/v1/datasets", json=REQUEST, headers=key).json()
+    assert second.client.post("/v1/datasets", json=REQUEST, headers=key).json()["id"] == dataset["id"]
+    assert second.client.post("/v1/datasets", json=REQUEST | {"seed": 12}, headers=key).status_code == 409
+    names, records = zip(*events(second.client, dataset), strict=True)
+    assert names == ("progress",) * (len(names) - 1) + ("succeeded",)
+    assert records[-1] == first.progress(dataset) == second.progress(dataset)
+    for each in (first, second):
+        files = each.client.get(dataset["links"]["files"]).json()["data"]
+        assert {file["name"]: each.client.get(file["url"]).content for file in files} == direct
+
+    # Cancelled at the replica that has not accepted it: the stream of the other one ends, and nothing is left.
+    stopped = first.client.post("/v1/datasets", json=REQUEST | {"classes": {"benign": 50_000}}).json()
+    second.wait_until(lambda: second.progress(stopped)["progress"]["samples_done"] > 0)
+    assert second.client.delete(stopped["links"]["self"]).status_code == 202
+    name, record = events(first.client, stopped)[-1]
+    assert (name, record["state"]) == ("cancelled", "cancelled")
+    assert second.progress(stopped) == record
+    assert Store(f"{storage}/{stopped['id']}").total_bytes() == 0
+
+
+def project_directly(bundle: Bundle, images: Images) -> dict[str, bytes]:
+    """The files of a projection of images with three steps, as the library makes them in this process."""
+    import torch
+
+    from dermis.projection.projector import ImageProjector
+    from dermis.projection.schedule import SCHEDULES
+
+    task = ProjectionTask(replace(SCHEDULES["fast"], steps=3, start="mean"))
+    files: dict[str, bytes] = {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(available_cpus())  # as the service does
+    try:
+        projector = ImageProjector(bundle, distance="lite0", device="cpu")
+        for begin in range(0, len(images), IMAGES_PER_SHARD):
+            part = images[begin : begin + IMAGES_PER_SHARD]
+            made = project_images(projector, part, [None] * len(part), task, lambda steps: None)
+            for number, each in enumerate(made, begin):
+                files |= {f"{number:05d}.safetensors": each.result, f"{number:05d}.png": each.image}
+    finally:
+        torch.set_num_threads(threads)
+    return files
+
+
+def rows_of(database: str, job_id: str) -> list[str]:
+    """The tables that have a row of a job, its parts or its workflows."""
+    columns = {
+        "dermis_jobs": "id",
+        "dermis_shards": "job_id",
+        "dbos.workflow_status": "workflow_uuid",
+        "dbos.operation_outputs": "workflow_uuid",
+    }
+    engine = sa.create_engine(database)
+    with engine.connect() as connection:
+        counts = {
+            table: connection.scalar(
+                sa.text(f"SELECT count(*) FROM {table} WHERE {column} LIKE :ids"), {"ids": f"{job_id}%"}
+            )
+            for table, column in columns.items()
+        }
+    engine.dispose()
+    return [table for table, count in counts.items() if count]
 
 
 def events(client: httpx.Client, dataset: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
