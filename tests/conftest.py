@@ -59,6 +59,22 @@ def pytest_testnodedown(node: Any, error: object) -> None:
         trace.unlink()
 
 
+_crashed: set[str] = set()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem: str, report: pytest.TestReport, sched: Any) -> None:
+    """Repeat a test whose process has died, once.
+
+    The cause can be any native library that an earlier test of the process has used, so it says little of this test. It is
+    reported with the stacks above, and a second time is a failure.
+    """
+    if crashitem not in _crashed:
+        _crashed.add(crashitem)
+        report.outcome = "rerun"  # type: ignore[assignment]  # the category in the summary
+        sched.mark_test_pending(crashitem)
+
+
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return make_bundle(tmp_path_factory.mktemp("bundles") / "tiny")
