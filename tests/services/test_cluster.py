@@ -165,6 +165,7 @@ def test_gateways_and_workers_make_the_files_of_one_machine(
     # Projections of images that a gateway without models has received: the files of one machine, from both gateways.
     images = training[:9]  # two parts
     files_of_form = [("files", encode(image)) for image in images]
+    key = {"Idempotency-Key": "b"}
     asked = first.client.post("/v1/projections?steps=3", files=files_of_form, headers=key)
     assert asked.status_code == 202, asked.text
     path = asked.headers["Location"]

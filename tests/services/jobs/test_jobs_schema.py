@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -17,13 +18,14 @@ from alembic.migration import MigrationContext
 import dermis
 from benchmarks.components.postgres import Postgres
 from dermis.errors import DermisError
+from older_versions import create_tables
 from services import compared_answers
 from services.audit import trail as trail_module
 from services.gateway.auth import keys as keys_module
 from services.jobs import counters, executors
 from services.jobs import tables as table_definitions
 from services.jobs.database import make_engine
-from services.jobs.schema import VERSION_TABLE, SchemaTooNewError
+from services.jobs.schema import VERSION_TABLE, SchemaTooNewError, current_revision, newest_revision
 from services.jobs.table import IdempotencyConflictError, JobTable, Kind
 from services.serve import _prepare
 from services.settings import Settings, SettingsError
@@ -267,23 +269,84 @@ def test_worker_of_version_0_1_0_runs_during_and_after_upgrade(url: str) -> None
     table.close()
 
 
+VALUES_OF_TYPES: dict[type[sa.types.TypeEngine[Any]], object] = {
+    sa.JSON: {"a": [1]},
+    sa.LargeBinary: b"x" * 32,
+    sa.Boolean: True,
+    sa.Float: 1.5,
+    sa.Integer: 1,
+    sa.String: "x",
+}
+VALUES_OF_TABLES: dict[str, dict[str, object]] = {
+    "dermis_jobs": {"id": DATASET, "kind": "dataset", "state": "succeeded"},
+    "dermis_workers": {"executor_id": "older", "lease_until": 2.0**40},
+}
+
+
+def own_tables(connection: sa.Connection) -> dict[str, sa.Table]:
+    """The tables of dermis as they are in the database, by name."""
+    metadata = sa.MetaData()
+    metadata.reflect(connection, only=lambda name, _: name.startswith("dermis_") and name != VERSION_TABLE)
+    return dict(metadata.tables)
+
+
+def value_of(column: sa.Column[Any]) -> object:
+    own = VALUES_OF_TABLES.get(column.table.name, {})
+    return own.get(column.name) or next(v for kind, v in VALUES_OF_TYPES.items() if isinstance(column.type, kind))
+
+
+@pytest.mark.parametrize("version", ["0009", "0010", "0011"])  # test_upgrade.py has jobs of those before
+def test_tables_of_a_development_version_are_upgraded_with_their_rows(version: str, url: str) -> None:
+    engine = make_engine(url)
+    with engine.begin() as connection:
+        create_tables(connection, version)
+        older = own_tables(connection)
+        for each in older.values():
+            connection.execute(each.delete())
+            connection.execute(each.insert().values({column.name: value_of(column) for column in each.c}))
+        rows = {name: connection.execute(each.select()).mappings().one() for name, each in older.items()}
+    table = JobTable(url)
+    table.open()
+    with engine.connect() as connection:
+        assert current_revision(connection) == newest_revision()
+        assert changes_to_the_tables_of_the_code(connection) == []
+        tables = own_tables(connection)
+        for name, row in rows.items():
+            after = connection.execute(tables[name].select()).mappings().one()
+            assert {**after} == dict.fromkeys(after) | {**row}, name  # new columns are empty
+        for name in tables.keys() - rows.keys():
+            assert connection.execute(tables[name].select()).all() == [], name
+    job = table.find("x", "dataset", DATASET)
+    assert job is not None and (job.state, job.request, job.stored_bytes) == ("succeeded", {"a": [1]}, 1)
+    assert [(worker.name, worker.works, worker.version) for worker in table.statistics().workers] == [
+        ("older", True, None)
+    ]
+    table.close()
+    engine.dispose()
+
+
 def test_migrations_create_the_tables_that_the_code_defines(url: str) -> None:
     table = JobTable(url)
     table.open()
     with table._engine.connect() as connection:
-        options = {"compare_type": True, "version_table": VERSION_TABLE}
-        tables = [
-            table_definitions.metadata,
-            keys_module.metadata,
-            trail_module.metadata,
-            outbox.metadata,
-            study_tables.metadata,
-            counters.metadata,
-            executors.metadata,
-            compared_answers.metadata,
-        ]
-        assert compare_metadata(MigrationContext.configure(connection, opts=options), tables) == []
+        assert changes_to_the_tables_of_the_code(connection) == []
     table.close()
+
+
+def changes_to_the_tables_of_the_code(connection: sa.Connection) -> list[Any]:
+    """What would have to be changed in the database so that it has the tables that the code defines."""
+    options = {"compare_type": True, "version_table": VERSION_TABLE}
+    tables = [
+        table_definitions.metadata,
+        keys_module.metadata,
+        trail_module.metadata,
+        outbox.metadata,
+        study_tables.metadata,
+        counters.metadata,
+        executors.metadata,
+        compared_answers.metadata,
+    ]
+    return list(compare_metadata(MigrationContext.configure(connection, opts=options), tables))
 
 
 @pytest.mark.full

@@ -72,9 +72,7 @@ def restore(version: str, url: str, storage: Path, digest: str, *, projections: 
     run_dbos_database_migrations(system_database_url=url)
     engine = make_engine(url)
     with engine.begin() as connection:
-        config = schema._config()
-        config.attributes["connection"] = connection
-        command.upgrade(config, version)
+        create_tables(connection, version)
         if version == "0001":  # version 0.1.0 did not record it
             connection.execute(sa.text(f"DROP TABLE {schema.VERSION_TABLE}"))
         for name, rows in tables.items():
@@ -86,6 +84,18 @@ def restore(version: str, url: str, storage: Path, digest: str, *, projections: 
         (storage / name).parent.mkdir(parents=True, exist_ok=True)
         (storage / name).write_bytes(base64.b64decode(content))
     return Unfinished(tuple(each for each in ids if each.startswith("ds_")), ids[-1])
+
+
+def create_tables(connection: sa.Connection, version: str) -> None:
+    """Create the tables of dermis with an earlier schema in an empty database, as the revisions up to it do.
+
+    Args:
+        connection: A connection inside a transaction.
+        version: The schema.
+    """
+    config = schema._config()
+    config.attributes["connection"] = connection
+    command.upgrade(config, version)
 
 
 def _insert(connection: sa.Connection, name: str, rows: list[dict[str, Any]]) -> None:
